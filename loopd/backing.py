@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The first look at a file that a client passed, by calls that never wait for its filesystem.
+
+A FUSE or network server that does not answer blocks fstat, fstatfs and open for good, and SIGKILL
+does not help. So this uses F_GETFL, F_GET_SEALS, fdinfo, readlink and statx without
+synchronisation alone, and finds the filesystem's type in the mount table. The path is for showing.
+"""
+
+import fcntl
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import kernel
+from .errors import UnsupportedFile
+
+# Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
+TRUSTED_FILESYSTEMS = frozenset(
+    "bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs nilfs2 ntfs3 overlay ramfs "
+    "reiserfs squashfs tmpfs udf ufs vfat xfs zfs".split()
+)
+# Filesystems of the kernel's own making, whose files have no blocks to map.
+_PSEUDO_FILESYSTEMS = frozenset(
+    "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
+    "securityfs selinuxfs smackfs sysfs tracefs".split()
+)
+_PID1_MOUNTINFO = Path("/proc/1/mountinfo")
+_OWN_MOUNTINFO = Path("/proc/self/mountinfo")
+
+F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
+
+
+def _plain_flags() -> int:
+    # O_LARGEFILE differs between architectures, and Python says 0 where it is implied.
+    fd = os.open(os.devnull, os.O_RDONLY)
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL)
+    finally:
+        os.close(fd)
+
+
+_ALLOWED_FLAGS = (
+    _plain_flags()
+    | os.O_ACCMODE
+    | os.O_NONBLOCK
+    | os.O_NOFOLLOW
+    | os.O_CLOEXEC
+    | os.O_DIRECT
+    | os.O_NOATIME
+    | os.O_TMPFILE
+    | os.O_SYNC
+    | os.O_DSYNC
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileIdentity:
+    """What an open file is, without asking its filesystem."""
+
+    mode: int
+    device: int
+    """st_dev"""
+    inode: int
+    """st_ino"""
+    block_device: tuple[int, int] | None
+    """Major and minor, if the file is a block device node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackingFile:
+    """A file that loopd may put behind a loop device."""
+
+    identity: FileIdentity
+    writable: bool
+    """Open for reading and writing, and not sealed against it."""
+    sealed: bool
+    """A memfd that nobody can write to any more."""
+    filesystem: str
+    """The type as in mountinfo; empty where no mount of it can be seen."""
+
+
+def identify(fd: int) -> FileIdentity:
+    """Say which file an fd is open on, in whatever mode, O_PATH too."""
+    buf = kernel.statx(fd)
+    is_block = stat.S_ISBLK(buf.stx_mode)
+    return FileIdentity(
+        mode=buf.stx_mode,
+        device=os.makedev(buf.stx_dev_major, buf.stx_dev_minor),
+        inode=buf.stx_ino,
+        block_device=(buf.stx_rdev_major, buf.stx_rdev_minor) if is_block else None,
+    )
+
+
+def examine(fd: int) -> BackingFile:
+    """Check how and on what a passed fd is open.
+
+    Raises UnsupportedFile for what the kernel would take but should not: a loop device over a
+    write-only file can be read, one over an append-only file can overwrite it.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise UnsupportedFile("the file is open with O_PATH: open it for reading")
+    access = flags & os.O_ACCMODE
+    if access not in (os.O_RDONLY, os.O_RDWR):
+        raise UnsupportedFile("the file is open for writing only: open it for reading, too")
+    if flags & os.O_APPEND:
+        raise UnsupportedFile("the file is open with O_APPEND: open it without")
+    if unknown := flags & ~_ALLOWED_FLAGS:
+        raise UnsupportedFile(f"the file is open with flags ({unknown:#o}) that are not allowed")
+    identity = identify(fd)
+    if not (stat.S_ISREG(identity.mode) or identity.block_device):
+        raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
+    seals = _seals(fd)
+    filesystem = "tmpfs" if seals is not None else _filesystem(fd, identity.device)
+    if filesystem in _PSEUDO_FILESYSTEMS and not identity.block_device:
+        raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
+    sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+    return BackingFile(
+        identity=identity,
+        writable=access == os.O_RDWR and not sealed,
+        sealed=sealed,
+        filesystem=filesystem,
+    )
+
+
+def _seals(fd: int) -> int | None:
+    """The seals of a memfd or of any file on tmpfs; None for every other file."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return None
+
+
+def _filesystem(fd: int, device: int) -> str:
+    fdinfo = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
+    mount_id = re.search(rb"^mnt_id:\s*(\d+)$", fdinfo, re.MULTILINE)
+    try:
+        table = _PID1_MOUNTINFO.read_bytes()
+    except OSError:  # hidden from us, or a container without it
+        table = _OWN_MOUNTINFO.read_bytes()
+    number = b"%d:%d" % (os.major(device), os.minor(device))
+    # The mount first: files on btrfs and overlay carry a device number that no mount has. The
+    # number second: a client in a mount namespace of its own has mounts that only it can see.
+    for pattern in (
+        rb"^%s \d+ \d+:\d+ .*? - (\S+) " % (mount_id[1] if mount_id else b"-"),
+        rb"^\d+ \d+ %s .*? - (\S+) " % number,
+    ):
+        if found := re.search(pattern, table, re.MULTILINE):
+            return found[1].decode(errors="replace")
+    return ""
