@@ -5,24 +5,26 @@
 #   make check    all tests and linters
 #   make install  onto this system, or below DESTDIR
 
-PREFIX  ?= /usr/local
 DESTDIR ?=
+PREFIX  ?= /usr/local
 
 # Debian's own, whatever stands first on PATH: the libraries are built for it.
 PYTHON ?= /usr/bin/python3
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
 # What each step needs of Debian. Python's tools that are not here come from the package index.
-RUN_PACKAGES   := python3-venv python3-setuptools python3-wheel \
-                  python3-dbus-next python3-pyudev python3-systemd
-DEMO_PACKAGES  := dbus polkitd udev mount util-linux e2fsprogs python3-gi
-CHECK_PACKAGES := $(DEMO_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck
+LIBRARIES        := python3-dbus-next python3-pyudev python3-systemd
+RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
+INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
+DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
+CHECK_PACKAGES   := $(DEMO_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint bench deps run-deps demo-deps check-deps install uninstall clean
+.PHONY: all demo check lint bench install uninstall clean \
+        deps run-deps install-deps demo-deps check-deps
 
 all: .venv/run
 
@@ -55,9 +57,10 @@ no_pip = { echo 'make: pip could not fetch what .venv needs: is the package inde
 # Debian packages: nothing is asked of the network unless one is missing.
 
 deps: run-deps check-deps
-run-deps:   ; $(call need,$(RUN_PACKAGES))
-demo-deps:  ; $(call need,$(DEMO_PACKAGES))
-check-deps: ; $(call need,$(CHECK_PACKAGES))
+run-deps:     ; $(call need,$(RUN_PACKAGES))
+install-deps: ; $(call need,$(INSTALL_PACKAGES))
+demo-deps:    ; $(call need,$(DEMO_PACKAGES))
+check-deps:   ; $(call need,$(CHECK_PACKAGES))
 
 define need
 @command -v dpkg-query >/dev/null || { echo 'make: not Debian; going on without looking for: $(1)'; exit 0; }; \
@@ -70,6 +73,61 @@ done; \
 	$(SUDO) apt-get update -qq && \
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
 }
+endef
+
+# Below PREFIX, but for what the bus and polkit look for in one place only.
+
+bindir      := $(PREFIX)/bin
+sbindir     := $(PREFIX)/sbin
+packagedir  := $(PREFIX)/lib/loopd
+unitdir     := $(PREFIX)/lib/systemd/system
+rulesdir    := $(PREFIX)/lib/udev/rules.d
+dbusdir     := $(PREFIX)/share/dbus-1
+buspolicydir := /usr/share/dbus-1/system.d
+polkitdir   := /usr/share/polkit-1/actions
+
+install: | $(if $(DESTDIR),,install-deps)
+	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
+		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir))
+	install -m 644 loopd/*.py dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
+	# The unit's sandbox cannot write them later.
+	umask 022; $(PYTHON) -m compileall -q $(if $(DESTDIR),-s $(DESTDIR)) $(DESTDIR)$(packagedir)/loopd
+	$(call launcher,daemon,$(sbindir)/loopd)
+	$(call launcher,cli,$(bindir)/loopctl)
+	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
+	$(call fill,systemd/loopd.service.in,$(unitdir)/loopd.service)
+	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
+	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
+	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
+	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
+	$(reload)
+
+uninstall: | $(if $(DESTDIR),,install-deps)
+	rm -rf $(DESTDIR)$(packagedir)
+	rm -f $(addprefix $(DESTDIR),$(sbindir)/loopd $(bindir)/loopctl \
+		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service \
+		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
+		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
+	$(reload)
+
+# -I: a root daemon takes no module from the environment, the user or the working directory.
+define launcher
+@printf '%s\n' '#!$(PYTHON) -I' 'import sys' 'sys.path.insert(0, "$(packagedir)")' \
+	'from loopd.$(1) import main' 'sys.exit(main())' >$(DESTDIR)$(2)
+@chmod 755 $(DESTDIR)$(2)
+endef
+
+define fill
+@sed 's|@sbindir@|$(sbindir)|' $(1) >$(DESTDIR)$(2)
+@chmod 644 $(DESTDIR)$(2)
+endef
+
+# The bus watches only directories that were there when it started.
+define reload
+@[ -n '$(DESTDIR)' ] || { \
+	systemctl daemon-reload; udevadm control --reload; \
+	dbus-send --system --type=method_call --dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig; \
+} 2>/dev/null || true
 endef
 
 clean:
