@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The udev rules, in a real udevd: nothing of a user's image reaches the system by itself.
+
+Each case is also run on a device without a mark, which shows that there was something to prevent.
+What assembles arrays and volumes stands in no rule here: it would take root's devices of the other
+half of each case, too. Rules of ours in the same place ask what theirs ask, and leave a note.
+"""
+
+import os
+import socket
+import struct
+import subprocess
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from loopd import kernel
+from tests.harness.area import CHECKOUT, area
+from tests.harness.deadline import Deadline
+from tests.harness.process import Process
+
+pytestmark = pytest.mark.root
+
+MARKS = Path("/run/loopd/unprivileged")
+RULES = Path("/run/udev/rules.d")
+
+# Numbers that LOOP_CTL_GET_FREE gives nobody, so that a mark before binding is on no other's device.
+_numbers = count(600_000 + os.getpid() % 4000 * 100)
+
+# After our rules and before those of the real assemblers, which heed the same flags.
+ASSEMBLERS = """
+KERNEL!="loop[6-9]?????*", GOTO="loopd_test_end"
+# as 64-md-raid-assembly.rules and 64-btrfs.rules
+ENV{ID_FS_TYPE}=="linux_raid_member|btrfs", ENV{SYSTEMD_READY}!="0", ENV{LOOPD_TEST}="assembled"
+# as 69-lvm.rules and 69-bcache.rules; the latter looks for itself at what has no type
+ENV{ID_FS_TYPE}=="LVM2_member|bcache|", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}!="1", \\
+  ENV{LOOPD_TEST}="assembled"
+# The real ones must not get this machine's unmarked devices.
+ENV{LOOPD_TEST}=="assembled", ENV{SYSTEMD_READY}="0", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1"
+LABEL="loopd_test_end"
+"""
+LATECOMER = 'KERNEL=="loop[6-9]?????*", SYMLINK+="disk/by-loopd-test/%k"\n'
+
+
+def run(*command: str | Path) -> str:
+    """Run a tool that must succeed; return what it printed."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def settle() -> None:
+    """Wait until udevd has dealt with every event up to now."""
+    run("udevadm", "settle", "--timeout=30")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rules() -> Iterator[None]:
+    """The machine's udevd, or one of ours where none runs, with the checkout's rules."""
+    files = {path.name: path.read_text() for path in (CHECKOUT / "systemd").glob("*.rules")}
+    files |= {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
+    RULES.mkdir(parents=True, exist_ok=True)
+    with udevd():
+        try:
+            for name, text in files.items():
+                (RULES / name).write_text(text)
+            run("udevadm", "control", "--reload")
+            yield
+        finally:
+            for name in files:
+                (RULES / name).unlink(missing_ok=True)
+            run("udevadm", "control", "--reload")
+
+
+@contextmanager
+def udevd() -> Iterator[None]:
+    """A running udevd."""
+    if subprocess.run(["udevadm", "control", "--ping"], check=False, capture_output=True).returncode:
+        with area("udevd") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(directory / "notify"))
+            with Process(
+                ["setpriv", "--pdeathsig", "KILL", "--", "/lib/systemd/systemd-udevd"],
+                name="systemd-udevd",
+                environment={"NOTIFY_SOCKET": str(directory / "notify")},
+            ):
+                Deadline().wait_readable([notify.fileno()], "udevd being ready")
+                yield
+    else:
+        yield
+
+
+@contextmanager
+def bound(image: Path, *, marked: bool) -> Iterator[str]:
+    """A loop device over the image, as loopd marks and binds it; yields its kernel name."""
+    number = next(_numbers)
+    name = f"loop{number}"
+    MARKS.mkdir(parents=True, exist_ok=True)
+    if marked:
+        (MARKS / name).touch()
+    try:
+        run("losetup", f"/dev/{name}", image)
+        try:
+            settle()
+            yield name
+        finally:
+            run("losetup", "--detach", f"/dev/{name}")
+            settle()
+    finally:
+        (MARKS / name).unlink(missing_ok=True)
+        control_fd = kernel.open_loop_control()
+        try:
+            kernel.loop_ctl_remove(control_fd, number)
+        finally:
+            os.close(control_fd)
+
+
+@contextmanager
+def partition(disk: str, start: int, sectors: int) -> Iterator[str]:
+    """The disk's first partition; yields its kernel name."""
+    run("addpart", f"/dev/{disk}", "1", str(start), str(sectors))
+    try:
+        settle()
+        yield f"{disk}p1"
+    finally:
+        run("delpart", f"/dev/{disk}", "1")
+        settle()
+
+
+def properties(name: str) -> dict[str, str]:
+    """What udev's database knows of a device."""
+    lines = run("udevadm", "info", "--query=property", f"--name=/dev/{name}").splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def lasting_links(name: str) -> set[str]:
+    """The links to a device that would look the same for another attachment."""
+    links = set(properties(name).get("DEVLINKS", "").split())
+    return {link for link in links if not link.startswith("/dev/disk/by-diskseq/")}
+
+
+# Images
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with area("udev") as path:
+        yield path
+
+
+def blank(path: Path) -> Path:
+    path.touch()
+    os.truncate(path, 32 << 20)
+    return path
+
+
+def write(path: Path, offset: int, data: bytes) -> Path:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    return path
+
+
+def ext4(path: Path, filesystem: uuid.UUID, *, offset: int = 0) -> Path:
+    size = f"{(32 << 10) - (offset >> 10)}k"
+    command = ["mkfs.ext4", "-q", "-F", "-U", str(filesystem), "-L", label_of(filesystem)]
+    run(*command, "-E", f"offset={offset}", blank(path), size)
+    return path
+
+
+def label_of(filesystem: uuid.UUID) -> str:
+    return filesystem.hex[:16]
+
+
+def lvm2_physical_volume(path: Path) -> Path:
+    content = struct.pack("<I8s32sQ", 32, b"LVM2 001", uuid.uuid4().hex.encode(), 32 << 20)
+    content = content.ljust(492, b"\0")
+    # LVM's checksum is the usual one with another start and without the final complement.
+    checksum = zlib.crc32(content, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return write(blank(path), 512, struct.pack("<8sQI", b"LABELONE", 1, checksum) + content)
+
+
+def md_member(path: Path) -> Path:
+    head = struct.pack("<4I16s32s", 0xA92B4EFC, 1, 0, 0, uuid.uuid4().bytes, b"host:0")
+    array = struct.pack("<QIIQII", 0, 1, 0, 60_000, 0, 2).ljust(64, b"\0")
+    place = struct.pack("<3Q", 2048, 60_000, 8).ljust(128, b"\0")
+    total = sum(struct.unpack("<64I", head + array + place))
+    place = place[:88] + struct.pack("<I", (total & 0xFFFFFFFF) + (total >> 32)) + place[92:]
+    return write(blank(path), 4096, head + array + place)
+
+
+def btrfs(path: Path) -> Path:
+    superblock = bytearray(4096)
+    superblock[32:48] = uuid.uuid4().bytes
+    struct.pack_into("<QQ8s", superblock, 48, 65536, 0, b"_BHRfS_M")
+    # The checksum is CRC-32C, bit by bit: zlib has only the other one.
+    checksum = 0xFFFFFFFF
+    for byte in superblock[32:]:
+        checksum ^= byte
+        for _ in range(8):
+            checksum = checksum >> 1 ^ (0x82F63B78 if checksum & 1 else 0)
+    superblock[:4] = struct.pack("<I", checksum ^ 0xFFFFFFFF)
+    return write(blank(path), 65536, bytes(superblock))
+
+
+def bcache(path: Path) -> Path:
+    magic = bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")
+    content = struct.pack("<QQQ16s16s", 0, 8, 1, uuid.uuid4().bytes, magic)
+    return write(blank(path), 4096, struct.pack("<Q", 0) + content)
+
+
+# The stories
+
+
+def test_a_marked_image_takes_no_link_from_the_device_that_has_it(directory: Path) -> None:
+    filesystem = uuid.uuid4()
+    by_uuid = Path(f"/dev/disk/by-uuid/{filesystem}")
+    by_label = Path(f"/dev/disk/by-label/{label_of(filesystem)}")
+    system = ext4(directory / "system", filesystem)
+    forged = ext4(directory / "forged", filesystem)
+
+    with bound(system, marked=False) as ours:
+        assert by_uuid.resolve().name == ours
+        assert by_label.resolve().name == ours
+        with bound(forged, marked=True) as theirs:
+            run("udevadm", "trigger", "--action=change", f"/dev/{theirs}")
+            settle()
+            assert properties(theirs)["ID_FS_UUID"] == str(filesystem)
+            assert lasting_links(theirs) == set()
+            assert by_uuid.resolve().name == ours
+            assert by_label.resolve().name == ours
+        with bound(forged, marked=False) as theirs:
+            assert by_uuid.resolve().name == theirs
+            assert by_label.resolve().name == theirs
+
+
+def test_a_marked_disk_keeps_the_name_of_its_attachment(directory: Path) -> None:
+    with bound(blank(directory / "blank"), marked=True) as name:
+        diskseq = Path(f"/sys/block/{name}/diskseq").read_text().strip()
+        assert Path(f"/dev/disk/by-diskseq/{diskseq}").resolve().name == name
+
+
+def test_a_partition_goes_by_the_mark_of_its_disk(directory: Path) -> None:
+    filesystem = uuid.uuid4()
+    image = ext4(directory / "disk", filesystem, offset=1 << 20)
+    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 63488)
+    write(image, 440, filesystem.bytes[:4])
+    write(image, 446, entry)
+    write(image, 510, b"\x55\xaa")
+
+    with bound(image, marked=True) as disk, partition(disk, 2048, 63488) as name:
+        assert properties(name)["ID_FS_UUID"] == str(filesystem)
+        assert properties(name)["ID_PART_ENTRY_UUID"].endswith("-01")
+        assert lasting_links(name) == set()
+    with bound(image, marked=False) as disk, partition(disk, 2048, 63488) as name:
+        kinds = {Path(link).parent.name for link in lasting_links(name)}
+        assert {"by-uuid", "by-label", "by-partuuid"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (lvm2_physical_volume, "LVM2_member"),
+        (md_member, "linux_raid_member"),
+        (btrfs, "btrfs"),
+        (bcache, "bcache"),
+        (blank, None),
+    ],
+    ids=["an LVM physical volume", "an MD member", "btrfs", "bcache", "what blkid cannot name"],
+)
+def test_nothing_assembles_a_marked(
+    directory: Path, image: Callable[[Path], Path], kind: str | None
+) -> None:
+    path = image(directory / "image")
+    with bound(path, marked=True) as name:
+        found = properties(name)
+        assert found.get("ID_FS_TYPE") == kind
+        assert "LOOPD_TEST" not in found
+        assert "ID_BTRFS_READY" not in found
+        assert lasting_links(name) == set()
+        # systemd, too, is to see nothing there that it might wait for; an empty device is no such.
+        assert found.get("SYSTEMD_READY") == (None if kind is None else "0")
+    with bound(path, marked=False) as name:
+        assert properties(name)["LOOPD_TEST"] == "assembled"
+
+
+def test_an_ordinary_filesystem_stays_visible_to_systemd(directory: Path) -> None:
+    with bound(ext4(directory / "image", uuid.uuid4()), marked=True) as name:
+        assert "SYSTEMD_READY" not in properties(name)
