@@ -13,7 +13,7 @@ import subprocess
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.root
 MARKS = Path("/run/loopd/unprivileged")
 RULES = Path("/run/udev/rules.d")
 
-# Numbers that LOOP_CTL_GET_FREE gives nobody, so that a mark before binding is on no other's device.
+# Numbers that LOOP_CTL_GET_FREE gives nobody: a mark set before binding is on no other's device.
 _numbers = count(600_000 + os.getpid() % 4000 * 100)
 
 # After our rules and before those of the real assemblers, which heed the same flags.
@@ -78,18 +78,19 @@ def rules() -> Iterator[None]:
 @contextmanager
 def udevd() -> Iterator[None]:
     """A running udevd."""
-    if subprocess.run(["udevadm", "control", "--ping"], check=False, capture_output=True).returncode:
-        with area("udevd") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(str(directory / "notify"))
-            with Process(
-                ["setpriv", "--pdeathsig", "KILL", "--", "/lib/systemd/systemd-udevd"],
-                name="systemd-udevd",
-                environment={"NOTIFY_SOCKET": str(directory / "notify")},
-            ):
-                Deadline().wait_readable([notify.fileno()], "udevd being ready")
-                yield
-    else:
+    ping = ["udevadm", "control", "--ping"]
+    if subprocess.run(ping, check=False, capture_output=True).returncode == 0:
         yield
+        return
+    with area("udevd") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(directory / "notify"))
+        with Process(
+            ["setpriv", "--pdeathsig", "KILL", "--", "/lib/systemd/systemd-udevd"],
+            name="systemd-udevd",
+            environment={"NOTIFY_SOCKET": str(directory / "notify")},
+        ):
+            Deadline().wait_readable([notify.fileno()], "udevd being ready")
+            yield
 
 
 @contextmanager
@@ -207,8 +208,15 @@ def btrfs(path: Path) -> Path:
 
 def bcache(path: Path) -> Path:
     magic = bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")
-    content = struct.pack("<QQQ16s16s", 0, 8, 1, uuid.uuid4().bytes, magic)
-    return write(blank(path), 4096, struct.pack("<Q", 0) + content)
+    superblock = struct.pack("<QQ16s16s", 8, 1, magic, uuid.uuid4().bytes).ljust(200, b"\0")
+    checksum = (1 << 64) - 1
+    for byte in superblock:
+        checksum ^= byte << 56
+        for _ in range(8):
+            top, checksum = checksum >> 63, checksum << 1 & (1 << 64) - 1
+            checksum ^= 0x42F0E1EBA9EA3693 if top else 0
+    checksum ^= (1 << 64) - 1
+    return write(blank(path), 4096, struct.pack("<Q", checksum) + superblock)
 
 
 # The stories
