@@ -64,6 +64,8 @@ class FileIdentity:
     """st_dev"""
     inode: int
     """st_ino"""
+    size: int
+    """In bytes, as far as known without asking."""
     block_device: tuple[int, int] | None
     """Major and minor, if the file is a block device node."""
 
@@ -89,6 +91,7 @@ def identify(fd: int) -> FileIdentity:
         mode=buf.stx_mode,
         device=os.makedev(buf.stx_dev_major, buf.stx_dev_minor),
         inode=buf.stx_ino,
+        size=buf.stx_size,
         block_device=(buf.stx_rdev_major, buf.stx_rdev_minor) if is_block else None,
     )
 

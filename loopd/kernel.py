@@ -181,6 +181,11 @@ def flock(fd: int, operation: int) -> None:
     fcntl.flock(fd, operation)
 
 
+def dup(fd: int) -> int:
+    """Another fd on the same open file; not another opener of a device."""
+    return os.dup(fd)
+
+
 def close(fd: int) -> None:
     """Close an fd of a device."""
     os.close(fd)

@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from . import blockdev, kernel
-from .backing import BackingFile
+from .backing import BackingFile, FileIdentity, identify
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice, NotSupported
 from .fd import OwnedFd
 
@@ -66,6 +66,8 @@ class AttachRequest:
 class Status:
     """How a bound loop device is set up now; sizes and offsets in bytes."""
 
+    diskseq: int
+    device_number: int
     backing_file: bytes
     """The kernel's idea of the path, for showing only."""
     offset: int
@@ -84,12 +86,35 @@ class LoopDevice:
 
     number: int
     fd: OwnedFd
-    file: OwnedFd
-    """The backing file as the client passed it: the kernel tells its size to nobody else."""
-    device_number: int
+    file: OwnedFd | None
+    """The backing file as the client passed it: the kernel tells its size to nobody else. None on
+    a device that someone else attached."""
     diskseq: int
     writable: bool
-    release_mark: Callable[[], None] = field(repr=False)
+    release_mark: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @property
+    def ours(self) -> bool:
+        """Whether we attached it."""
+        return self.file is not None
+
+    def borrow(self) -> "LoopDevice":
+        """The same device for one operation, to be closed after it.
+
+        Whatever happens to the original meanwhile, its fds mean what they meant. They are copies
+        and no further openers, so a detach in between is finished by the last of them.
+        """
+        with blockdev.opened(kernel.dup(self.fd.fileno())) as fd:
+            file = None
+            if self.file is not None:
+                file = OwnedFd(kernel.dup(self.file.fileno()))
+            return replace(self, fd=fd.move(), file=file)
+
+    def close(self) -> None:
+        """Let go of our fds; the file last, whose filesystem may make its close wait."""
+        self.fd.close()
+        if self.file is not None:
+            self.file.close()
 
     @property
     def node(self) -> str:
@@ -207,7 +232,6 @@ def _bind(
         _configure(loop_fd.fileno(), file_fd.fileno(), request)
         bound.callback(_clear, loop_fd.fileno())
         _verify(loop_fd.fileno(), request)
-        device_number = os.fstat(loop_fd.fileno()).st_rdev
         diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
         bound.pop_all()
         marked.pop_all()
@@ -215,7 +239,6 @@ def _bind(
             number=number,
             fd=loop_fd.move(),
             file=OwnedFd(file_fd.release()),
-            device_number=device_number,
             diskseq=diskseq,
             writable=not request.read_only,
             release_mark=release_mark,
@@ -302,6 +325,8 @@ def status(number: int) -> Status:
 
     try:
         return Status(
+            diskseq=number_in("diskseq"),
+            device_number=os.makedev(*_numbers(number)),
             backing_file=kernel.loop_attribute(number, "loop/backing_file"),
             offset=number_in("loop/offset"),
             size_limit=number_in("loop/sizelimit"),
@@ -314,6 +339,92 @@ def status(number: int) -> Status:
         )
     except OSError as exc:
         raise NoSuchDevice(f"loop{number} has no file attached") from exc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """What only the device itself tells about its binding."""
+
+    diskseq: int
+    backing_device: int
+    """st_dev of the file; 0 where the device did not tell."""
+    backing_inode: int
+    reference: bytes
+
+
+def binding(number: int) -> Binding:
+    """Ask a device that someone else set up.
+
+    GET_STATUS64 asks the file's filesystem and may never return, so the caller needs a deadline.
+    Raises NoSuchDevice if the device is not bound.
+    """
+    try:
+        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
+            fd = loop_fd.fileno()
+            info = kernel.loop_get_status64(fd)
+            return Binding(
+                diskseq=kernel.blkgetdiskseq(fd),
+                backing_device=info.lo_device,
+                backing_inode=info.lo_inode,
+                reference=info.lo_file_name,
+            )
+    except OSError as exc:
+        raise NoSuchDevice(f"loop{number} has no file attached") from exc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a passed fd can mean."""
+
+    number: int | None
+    """The loop device it is open on, or on a partition of which."""
+    partition: bool
+    file: FileIdentity
+
+
+def named_by(fd: OwnedFd) -> Named:
+    """Find out what a passed fd is open on, in any mode; closes it, since it may be an opener."""
+    with fd:
+        file = identify(fd.fileno())
+    number = kernel.loop_of_block_device(*file.block_device) if file.block_device else None
+    partition = number is not None and file.block_device != _numbers(number)
+    return Named(number=number, partition=partition, file=file)
+
+
+def _numbers(number: int) -> tuple[int, int]:
+    major, _, minor = kernel.loop_attribute(number, "dev").partition(b":")
+    return int(major), int(minor)
+
+
+def open_existing(number: int, diskseq: int) -> LoopDevice:
+    """Open a device that someone else attached, for one operation; closing it changes nothing.
+
+    Raises NoSuchDevice if another one has the number now.
+    """
+    writable = True
+    try:
+        try:
+            fd = kernel.open_loop(number, os.O_RDWR)
+        except OSError as exc:
+            if exc.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            writable = False
+            fd = kernel.open_loop(number, os.O_RDONLY)
+        with blockdev.opened(fd) as loop_fd:
+            if kernel.blkgetdiskseq(loop_fd.fileno()) != diskseq:
+                raise NoSuchDevice(f"loop{number} is another device now")
+            writable = writable and kernel.loop_attribute(number, "ro") == b"0"
+            return LoopDevice(
+                number=number,
+                fd=loop_fd.move(),
+                file=None,
+                diskseq=diskseq,
+                writable=writable,
+            )
+    except OSError as exc:
+        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            raise NoSuchDevice(f"loop{number} is gone") from exc
+        raise
 
 
 # --- resize -------------------------------------------------------------------------------------
@@ -329,8 +440,8 @@ def resize(
     if a device in use would shrink or move.
     """
     loop_fd = device.fd.fileno()
-    file_size = kernel.statx(device.file.fileno(), 0).stx_size
     info = kernel.loop_get_status64(loop_fd)
+    old = info.lo_offset, info.lo_sizelimit
     new_offset = info.lo_offset if offset is None else offset
     new_limit = info.lo_sizelimit if size_limit is None else size_limit
     sector_size = kernel.blksszget(loop_fd)
@@ -338,26 +449,37 @@ def resize(
         raise InvalidArgs("offset: not a multiple of 512")
     if new_limit % sector_size:
         raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
-    if file_size - new_offset < sector_size:
-        raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
-    if size_limit is not None and new_limit > file_size - new_offset:
-        raise InvalidArgs(f"size-limit: reaches past the end of the file of {file_size} bytes")
-    room = file_size - new_offset
-    new_size = min(new_limit or room, room)
-    shrinks = new_size // 512 * 512 < kernel.blkgetsize64(loop_fd)
-    if (shrinks or new_offset != info.lo_offset) and not force and blockdev.in_use(device.number):
+    old_size = kernel.blkgetsize64(loop_fd)
+    new_size = new_limit or old_size
+    if device.file is not None:
+        file_size = kernel.statx(device.file.fileno(), 0).stx_size
+        room = file_size - new_offset
+        if room < sector_size:
+            raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
+        if size_limit and size_limit > room:
+            raise InvalidArgs(f"size-limit: reaches past the end of the file of {file_size} bytes")
+        new_size = min(new_limit or room, room) // 512 * 512
+    moves = new_offset != info.lo_offset
+    if (new_size < old_size or moves) and not force and blockdev.in_use(device.number):
         raise DeviceBusy(
             f"{device.node} is in use and would shrink or move: unmount it first, or pass force"
         )
-    if (new_offset, new_limit) != (info.lo_offset, info.lo_sizelimit):
-        info.lo_offset, info.lo_sizelimit = new_offset, new_limit
-        # The client may have turned it off by an fd of its own; a lease relies on it.
-        info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
-        kernel.loop_set_status64(loop_fd, info)
-    else:
+    if (new_offset, new_limit) == old:
         # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
         kernel.loop_set_capacity(loop_fd)
-    return kernel.blkgetsize64(loop_fd)
+        return kernel.blkgetsize64(loop_fd)
+    if device.ours:
+        # The client may have turned it off by an fd of its own, and a lease relies on it.
+        info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
+    info.lo_offset, info.lo_sizelimit = new_offset, new_limit
+    kernel.loop_set_status64(loop_fd, info)
+    size = kernel.blkgetsize64(loop_fd)
+    if size == 0 or (size_limit and size != size_limit):
+        # Only now a file that we do not hold has shown its size: the kernel clamps.
+        info.lo_offset, info.lo_sizelimit = old
+        kernel.loop_set_status64(loop_fd, info)
+        raise InvalidArgs("size-limit: the range is not inside the file")
+    return size
 
 
 def sync(device: LoopDevice) -> None:
@@ -378,7 +500,7 @@ def open_node(device: LoopDevice, *, writable: bool) -> OwnedFd:
         if kernel.blkgetdiskseq(fd.fileno()) != kernel.blkgetdiskseq(device.fd.fileno()):
             raise NoSuchDevice(f"{device.node} is another device now")
         info = kernel.loop_get_status64(device.fd.fileno())
-        if not info.lo_flags & kernel.LO_FLAGS_AUTOCLEAR:
+        if device.ours and not info.lo_flags & kernel.LO_FLAGS_AUTOCLEAR:
             info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
             kernel.loop_set_status64(device.fd.fileno(), info)
         return fd.move()
@@ -393,8 +515,7 @@ def detach(device: LoopDevice) -> None:
     The kernel finishes when the last opener is gone, which `kernel.loop_bound` tells. Nothing is
     raised: autoclear and the closing of our fd end the device even where a step fails.
     """
-    # The file last: its filesystem may make the close wait.
-    with device.file, device.fd:
+    with closing(device):
         loop_fd = device.fd.fileno()
         # Before any lock: it takes as long as the dirty data needs.
         with _tolerated("write back", device.node):

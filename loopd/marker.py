@@ -54,3 +54,8 @@ class Markers:
                     path.unlink(missing_ok=True)
 
         return release
+
+    def claimed(self, number: int) -> bool:
+        """Whether loopN is ours, or is about to be."""
+        with self._lock:
+            return number in self._claims

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The D-Bus library, whichever it is: the wire format and its types, nothing else of it.
+
+dbus-fast is used where it is installed, dbus-next otherwise, and no other module names either.
+Their connections and service classes are not used: see docs in the README, "The bus connection".
+An `h` in a body is the index of a passed fd, in both directions.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    import dbus_fast as _library
+    from dbus_fast import Message, MessageFlag, MessageType, Variant
+    from dbus_fast.__version__ import __version__ as _version
+    from dbus_fast._private.unmarshaller import Unmarshaller
+    from dbus_fast.signature import get_signature_tree
+
+    if int(_version.split(".")[0]) < 5:
+        raise ImportError("dbus-fast before 5 takes one fd per message")
+
+    def _signatures_cached() -> int:
+        return int(get_signature_tree.cache_info().currsize)
+
+    _forget_signatures = get_signature_tree.cache_clear
+except ImportError:
+    import dbus_next as _library
+    from dbus_next import Message, MessageFlag, MessageType, Variant
+    from dbus_next._private.unmarshaller import Unmarshaller
+    from dbus_next.signature import SignatureTree
+
+    def _signatures_cached() -> int:
+        return len(SignatureTree._cache)
+
+    _forget_signatures = SignatureTree._cache.clear
+
+__all__ = ["LIBRARY", "MalformedMessage", "Message", "MessageType", "Variant", "parse", "serialize"]
+
+LIBRARY: str = _library.__name__
+"""The name of the library in use."""
+
+# A client chooses signatures freely, and the caches of both libraries would keep them all.
+_MAX_SIGNATURES = 256
+
+
+class MalformedMessage(Exception):
+    """The library cannot read the message."""
+
+
+def parse(data: bytes | bytearray | memoryview) -> Message:
+    """Read one whole message.
+
+    Raises MalformedMessage for whatever the library has against it.
+    """
+    if _signatures_cached() > _MAX_SIGNATURES:
+        _forget_signatures()
+    try:
+        message = Unmarshaller(io.BytesIO(data)).unmarshall()
+    # The libraries raise whatever comes up: their own errors, struct.error, IndexError,
+    # RecursionError, UnicodeDecodeError. All of it means that this message is not for us.
+    except Exception as exc:
+        raise MalformedMessage(f"{type(exc).__name__}: {exc}") from exc
+    if message is None:
+        raise MalformedMessage("the message is shorter than its header says")
+    return message
+
+
+def serialize(message: Message) -> bytes:
+    """Write one whole message, its fds counted in the header."""
+    return bytes(message._marshall(True))
+
+
+def method_call(
+    destination: str,
+    path: str,
+    interface: str,
+    member: str,
+    signature: str,
+    body: Sequence[Any],
+    *,
+    serial: int,
+    fds: Sequence[int] = (),
+    interactive: bool = False,
+) -> Message:
+    """A method call; `interactive` allows the callee to ask somebody for authorization."""
+    return Message(
+        destination=destination,
+        path=path,
+        interface=interface,
+        member=member,
+        signature=signature,
+        body=list(body),
+        serial=serial,
+        unix_fds=list(fds),
+        flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE,
+    )
+
+
+def method_return(
+    destination: str,
+    reply_serial: int,
+    signature: str,
+    body: Sequence[Any],
+    *,
+    serial: int,
+    fds: Sequence[int] = (),
+) -> Message:
+    """The reply to a call."""
+    return Message(
+        message_type=MessageType.METHOD_RETURN,
+        destination=destination,
+        reply_serial=reply_serial,
+        signature=signature,
+        body=list(body),
+        serial=serial,
+        unix_fds=list(fds),
+        flags=MessageFlag.NO_REPLY_EXPECTED,
+    )
+
+
+def error(destination: str, reply_serial: int, name: str, text: str, *, serial: int) -> Message:
+    """The reply to a call that failed."""
+    return Message(
+        message_type=MessageType.ERROR,
+        destination=destination,
+        reply_serial=reply_serial,
+        error_name=name,
+        signature="s",
+        body=[text],
+        serial=serial,
+        flags=MessageFlag.NO_REPLY_EXPECTED,
+    )
+
+
+def signal(
+    path: str, interface: str, member: str, signature: str, body: Sequence[Any], *, serial: int
+) -> Message:
+    """A signal to everyone who listens."""
+    return Message(
+        message_type=MessageType.SIGNAL,
+        path=path,
+        interface=interface,
+        member=member,
+        signature=signature,
+        body=list(body),
+        serial=serial,
+        flags=MessageFlag.NO_REPLY_EXPECTED,
+    )

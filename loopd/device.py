@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One bound loop device as the manager knows it: ours with a lease, or someone else's without."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from .access import NOBODY
+from .leases import Lease, Place
+from .loopdev import LoopDevice, Status, node
+
+ATTACHED = "attached"
+DETACHING = "detaching"
+
+
+@dataclass(kw_only=True, eq=False)
+class Device:
+    """A device from attach, or from when it was first seen, until the kernel lets go of it."""
+
+    number: int
+    diskseq: int
+    """As it was at attach: it names the attachment, and the object."""
+    status: Status
+    backing_device: int = 0
+    backing_inode: int = 0
+    reference: bytes = b""
+    owner: int = NOBODY
+    loop: LoopDevice | None = None
+    """Our hold on it; None on a foreign one."""
+    lease: Lease | None = None
+    place: Place | None = None
+    state: str = ATTACHED
+    attached_at: int = field(default_factory=lambda: time.time_ns() // 1000)
+    """Microseconds of CLOCK_REALTIME."""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def path(self) -> str:
+        """The object path."""
+        return object_path(self.number, self.diskseq)
+
+    @property
+    def node(self) -> str:
+        """The device node."""
+        return node(self.number)
+
+    @property
+    def managed(self) -> bool:
+        """Whether loopd attached it."""
+        return self.owner != NOBODY
+
+
+PREFIX = "/org/example/Loop1/device/"
+
+
+def object_path(number: int, diskseq: int) -> str:
+    """The object path of an attachment; the kernel name needs no escaping."""
+    return f"{PREFIX}loop{number}_{diskseq}"

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel's events about loop devices, through pyudev, as calls of one function.
+
+The kernel's own events, not udevd's: they tell when a device is bound and unbound whether or not
+udevd runs, and before it has looked.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable
+
+import pyudev
+
+log = logging.getLogger(__name__)
+
+_LOOP = re.compile(r"/block/loop(\d+)(?:/|$)")
+_SLICE = 64  # events at a time, some 30 µs each
+
+
+class Monitor:
+    """Listens from its making on; `on_event` gets the number of a loop device.
+
+    It gets None when events were lost and every device has to be looked at again.
+    """
+
+    def __init__(self, on_event: Callable[[int | None], None]) -> None:
+        self._on_event = on_event
+        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+        self._monitor.filter_by("block")
+        self._monitor.start()
+        # A second handle on the same socket, because pyudev hides the socket's error and polls
+        # for ever on it.
+        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._readable)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+
+    def _readable(self) -> None:
+        lost = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+        numbers = set()
+        try:
+            for _ in range(_SLICE):
+                device = self._monitor.poll(timeout=0)
+                if device is None:
+                    break
+                if found := _LOOP.search(device.device_path):
+                    numbers.add(int(found[1]))
+        except OSError:
+            lost = True
+        if lost:
+            log.info("events of the kernel were lost: looking at all loop devices again")
+            self._on_event(None)
+            return
+        for number in numbers:
+            self._on_event(number)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Questions to polkit, and what its answers mean: everything but a clear yes is a no.
+
+The subject is the caller's bus name and nothing else: pids can be reused, and a uid that a client
+states is worth nothing. No answer is kept: each call asks anew.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from .access import ROOT, Action, Caller
+from .codec import Variant
+from .errors import (
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    LimitsExceeded,
+    LoopError,
+    UntrustedFilesystem,
+)
+
+log = logging.getLogger(__name__)
+
+_NAME = "org.freedesktop.PolicyKit1"
+_PATH = "/org/freedesktop/PolicyKit1/Authority"
+_INTERFACE = "org.freedesktop.PolicyKit1.Authority"
+_ALLOW_USER_INTERACTION = 1
+
+Call = Callable[..., Awaitable[list[Any]]]
+
+
+class Authority:
+    """polkit, asked through `call`, which is a connection's method of that name.
+
+    `timeout` and `interactive_timeout` are the deadlines in seconds without and with somebody to
+    be asked; `max_questions` bounds the questions of one uid that are open at a time.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        *,
+        timeout: float,
+        interactive_timeout: float,
+        max_questions: int,
+    ) -> None:
+        self._call = call
+        self._timeout = timeout
+        self._interactive_timeout = interactive_timeout
+        self._max_questions = max_questions
+        self._questions: Counter[int] = Counter()
+        self._cancellations = itertools.count(1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def require(self, caller: Caller, action: Action, details: Mapping[str, str]) -> None:
+        """Return if the caller may; root always may.
+
+        Raises AccessDenied (UntrustedFilesystem for the action of that name),
+        InteractiveAuthorizationRequired, LimitsExceeded.
+        """
+        if caller.uid == ROOT:
+            return
+        if self._questions[caller.uid] >= self._max_questions:
+            raise LimitsExceeded(
+                f"{self._max_questions} questions to polkit are open for this user already: "
+                "try again when one is answered"
+            )
+        self._questions[caller.uid] += 1
+        try:
+            authorized, challenge = await self._ask(caller, action, details)
+        finally:
+            self._questions[caller.uid] -= 1
+            if not self._questions[caller.uid]:
+                del self._questions[caller.uid]
+        if authorized is True:
+            return
+        if challenge is True and not caller.interactive:
+            raise InteractiveAuthorizationRequired(
+                f"polkit would have to ask for {action}: call again with interactive "
+                "authorization allowed"
+            )
+        if action is Action.ATTACH_UNTRUSTED_FILESYSTEM:
+            raise UntrustedFilesystem(
+                "the file is on a filesystem that may hang (FUSE, network or unknown), which the "
+                "administrator does not allow: copy it to a local disk"
+            )
+        raise AccessDenied(f"polkit does not allow {action}")
+
+    async def _ask(
+        self, caller: Caller, action: Action, details: Mapping[str, str]
+    ) -> tuple[object, object]:
+        cancellation = f"loopd-{next(self._cancellations)}"
+        timeout = self._interactive_timeout if caller.interactive else self._timeout
+        question = asyncio.ensure_future(
+            self._call(
+                _NAME,
+                _PATH,
+                _INTERFACE,
+                "CheckAuthorization",
+                "(sa{sv})sa{ss}us",
+                [
+                    ["system-bus-name", {"name": Variant("s", caller.client.name)}],
+                    str(action),
+                    dict(details),
+                    _ALLOW_USER_INTERACTION if caller.interactive else 0,
+                    cancellation,
+                ],
+                timeout=None,
+            )
+        )
+        await asyncio.wait(
+            {question, caller.client.left}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not question.done():
+            question.cancel()
+            self._cancel(cancellation)
+            caller.client.require_present()
+            raise AccessDenied(f"polkit did not answer within {timeout:g} s")
+        try:
+            ((authorized, challenge, _),) = question.result()
+        except (LoopError, ValueError, TypeError) as exc:
+            log.warning("polkit could not be asked for %s: %s", action, exc)
+            raise AccessDenied("polkit could not be asked, so the answer is no") from exc
+        return authorized, challenge
+
+    def _cancel(self, cancellation: str) -> None:
+        """Take a question back, so that no prompt stays on anybody's screen."""
+
+        async def cancel() -> None:
+            try:
+                await self._call(
+                    _NAME,
+                    _PATH,
+                    _INTERFACE,
+                    "CancelCheckAuthorization",
+                    "s",
+                    [cancellation],
+                    timeout=self._timeout,
+                )
+            except LoopError as exc:
+                log.debug("polkit did not take a question back: %s", exc)
+
+        task = asyncio.ensure_future(cancel())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one place where threads start: whatever can block runs here, off the event loop."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from .errors import TimedOut
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class Threads:
+    """Three bounded pools: calls into the kernel, closes of clients' files, device removals.
+
+    They are apart because each can be stuck for as long as somebody else likes: a call on a
+    hanging file, the flush of one, or a device that stays busy.
+    """
+
+    def __init__(self) -> None:
+        self._calls = ThreadPoolExecutor(64, "call")
+        self._closes = ThreadPoolExecutor(8, "close")
+        self._removals = ThreadPoolExecutor(16, "removal")
+
+    async def run(
+        self,
+        function: Callable[[], _T],
+        *,
+        timeout: float | None = None,
+        late: Callable[[_T], object] = lambda result: None,
+    ) -> _T:
+        """Call a function in a thread and wait for it, at most `timeout` seconds.
+
+        The thread goes on when the time is over, and `late` gets what it returns then, in that
+        thread. Raises TimedOut.
+        """
+        future = self._calls.submit(function)
+        waited = asyncio.wrap_future(future)
+        await asyncio.wait([waited], timeout=timeout)
+        if waited.done():
+            return waited.result()
+        waited.add_done_callback(_note_late)
+        future.add_done_callback(lambda done: done.exception() or late(done.result()))
+        raise TimedOut(f"the kernel did not finish within {timeout:g} s")
+
+    def close_fd(self, fd: int) -> None:
+        """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
+        self._closes.submit(_close, fd)
+
+    def remove(self, function: Callable[[int], bool], number: int) -> None:
+        """Remove a loop device in nobody's way."""
+        self._removals.submit(function, number).add_done_callback(_note_late)
+
+    def stop(self) -> bool:
+        """Take no more work, and say whether every thread is idle."""
+        pools = (self._calls, self._closes, self._removals)
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=pool is self._removals)
+        return not any(thread.is_alive() for pool in pools for thread in pool._threads)
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError as exc:
+        # The fd is gone all the same; the error is the client's to see, on its own fd.
+        log.debug("closing a client's file: %s", exc.strerror)
+
+
+def _note_late(future: "asyncio.Future[object] | Future[bool]") -> None:
+    if not future.cancelled() and (exc := future.exception()):
+        log.debug("a thread that nobody waits for ended with: %s", exc)

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A connection to a message bus for daemon and client alike: sockets, fds, calls and replies.
+
+Ours, on top of the library's codec, because the libraries' own connections take a full socket for
+a lost one, leave received fds open and read for as long as others send. Reading and writing
+happen on the event loop in bounded slices; nothing here blocks after `connect`.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import struct
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from . import codec, errors, frame
+from .fd import OwnedFd
+
+log = logging.getLogger(__name__)
+
+BUS_NAME = "org.freedesktop.DBus"
+BUS_PATH = "/org/freedesktop/DBus"
+SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+
+_CHUNK = 65536
+_MAX_FDS = 253  # SCM_MAX_FD
+_SLICE = 0.005  # seconds of reading before others get their turn
+_CONNECT_TIMEOUT = 10.0
+# What waits for a slow bus: all in all, and before it for one destination.
+_MAX_QUEUED = 16 << 20
+_MAX_QUEUED_PER_DESTINATION = 4 << 20
+
+
+class BusError(Exception):
+    """The bus cannot be reached or was lost."""
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    data: memoryview
+    fds: Sequence[int]
+    destination: str
+    written: asyncio.Future[None]
+
+
+def system_bus_address() -> str:
+    """Where the system bus is, as libdbus finds it."""
+    return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS
+
+
+class Connection:
+    """One connection, which knows its unique name once `hello` has returned.
+
+    `on_call` and `on_signal` get frames and return at once; fds they do not take out of
+    `frame.fds` are closed by `close_fd`. `on_lost` is called once when the bus is gone.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        max_message: int,
+        on_call: Callable[[frame.Frame], None],
+        on_signal: Callable[[frame.Frame], None],
+        on_lost: Callable[[str], None],
+        close_fd: Callable[[int], None] = os.close,
+    ) -> None:
+        self._socket = sock
+        self._reader = frame.Reader(max_message)
+        self._on_call = on_call
+        self._on_signal = on_signal
+        self._on_lost = on_lost
+        self._close_fd = close_fd
+        self._loop = asyncio.get_running_loop()
+        self._serials = itertools.cycle(range(1, 1 << 32))
+        self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
+        self._queue: deque[_Outgoing] = deque()
+        self._queued: Counter[str] = Counter()
+        self._lost = False
+        self.unique_name = ""
+        self._loop.add_reader(sock, self._readable)
+
+    # --- outgoing -------------------------------------------------------------------------------
+
+    async def hello(self) -> None:
+        """Say hello to the bus and learn the unique name."""
+        (self.unique_name,) = await self.call_bus("Hello", "", [])
+
+    async def call_bus(
+        self, member: str, signature: str, body: Sequence[Any], *, timeout: float = 10.0
+    ) -> list[Any]:
+        """Call a method of the bus itself and return the body of the reply."""
+        return await self.call(
+            BUS_NAME, BUS_PATH, BUS_NAME, member, signature, body, timeout=timeout
+        )
+
+    async def call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        timeout: float | None,
+        interactive: bool = False,
+        fds: Sequence[int] = (),
+    ) -> list[Any]:
+        """Call a method and return the reply's body; fds in the reply are closed.
+
+        Raises the error that the reply names, TimedOut after `timeout` seconds, BusError.
+        """
+        reply, reply_fds = await self.call_with_fds(
+            destination,
+            path,
+            interface,
+            member,
+            signature,
+            body,
+            timeout=timeout,
+            interactive=interactive,
+            fds=fds,
+        )
+        for fd in reply_fds:
+            fd.close()
+        return reply
+
+    async def call_with_fds(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        timeout: float | None,
+        interactive: bool = False,
+        fds: Sequence[int] = (),
+    ) -> tuple[list[Any], list[OwnedFd]]:
+        """As `call`, and return the reply's fds too, which the caller owns then."""
+        serial = next(self._serials)
+        message = codec.method_call(
+            destination,
+            path,
+            interface,
+            member,
+            signature,
+            body,
+            serial=serial,
+            fds=fds,
+            interactive=interactive,
+        )
+        future: asyncio.Future[tuple[codec.Message, list[OwnedFd]]] = self._loop.create_future()
+        self._calls[serial] = (destination, future)
+        try:
+            self._send(message, destination)
+            async with asyncio.timeout(timeout):
+                reply, reply_fds = await future
+        except TimeoutError as exc:
+            raise errors.TimedOut(f"{destination} did not answer {member} in time") from exc
+        finally:
+            del self._calls[serial]
+        if reply.message_type == codec.MessageType.ERROR:
+            for fd in reply_fds:
+                fd.close()
+            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
+            raise errors.by_name(reply.error_name or "", text)
+        return reply.body, reply_fds
+
+    def reply(
+        self, to: frame.Header, signature: str, body: Sequence[Any], fds: Sequence[int] = ()
+    ) -> asyncio.Future[None]:
+        """Answer a call; the fds must stay open until the future is done."""
+        message = codec.method_return(
+            to.sender, to.serial, signature, body, serial=next(self._serials), fds=fds
+        )
+        return self._send(message, to.sender)
+
+    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+        """Answer a call with an error."""
+        message = codec.error(to.sender, to.serial, name, text, serial=next(self._serials))
+        self._send(message, to.sender)
+
+    def emit(
+        self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
+    ) -> None:
+        """Send a signal to everyone who listens."""
+        message = codec.signal(path, interface, member, signature, body, serial=next(self._serials))
+        self._send(message, "")
+
+    async def drain(self) -> None:
+        """Wait until all that was sent is with the bus."""
+        while self._queue and not self._lost:
+            await asyncio.wait([self._queue[-1].written])
+
+    def close(self) -> None:
+        """Close the connection without telling `on_lost`."""
+        self._lost = True
+        self._finish(BusError("the connection was closed"))
+
+    def _send(self, message: codec.Message, destination: str) -> asyncio.Future[None]:
+        written: asyncio.Future[None] = self._loop.create_future()
+        if self._lost:
+            written.cancel()
+            raise BusError("the connection to the bus is lost")
+        data = memoryview(codec.serialize(message))
+        if not self._make_room(destination, len(data)):
+            log.warning("the bus is slow: dropped a message for %s", destination or "everyone")
+            written.cancel()
+            return written
+        self._queue.append(_Outgoing(data, message.unix_fds, destination, written))
+        self._queued[destination] += len(data)
+        if len(self._queue) == 1:
+            self._writable()
+        return written
+
+    def _make_room(self, destination: str, size: int) -> bool:
+        """Whether a message may wait; whoever fills the queue loses what waits for it."""
+        if self._queued[destination] + size > _MAX_QUEUED_PER_DESTINATION:
+            return False
+        if self._queued.total() + size > _MAX_QUEUED:
+            filler = max(self._queued, key=self._queued.__getitem__)
+            log.warning("the bus is slow: dropped what waited for %s", filler or "everyone")
+            first, *rest = self._queue  # the first may be half written
+            self._queue = deque([first])
+            for outgoing in rest:
+                if outgoing.destination == filler:
+                    outgoing.written.cancel()
+                    self._queued[filler] -= len(outgoing.data)
+                else:
+                    self._queue.append(outgoing)
+        return True
+
+    def _writable(self) -> None:
+        try:
+            while self._queue:
+                first = self._queue[0]
+                ancillary = (
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(first.fds)}i", *first.fds))]
+                    if first.fds
+                    else []
+                )
+                sent = self._socket.sendmsg(
+                    [first.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                )
+                first.data, first.fds = first.data[sent:], ()
+                self._queued[first.destination] -= sent
+                if not first.data:
+                    self._queue.popleft()
+                    if not self._queued[first.destination]:
+                        del self._queued[first.destination]
+                    if not first.written.done():
+                        first.written.set_result(None)
+        except BlockingIOError:
+            # A full socket is no lost one: what is left goes when there is room.
+            self._loop.add_writer(self._socket, self._writable)
+            return
+        except OSError as exc:
+            self._loop.call_soon(self._lose, f"cannot write to the bus: {exc.strerror}")
+        self._loop.remove_writer(self._socket)
+
+    # --- incoming -------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        end = time.monotonic() + _SLICE
+        try:
+            while not self._lost:
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    _CHUNK,
+                    socket.CMSG_SPACE(_MAX_FDS * 4),
+                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
+                )
+                fds = [
+                    fd
+                    for level, kind, content in ancillary
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+                    for (fd,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])
+                ]
+                if not data:
+                    self._lose("the bus closed the connection")
+                    return
+                lost = bool(flags & socket.MSG_CTRUNC)
+                for incoming in self._reader.feed(data, fds, fds_lost=lost):
+                    self._dispatch(incoming)
+                if time.monotonic() > end:
+                    return  # the event loop calls again after the others
+        except BlockingIOError:
+            pass
+        except frame.MalformedStream as exc:
+            self._lose(f"the bus sent what is no message: {exc}")
+        except OSError as exc:
+            self._lose(f"cannot read from the bus: {exc.strerror}")
+
+    def _dispatch(self, incoming: frame.Frame) -> None:
+        try:
+            header = incoming.header
+            if header is None:
+                return
+            if header.type == frame.METHOD_CALL:
+                self._on_call(incoming)
+            elif header.type == frame.SIGNAL:
+                self._on_signal(incoming)
+            elif header.type in (frame.METHOD_RETURN, frame.ERROR):
+                self._on_reply(header, incoming)
+        finally:
+            # Whatever nobody has taken by now, nobody will.
+            for fd in incoming.fds:
+                self._close_fd(fd)
+
+    def _on_reply(self, header: frame.Header, incoming: frame.Frame) -> None:
+        destination, future = self._calls.get(header.reply_serial, ("", None))
+        if future is None or future.done():
+            return
+        # A well-known name answers under its owner's unique one, the bus as itself.
+        if (destination[0] == ":" or destination == BUS_NAME) and header.sender != destination:
+            return
+        if incoming.fds_lost:
+            future.set_exception(errors.Failed("the file descriptors of a reply were lost"))
+            return
+        try:
+            reply = codec.parse(incoming.data)
+        except codec.MalformedMessage as exc:
+            log.warning("%s sent a reply that cannot be read: %s", header.sender, exc)
+            future.set_exception(errors.Failed("the reply cannot be read"))
+            return
+        fds = [OwnedFd(fd, self._close_fd) for fd in incoming.fds]
+        incoming.fds = []
+        future.set_result((reply, fds))
+
+    def _lose(self, why: str) -> None:
+        if not self._lost:
+            self._lost = True
+            self._finish(BusError(why))
+            self._on_lost(why)
+
+    def _finish(self, error: BusError) -> None:
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        for fd in self._reader.take_fds():
+            self._close_fd(fd)
+        for _, future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        for outgoing in self._queue:
+            if not outgoing.written.done():
+                outgoing.written.cancel()
+        self._queue.clear()
+
+
+def connect(address: str) -> socket.socket:
+    """Connect and authenticate, fds allowed; blocks for as long as the bus needs, at most 10 s.
+
+    `address` is a D-Bus server address, several separated by ";". Raises BusError.
+    """
+    problem = f"no address of a bus that can be used: {address!r}"
+    for part in filter(None, address.split(";")):
+        transport, _, rest = part.partition(":")
+        keys = dict(pair.split("=", 1) for pair in rest.split(",") if "=" in pair)
+        if transport != "unix" or not (keys.get("path") or keys.get("abstract")):
+            continue
+        if "path" in keys:
+            where = unquote_to_bytes(keys["path"])
+        else:
+            where = b"\0" + unquote_to_bytes(keys["abstract"])
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(_CONNECT_TIMEOUT)
+            sock.connect(where)
+            _authenticate(sock)
+            sock.setblocking(False)
+        except (OSError, BusError) as exc:
+            sock.close()
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+            problem = f"cannot connect to the bus at {part}: {reason}"
+            continue
+        return sock
+    raise BusError(problem)
+
+
+def _authenticate(sock: socket.socket) -> None:
+    # All at once, as sd-bus does: after BEGIN the bus says nothing before we do.
+    uid = str(os.geteuid()).encode().hex()
+    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n".encode())
+    answer = b""
+    while answer.count(b"\r\n") < 2:
+        data = sock.recv(512)
+        if not data or len(answer) > 4096:
+            raise BusError("the bus ended the authentication")
+        answer += data
+    if not answer.startswith(b"OK ") or b"\r\nAGREE_UNIX_FD" not in answer:
+        with contextlib.suppress(UnicodeDecodeError):
+            raise BusError(f"the bus refused the authentication: {answer.decode().strip()}")
+        raise BusError("the bus refused the authentication")
