@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """loopd itself as a child process on a private bus, under either D-Bus library.
 
-The library is chosen from outside: a module that is None in sys.modules cannot be imported.  In the
-same way a `prelude` of Python, run in the daemon's interpreter before the daemon, replaces functions
-of loopd.kernel by others.  Nothing in the product knows of the tests.
+The library is chosen from outside: a module that is None in sys.modules cannot be imported.  In
+the same way a `prelude` of Python, run in the daemon's interpreter before the daemon, replaces
+functions of loopd.kernel by others.  Nothing in the product knows of the tests.
 """
 
 import os
@@ -18,9 +18,10 @@ from typing import Any, Self
 
 from tests.harness import wire
 from tests.harness.area import CHECKOUT, area
-from tests.harness.bus import BUS, LOOPD, PrivateBus
+from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.deadline import Deadline
 from tests.harness.process import Process
+from tests.harness.raw import BUS
 
 LIBRARIES = ("dbus_next", "dbus_fast")
 
@@ -228,7 +229,10 @@ def _ping(call: Callable[..., Any], deadline: Deadline) -> None:
     """Have the daemon do something: any answer will do, even a refusal."""
     try:
         call(
-            "/org/example/Loop1", f"{BUS}.Peer", "Ping", destination=LOOPD,
+            "/org/example/Loop1",
+            f"{BUS}.Peer",
+            "Ping",
+            destination=LOOPD,
             timeout=deadline.remaining,
         )
     except wire.CallError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The authority on a private bus: the real polkitd, or a double that does what polkitd cannot be made to.
+"""The authority on a private bus: the real polkitd, or a double that does as it is told.
 
 RealPolkit sees our policy file and the rules it is given, and nothing of the host's; the host sees
 nothing of it.  PolkitDouble answers from a thread of the test, as programmed, and writes down every
@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from tests.harness import wire
 from tests.harness.area import CHECKOUT, area
-from tests.harness.bus import BUS, POLKIT, PrivateBus
+from tests.harness.bus import POLKIT, PrivateBus
 from tests.harness.deadline import DEFAULT_TIMEOUT, Deadline
 from tests.harness.process import Process
-from tests.harness.raw import Disconnected, RawClient
+from tests.harness.raw import BUS, DisconnectedError, RawClient
 
 POLKITD = Path("/usr/lib/polkit-1/polkitd")
 OUR_ACTIONS = CHECKOUT / "polkit" / "org.example.loop1.policy"
@@ -228,7 +228,7 @@ class PolkitDouble:
     def wait_question(
         self, action: str | None = None, *, count: int = 1, timeout: float | None = None
     ) -> Question:
-        """Wait until `count` questions (about `action`) have come in all; return the last of them."""
+        """Wait until `count` questions (about `action`) have come in all; return the last one."""
 
         def asked() -> list[Question]:
             return [each for each in self.questions if action in (None, each.action)]
@@ -261,7 +261,7 @@ class PolkitDouble:
                 if self._wake[0] in ready:
                     return
                 self._client.received.append(self._client.receive())
-        except Disconnected:
+        except DisconnectedError:
             pass  # by Answer.DIE, or the bus has gone
         except Exception as exc:  # noqa: BLE001 - raised again by stop() and the waits
             with self._changed:
@@ -309,20 +309,18 @@ class PolkitDouble:
             assert self._client is not None
             self._client.close()
             self._changed.notify_all()
-            raise Disconnected
+            raise DisconnectedError
         if answer is Answer.ERROR:
             self._error(question, f"{POLKIT}.Error.Failed", "the double was told to fail")
             return
-        body = [(answer is Answer.ALLOW, answer is Answer.CHALLENGE, {})]
+        body: list[Any] = [(answer is Answer.ALLOW, answer is Answer.CHALLENGE, {})]
         self._reply(question.asker, question.serial, "(bba{ss})", body)
 
     def _error(self, question: Question, name: str, text: str) -> None:
         self._send_error(question.asker, question.serial, name, text)
 
     def _send_error(self, asker: str, serial: int, name: str, text: str) -> None:
-        self._answer(
-            asker, serial, type=wire.ERROR, error_name=name, signature="s", args=[text]
-        )
+        self._answer(asker, serial, type=wire.ERROR, error_name=name, signature="s", args=[text])
 
     def _reply(
         self, asker: str, serial: int, signature: str = "", args: list[Any] | None = None

@@ -86,20 +86,21 @@ class Process:
                 "HOME": account.pw_dir,
             }
         variables.update(environment or {})
+        no_groups: list[int] = []
         changes_user = account is not None and account.pw_uid != os.getuid()
         if changes_user and os.getuid() != 0:
             raise PermissionError(f"only root can start a program as {user}")
-        self._popen = subprocess.Popen(
+        self._popen: subprocess.Popen[bytes] = subprocess.Popen(
             [str(argument) for argument in arguments],
             env=variables,
             cwd="/",
             stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=self.log,
-            stderr=self.log,
+            stdout=self.log.fileno(),
+            stderr=self.log.fileno(),
             pass_fds=pass_fds,
             user=account.pw_uid if account and changes_user else None,
             group=account.pw_gid if account and changes_user else None,
-            extra_groups=[] if changes_user else None,
+            extra_groups=no_groups if changes_user else None,
         )
         self.pid = self._popen.pid
         self.pidfd = os.pidfd_open(self.pid)

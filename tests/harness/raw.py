@@ -30,7 +30,7 @@ BUS_PATH = "/org/freedesktop/DBus"
 MAX_FDS = 253
 
 
-class Disconnected(Exception):
+class DisconnectedError(Exception):
     """The bus closed the connection."""
 
 
@@ -150,7 +150,7 @@ class RawClient:
             except BlockingIOError:
                 continue
             except (BrokenPipeError, ConnectionResetError) as exc:
-                raise Disconnected("the bus closed the connection") from exc
+                raise DisconnectedError("the bus closed the connection") from exc
             view, rights = view[sent:], []
 
     # Receiving
@@ -217,12 +217,12 @@ class RawClient:
                 65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError as exc:
-            raise Disconnected("the bus closed the connection") from exc
+            raise DisconnectedError("the bus closed the connection") from exc
         for level, kind, payload in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds += array.array("i", payload)
         if not data:
-            raise Disconnected("the bus closed the connection")
+            raise DisconnectedError("the bus closed the connection")
         self._data += data
 
     def wait_disconnected(self, timeout: float | None = None) -> None:
@@ -231,7 +231,7 @@ class RawClient:
         try:
             while True:
                 self.received.append(self._next(deadline, "the bus closing the connection"))
-        except Disconnected:
+        except DisconnectedError:
             return
 
     # Calling

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """D-Bus messages as bytes: marshalling of our own, independent of the libraries under test.
 
-marshal() and unmarshal() know every type; an `h` is any unsigned number, nothing checks it.  Arrays of
-bytes are bytes, dictionaries dict, structs tuple, variants Variant.  build() makes a message whose
-header says exactly what it is told, true or not; parse() reads one back.
+marshal() and unmarshal() know every type; an `h` is any unsigned number, nothing checks it.  Arrays
+of bytes are bytes, dictionaries dict, structs tuple, variants Variant.  build() makes a message
+whose header says exactly what it is told, true or not; parse() reads one back.
 """
 
 import struct
