@@ -71,7 +71,7 @@ done; \
 [ -z "$$missing" ] || { \
 	echo "make: installing Debian packages:$$missing"; \
 	$(SUDO) apt-get update -qq && \
-	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 }
 endef
 
@@ -122,12 +122,12 @@ define fill
 @chmod 644 $(DESTDIR)$(2)
 endef
 
-# The bus watches only directories that were there when it started.
+# They would see it by themselves, but not at once. Where one of them does not run it sees it later.
 define reload
 @[ -n '$(DESTDIR)' ] || { \
 	systemctl daemon-reload; udevadm control --reload; \
-	dbus-send --system --type=method_call --dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig; \
-} 2>/dev/null || true
+	dbus-send --system --print-reply --dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig; \
+} >/dev/null 2>&1 || true
 endef
 
 clean:
