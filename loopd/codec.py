@@ -23,6 +23,7 @@ try:
     def _signatures_cached() -> int:
         return int(get_signature_tree.cache_info().currsize)
 
+    _signature_tree = get_signature_tree
     _forget_signatures = get_signature_tree.cache_clear
 except ImportError:
     import dbus_next as _library
@@ -33,6 +34,7 @@ except ImportError:
     def _signatures_cached() -> int:
         return len(SignatureTree._cache)
 
+    _signature_tree = SignatureTree
     _forget_signatures = SignatureTree._cache.clear
 
 __all__ = ["LIBRARY", "MalformedMessage", "Message", "MessageType", "Variant", "parse", "serialize"]
@@ -64,6 +66,11 @@ def parse(data: bytes | bytearray | memoryview) -> Message:
     if message is None:
         raise MalformedMessage("the message is shorter than its header says")
     return message
+
+
+def argument_types(signature: str) -> list[str]:
+    """The complete types of a signature of ours."""
+    return [argument.signature for argument in _signature_tree(signature).types]
 
 
 def serialize(message: Message) -> bytes:

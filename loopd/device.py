@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .access import NOBODY
 from .leases import Lease, Place
+from .overlap import Mapping
 from .loopdev import LoopDevice, Status, node
 
 ATTACHED = "attached"
@@ -48,6 +49,23 @@ class Device:
     def managed(self) -> bool:
         """Whether loopd attached it."""
         return self.owner != NOBODY
+
+    @property
+    def mapping(self) -> Mapping:
+        """The bytes of its file that it maps."""
+        status = self.status
+        return Mapping(
+            device=self.backing_device,
+            inode=self.backing_inode,
+            start=status.offset,
+            end=status.offset + status.size,
+            writable=not status.read_only,
+        )
+
+    @property
+    def lifetime(self) -> str:
+        """The lifetime of its lease; empty without one."""
+        return self.lease.lifetime if self.lease else ""
 
 
 PREFIX = "/org/example/Loop1/device/"

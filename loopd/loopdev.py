@@ -430,9 +430,7 @@ def open_existing(number: int, diskseq: int) -> LoopDevice:
 # --- resize -------------------------------------------------------------------------------------
 
 
-def resize(
-    device: LoopDevice, *, offset: int | None, size_limit: int | None, force: bool
-) -> int:
+def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, force: bool) -> int:
     """Change offset and limit, or with neither take up the file's size; returns the new size.
 
     All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already

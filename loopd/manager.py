@@ -9,11 +9,11 @@ import asyncio
 import errno
 import logging
 import re
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from . import access, backing, blockdev, kernel, loopdev
 from .access import ROOT, Caller, Client, Operation
@@ -27,12 +27,16 @@ from .errors import (
     LoopError,
     NoSuchDevice,
     NotSupported,
+    Overlap,
     TimedOut,
 )
 from .fd import OwnedFd
 from .leases import CONNECTION, Lease, Leases, Place, Quota
 from .marker import Markers
+from .overlap import Mapping
 from .polkit import Authority
+from .registry import Registry
+from .tasks import Tasks
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -41,8 +45,6 @@ _T = TypeVar("_T")
 
 # How long Detach waits for udev and other short-lived openers.
 _DETACH_WAIT = 1.0
-# How long a foreign device is asked for what sysfs does not show.
-_FOREIGN_TIMEOUT = 2.0
 # From this version on a loop device is never unbound before its last close.
 _NEVER_UNBOUND_WHILE_OPEN = (6, 11)
 _NODE = re.compile(r"(?:/dev/)?loop(\d{1,7})", re.ASCII)
@@ -58,15 +60,16 @@ class AttachOptions:
     sector_size: int = 512
     direct_io: bool | None = None
     reference: bytes = b""
+    allow_overlap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listeners:
-    """Who is told of devices, each time before the caller that caused it has its answer."""
+class ResizeOptions:
+    """What a client asks for; None means as it is, in bytes."""
 
-    added: Callable[[Device], None]
-    changed: Callable[[Device], None]
-    removed: Callable[[Device], None]
+    offset: int | None = None
+    size_limit: int | None = None
+    force: bool = False
 
 
 class Manager:
@@ -78,34 +81,21 @@ class Manager:
         threads: Threads,
         authority: Authority,
         markers: Markers,
-        listeners: Listeners,
+        registry: Registry,
     ) -> None:
         self._config = config
         self._threads = threads
         self._authority = authority
         self._markers = markers
-        self._listeners = listeners
+        self._registry = registry
         self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
         self._leases = Leases()
-        self.quota = Quota(
-            per_user=config.limits.devices_per_user, in_all=config.limits.devices
-        )
-        self._devices: dict[str, Device] = {}
-        self._by_number: dict[int, Device] = {}
+        self.quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
+        self._binding: set[Mapping] = set()
+        self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
-        self._looking: dict[int, bool] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- finding --------------------------------------------------------------------------------
-
-    @property
-    def devices(self) -> Iterable[Device]:
-        """All devices, ours and others'."""
-        return self._devices.values()
-
-    def device_at(self, path: str) -> Device | None:
-        """The device with this object path."""
-        return self._devices.get(path)
 
     def device_by_node(self, name: str) -> Device:
         """The device called /dev/loop3 or loop3.
@@ -115,7 +105,7 @@ class Manager:
         match = _NODE.fullmatch(name)
         if not match:
             raise InvalidArgs("node: not of the form /dev/loop3 or loop3")
-        device = self._by_number.get(int(match[1]))
+        device = self._registry.numbered(int(match[1]))
         if device is None:
             raise NoSuchDevice(f"loop{int(match[1])} has no file attached")
         return device
@@ -139,7 +129,7 @@ class Manager:
         file = named.file
         found = [
             device
-            for device in self._devices.values()
+            for device in self._registry
             if (device.backing_device, device.backing_inode) == (file.device, file.inode)
         ]
         found = [device for device in found if device.owner == caller.uid] or found
@@ -162,11 +152,13 @@ class Manager:
             request = self._request(backing_file, options)
             await self._require_attach(caller, backing_file, request)
             caller.client.require_present()
+            mapping = self._admit_mapping(backing_file, request, options.allow_overlap)
             # From here on a task of its own goes through to the end, whatever the caller does.
             abandoned = asyncio.Event()
             place = self.quota.take(caller.uid)
-            binding = self._start(
-                self._bind(caller, file.move(), backing_file, request, place, abandoned)
+            self._binding.add(mapping)
+            binding = self._tasks.start(
+                self._bind(caller, file.move(), backing_file, request, mapping, place, abandoned)
             )
         timeout = self._config.deadlines.operation
         await asyncio.wait([binding], timeout=timeout)
@@ -175,9 +167,7 @@ class Manager:
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return binding.result()
 
-    def _request(
-        self, file: backing.BackingFile, options: AttachOptions
-    ) -> loopdev.AttachRequest:
+    def _request(self, file: backing.BackingFile, options: AttachOptions) -> loopdev.AttachRequest:
         read_only, direct_io = options.read_only, options.direct_io
         return loopdev.AttachRequest(
             # A sealed memfd is writable by its mode: saying nothing does not mean read-only.
@@ -210,11 +200,13 @@ class Manager:
         file: OwnedFd,
         backing_file: backing.BackingFile,
         request: loopdev.AttachRequest,
+        mapping: Mapping,
         place: Place,
         abandoned: asyncio.Event,
     ) -> Device:
         """Attach in a thread and record it, or undo it if nobody waits for it any more."""
-        with place:
+        with place, ExitStack() as admitted:
+            admitted.callback(self._binding.discard, mapping)
             loop, status = await self._threads.run(
                 partial(_attach, file, backing_file, request, partial(self._claim, caller.uid))
             )
@@ -237,9 +229,32 @@ class Manager:
             )
             device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
             self._leases.grant(device.lease)
-            self._record(device)
+            self._registry.record(device)
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
+
+    def _admit_mapping(
+        self, file: backing.BackingFile, request: loopdev.AttachRequest, allow_overlap: bool
+    ) -> Mapping:
+        """What the device would map; raises Overlap if that is in somebody's way."""
+        size = request.size_limit or max(file.identity.size - request.offset, 0)
+        mapping = Mapping(
+            device=file.identity.device,
+            inode=file.identity.inode,
+            start=request.offset,
+            end=request.offset + size,
+            writable=not request.read_only,
+        )
+        if not allow_overlap:
+            if any(mapping.conflicts_with(other) for other in self._binding):
+                raise Overlap("the same bytes of the file are being attached in another call")
+            for device in self._registry:
+                if mapping.conflicts_with(device.mapping):
+                    raise Overlap(
+                        f"{device.node} maps the same bytes of the file, and one of the two is "
+                        "writable: detach it, attach both read-only, or pass allow-overlap"
+                    )
+        return mapping
 
     def _claim(self, uid: int, number: int) -> Callable[[], None]:
         """Take a number from the thread that is about to bind it."""
@@ -248,16 +263,9 @@ class Manager:
         def undo() -> None:
             release()
             # Someone else may have bound it, which nobody looked at while it was ours.
-            self._loop.call_soon_threadsafe(self.look_at, number)
+            self._loop.call_soon_threadsafe(self._registry.look_at, number)
 
         return undo
-
-    def _record(self, device: Device) -> None:
-        if former := self._by_number.get(device.number):
-            self._gone(former)  # the kernel's event about it is still on its way
-        self._devices[device.path] = device
-        self._by_number[device.number] = device
-        self._listeners.added(device)
 
     # --- operations on a device -----------------------------------------------------------------
 
@@ -265,34 +273,35 @@ class Manager:
         self,
         caller: Caller,
         device: Device,
-        *,
-        offset: int | None = None,
-        size_limit: int | None = None,
-        force: bool = False,
+        options: ResizeOptions,
     ) -> int:
         """Change offset and limit, or take up the file's size; returns the new size in bytes."""
         await self._require(caller, Operation.RESIZE, device)
         size = await self._with_loop(
-            device, partial(loopdev.resize, offset=offset, size_limit=size_limit, force=force)
+            device,
+            partial(
+                loopdev.resize,
+                offset=options.offset,
+                size_limit=options.size_limit,
+                force=options.force,
+            ),
         )
-        await self._refresh(device)
+        await self._registry.refresh(device)
         return size
 
-    async def resize_by_fd(
-        self, caller: Caller, fd: OwnedFd, *, offset: int | None, size_limit: int | None, force: bool
-    ) -> int:
+    async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
         """As `resize`, on what the fd names."""
         device, partition = await self._named(caller, fd)
         if partition:
             raise NotSupported("partitions cannot be resized yet: pass the device or its file")
-        return await self.resize(caller, device, offset=offset, size_limit=size_limit, force=force)
+        return await self.resize(caller, device, options)
 
     async def sync(self, caller: Caller, device: Device) -> None:
         """Write back what is dirty; the caller sees the error."""
         await self._require(caller, Operation.SYNC, device)
         await self._with_loop(device, loopdev.sync)
 
-    async def open(self, caller: Caller, device: Device, *, writable: bool) -> OwnedFd:
+    async def open(self, caller: Caller, device: Device, writable: bool) -> OwnedFd:
         """A new fd on the device's node."""
         if caller.uid != ROOT and kernel.release() < _NEVER_UNBOUND_WHILE_OPEN:
             # CLR_FD by the last opener would unbind and leave it an fd on the next user's image.
@@ -340,7 +349,7 @@ class Manager:
         self._require_known(device)
 
     def _require_known(self, device: Device) -> None:
-        if self._devices.get(device.path) is not device:
+        if not self._registry.knows(device):
             raise NoSuchDevice(f"{device.node} is gone")
 
     def _require_attached(self, device: Device) -> None:
@@ -382,16 +391,16 @@ class Manager:
     def client_left(self, client: Client) -> None:
         """Let go of all that a connection held."""
         for lease in self._leases.held_by(client.name):
-            device = self._devices[lease.device]
-            log.info("%s has left: detaching %s", client.name, device.node)
-            self._let_go(device)
+            if device := self._registry.at(lease.device):
+                log.info("%s has left: detaching %s", client.name, device.node)
+                self._let_go(device)
 
     async def stop(self, timeout: float) -> None:
         """Let go of all our devices, and wait at most `timeout` seconds for the kernel.
 
         What remains carries autoclear, and goes when its last user closes it.
         """
-        managed = [device for device in self._devices.values() if device.managed]
+        managed = [device for device in self._registry if device.managed]
         for device in managed:
             self._let_go(device)
         waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]
@@ -407,8 +416,8 @@ class Manager:
         device.state = DETACHING
         self._leases.end(device.path)
         device.lease = None
-        self._listeners.changed(device)
-        self._start(self._clear(device))
+        self._registry.changed(device)
+        self._tasks.start(self._clear(device))
 
     async def _clear(self, device: Device) -> None:
         def clear() -> bool:
@@ -421,112 +430,24 @@ class Manager:
         except (LoopError, OSError) as exc:
             log.warning("cannot detach %s: %s", device.node, exc)
             bound = True
-        if not bound and self._devices.get(device.path) is device:
-            self._gone(device)
+        if not bound:
+            self._registry.forget(device)
         else:
             # Others have it open. The kernel tells when it is unbound; it may just have.
-            self.look_at(device.number)
+            self._registry.look_at(device.number)
 
-    def _gone(self, device: Device) -> None:
-        """Forget a device that the kernel has let go of."""
-        del self._devices[device.path]
-        if self._by_number.get(device.number) is device:
-            del self._by_number[device.number]
+    def device_gone(self, device: Device) -> None:
+        """Clean up after a device that the kernel has let go of, whoever caused that."""
         self._leases.end(device.path)
         if device.place:
             device.place.free()
-        device.gone.set()
-        self._listeners.removed(device)
         if device.loop:
             if device.state == ATTACHED:
-                # Behind our back; our fds are still open.
-                self._start(self._threads.run(device.loop.close))
+                # Behind our back, and our fds are still open.
+                self._tasks.start(self._threads.run(device.loop.close))
             device.loop.release_mark()
             self._threads.remove(loopdev.remove, device.number)
             log.info("%s is gone", device.node)
-
-    # --- what the kernel says -------------------------------------------------------------------
-
-    async def look_at_all(self) -> None:
-        """Look at every loop device there is."""
-        numbers = await self._threads.run(kernel.loop_numbers)
-        await asyncio.gather(*(self._look(number) for number in {*numbers, *self._by_number}))
-
-    def look_at(self, number: int | None) -> None:
-        """Something about a loop device changed; None means that it may be any."""
-        if number is None:
-            self._start(self.look_at_all())
-        elif number in self._looking:
-            self._looking[number] = True  # and once more, when that look is over
-        else:
-            self._start(self._look(number))
-
-    async def _look(self, number: int) -> None:
-        again = True
-        while again:
-            self._looking[number] = False
-            known = self._by_number.get(number)
-            seen = await self._threads.run(partial(_sight, number))
-            if self._by_number.get(number) is known:
-                await self._compare(number, known, seen)
-            else:
-                self._looking[number] = True
-            again = self._looking[number]
-        del self._looking[number]
-
-    async def _compare(
-        self, number: int, known: Device | None, seen: loopdev.Status | None
-    ) -> None:
-        if known is None:
-            if seen and not self._markers.claimed(number):
-                await self._discover(number, seen)
-        elif seen is None:
-            self._gone(known)
-        elif seen.diskseq != known.diskseq and not known.managed:
-            self._gone(known)
-            self._looking[number] = True
-        elif seen != known.status:
-            # A raised diskseq on a device of ours is a CHANGE_FD by a client with an fd: while
-            # we hold our own fd, nobody else can have the number.
-            known.status = seen
-            self._listeners.changed(known)
-
-    async def _discover(self, number: int, status: loopdev.Status) -> None:
-        """Record a device that someone else set up."""
-        device = Device(number=number, diskseq=status.diskseq, status=status)
-        try:
-            told = await self._threads.run(
-                partial(loopdev.binding, number), timeout=_FOREIGN_TIMEOUT
-            )
-        except LoopError as exc:
-            log.debug("%s does not say what it is bound to: %s", device.node, exc)
-        else:
-            if told.diskseq == status.diskseq:
-                device.backing_device = told.backing_device
-                device.backing_inode = told.backing_inode
-                device.reference = told.reference
-        if number not in self._by_number and not self._markers.claimed(number):
-            self._record(device)
-
-    async def _refresh(self, device: Device) -> None:
-        """Take up what an operation of ours has changed, before its caller has the answer."""
-        status = await self._threads.run(partial(_sight, device.number))
-        if status and self._devices.get(device.path) is device and status != device.status:
-            device.status = status
-            self._listeners.changed(device)
-
-    def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Run in the background, with a reference that keeps it alive."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        exc = None if task.cancelled() else task.exception()
-        if exc and not isinstance(exc, LoopError | OSError):
-            log.error("a task failed", exc_info=exc)
 
 
 def _attach(
@@ -542,10 +463,3 @@ def _attach(
         loopdev.detach(loop)
         loop.release_mark()
         raise
-
-
-def _sight(number: int) -> loopdev.Status | None:
-    try:
-        return loopdev.status(number)
-    except NoSuchDevice:
-        return None

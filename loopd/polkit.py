@@ -21,6 +21,7 @@ from .errors import (
     LoopError,
     UntrustedFilesystem,
 )
+from .tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Authority:
         self._max_questions = max_questions
         self._questions: Counter[int] = Counter()
         self._cancellations = itertools.count(1)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
 
     async def require(self, caller: Caller, action: Action, details: Mapping[str, str]) -> None:
         """Return if the caller may; root always may.
@@ -143,6 +144,4 @@ class Authority:
             except LoopError as exc:
                 log.debug("polkit did not take a question back: %s", exc)
 
-        task = asyncio.ensure_future(cancel())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(cancel())

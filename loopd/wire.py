@@ -245,7 +245,13 @@ class Connection:
             while self._queue:
                 first = self._queue[0]
                 ancillary = (
-                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(first.fds)}i", *first.fds))]
+                    [
+                        (
+                            socket.SOL_SOCKET,
+                            socket.SCM_RIGHTS,
+                            struct.pack(f"{len(first.fds)}i", *first.fds),
+                        )
+                    ]
                     if first.fds
                     else []
                 )

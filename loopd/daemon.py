@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopd: wiring, start and end of the daemon.
+
+The order matters: everything that a call needs is there before the name is asked for, because an
+activating call is delivered before that has an answer.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from . import __version__, codec, wire
+from .bus import Bus
+from .config import DEFAULT_PATH, BadConfig, Config, load
+from .device import Device
+from .manager import Manager
+from .marker import Markers
+from .monitor import Monitor
+from .polkit import Authority
+from .registry import Listeners, Registry
+from .service import NAME, Service
+from .threads import Threads
+
+log = logging.getLogger(__name__)
+
+# How long a stop waits for the kernel and for calls under way; autoclear does the rest.
+_STOP_TIMEOUT = 5.0
+
+
+def main() -> None:
+    """The command `loopd`; returns only by ending the process."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.INFO,
+        format="loopd: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        config = load(arguments.config)
+        threads = Threads()
+        status = asyncio.run(_run(config, arguments.runtime_directory, threads))
+    except (BadConfig, wire.BusError) as exc:
+        log.error("%s", exc)
+        sys.exit(1)
+    if not threads.stop():
+        # A thread that a hanging file holds would keep the interpreter from ending, too.
+        log.warning("leaving with a call on a hanging file still under way")
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loopd", description="Give programs loop devices, over D-Bus, as org.example.Loop1."
+    )
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runtime-directory",
+        type=Path,
+        default=Path("/run/loopd"),
+        metavar="DIR",
+        help="where udev's rules look for the marks (default: %(default)s)",
+    )
+    parser.add_argument("--debug", action="store_true", help="log every step")
+    parser.add_argument("--version", action="version", version=f"loopd {__version__}")
+    return parser
+
+
+async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int:
+    """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def end(status: int, why: str) -> None:
+        if not ended.done():
+            log.log(logging.ERROR if status else logging.INFO, "%s", why)
+            ended.set_result(status)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, 0, f"stopping on {number.name}")
+
+    markers = Markers(runtime_directory)
+    await threads.run(markers.prepare)
+    socket = await threads.run(partial(wire.connect, wire.system_bus_address()))
+
+    def removed(device: Device) -> None:
+        manager.device_gone(device)
+        service.device_removed(device)
+
+    # Each part gets the calls it may make of the ones above it, which are made further down.
+    listeners = Listeners(
+        added=lambda device: service.device_added(device),
+        changed=lambda device: service.device_changed(device),
+        removed=removed,
+    )
+    registry = Registry(threads, markers, listeners)
+    service = Service(registry, config.limits, emit=lambda *signal: bus.connection.emit(*signal))
+    bus = Bus(
+        partial(wire.Connection, socket),
+        config.limits,
+        threads,
+        find=service.find,
+        before_reply=service.flush,
+        client_left=lambda client: manager.client_left(client),
+        on_lost=partial(end, 1),
+    )
+    authority = Authority(
+        bus.connection.call,
+        timeout=config.deadlines.authorization,
+        interactive_timeout=config.deadlines.interactive_authorization,
+        max_questions=config.limits.questions_per_user,
+    )
+    manager = Manager(config, threads, authority, markers, registry)
+    service.serve(manager)
+
+    await bus.start()
+    # Listening before looking, so that nothing falls between.
+    monitor = Monitor(registry.look_at)
+    await registry.look_at_all()
+    await bus.own(NAME)
+    log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
+    _notify("READY=1")
+
+    status = await ended
+    _notify("STOPPING=1")
+    await manager.stop(_STOP_TIMEOUT)
+    if status == 0:
+        await bus.stop(NAME, _STOP_TIMEOUT)
+    monitor.close()
+    return status
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it started us and its library is installed."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return
+    try:
+        from systemd.daemon import notify
+
+        notify(state)
+    except (ImportError, OSError) as exc:
+        log.warning("cannot notify systemd: %s", exc)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All bound loop devices of the machine, ours and others', kept true by the kernel's events.
+
+It looks at sysfs in threads and decides nothing: it tells its listeners what came, changed, went.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from . import kernel, loopdev
+from .device import Device
+from .errors import LoopError, NoSuchDevice
+from .marker import Markers
+from .tasks import Tasks
+from .threads import Threads
+
+log = logging.getLogger(__name__)
+
+# How long a foreign device is asked for what sysfs does not show.
+_FOREIGN_TIMEOUT = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Who is told of devices, each time before the caller that caused it has its answer."""
+
+    added: Callable[[Device], None]
+    changed: Callable[[Device], None]
+    removed: Callable[[Device], None]
+
+
+class Registry:
+    """The devices by object path and by number."""
+
+    def __init__(self, threads: Threads, markers: Markers, listeners: Listeners) -> None:
+        self._threads = threads
+        self._markers = markers
+        self._listeners = listeners
+        self._devices: dict[str, Device] = {}
+        self._by_number: dict[int, Device] = {}
+        self._looks: dict[int, bool] = {}
+        """Numbers that are looked at, and whether they are to be looked at once more."""
+        self._tasks = Tasks()
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter([*self._devices.values()])
+
+    def at(self, path: str) -> Device | None:
+        """The device with this object path."""
+        return self._devices.get(path)
+
+    def numbered(self, number: int) -> Device | None:
+        """The device with this loop number."""
+        return self._by_number.get(number)
+
+    def knows(self, device: Device) -> bool:
+        """Whether the device is still there."""
+        return self._devices.get(device.path) is device
+
+    def record(self, device: Device) -> None:
+        """Take up a device that is bound now."""
+        if former := self._by_number.get(device.number):
+            self.forget(former)  # the kernel's event about it is still on its way
+        self._devices[device.path] = device
+        self._by_number[device.number] = device
+        self._listeners.added(device)
+
+    def changed(self, device: Device) -> None:
+        """Tell that something about a device has changed."""
+        self._listeners.changed(device)
+
+    def forget(self, device: Device) -> None:
+        """Drop a device that the kernel has let go of."""
+        if not self.knows(device):
+            return
+        del self._devices[device.path]
+        if self._by_number.get(device.number) is device:
+            del self._by_number[device.number]
+        device.gone.set()
+        self._listeners.removed(device)
+
+    async def refresh(self, device: Device) -> None:
+        """Take up what an operation of ours has changed, before its caller has the answer."""
+        status = await self._threads.run(partial(_sight, device.number))
+        if status and self.knows(device):
+            self._update(device, status)
+
+    async def look_at_all(self) -> None:
+        """Look at every loop device there is, and return when that is done."""
+        numbers = await self._threads.run(kernel.loop_numbers)
+        await asyncio.gather(*(self._look(number) for number in {*numbers, *self._by_number}))
+
+    def look_at(self, number: int | None) -> None:
+        """Look at a device that may have changed; None means at all of them."""
+        self._tasks.start(self.look_at_all() if number is None else self._look(number))
+
+    async def _look(self, number: int) -> None:
+        if number in self._looks:
+            self._looks[number] = True
+            return
+        self._looks[number] = True
+        try:
+            while self._looks[number]:
+                self._looks[number] = False
+                known = self._by_number.get(number)
+                seen = await self._threads.run(partial(_sight, number))
+                if self._by_number.get(number) is known:
+                    await self._compare(number, known, seen)
+                else:
+                    self._looks[number] = True
+        finally:
+            del self._looks[number]
+
+    async def _compare(
+        self, number: int, known: Device | None, seen: loopdev.Status | None
+    ) -> None:
+        if known is None:
+            if seen and not self._markers.claimed(number):
+                await self._discover(number, seen)
+        elif seen is None:
+            self.forget(known)
+        elif seen.diskseq != known.diskseq and not known.managed:
+            self.forget(known)
+            self._looks[number] = True
+        else:
+            # A raised diskseq on a device of ours is a CHANGE_FD by a client that has an fd: while
+            # we hold our own, nobody else can have the number.
+            self._update(known, seen)
+
+    def _update(self, device: Device, status: loopdev.Status) -> None:
+        if status != device.status:
+            device.status = status
+            self._listeners.changed(device)
+
+    async def _discover(self, number: int, status: loopdev.Status) -> None:
+        """Record a device that someone else set up."""
+        device = Device(number=number, diskseq=status.diskseq, status=status)
+        try:
+            told = await self._threads.run(
+                partial(loopdev.binding, number), timeout=_FOREIGN_TIMEOUT
+            )
+        except LoopError as exc:
+            log.debug("%s does not say what it is bound to: %s", device.node, exc)
+        else:
+            if told.diskseq == status.diskseq:
+                device.backing_device = told.backing_device
+                device.backing_inode = told.backing_inode
+                device.reference = told.reference
+        if number not in self._by_number and not self._markers.claimed(number):
+            self.record(device)
+            self._looks[number] = True  # it may have gone while it was asked
+
+
+def _sight(number: int) -> loopdev.Status | None:
+    try:
+        return loopdev.status(number)
+    except NoSuchDevice:
+        return None
