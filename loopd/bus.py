@@ -102,8 +102,10 @@ class Bus:
             "AddMatch",
             "s",
             [
-                f"type='signal',sender='{wire.BUS_NAME}',path='{wire.BUS_PATH}',"
-                f"interface='{wire.BUS_NAME}',member='NameOwnerChanged',arg2=''"
+                (
+                    f"type='signal',sender='{wire.BUS_NAME}',path='{wire.BUS_PATH}',"
+                    f"interface='{wire.BUS_NAME}',member='NameOwnerChanged',arg2=''"
+                )
             ],
         )
 

@@ -4,7 +4,7 @@
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 DEFAULT_PATH = Path("/etc/loopd.toml")
 
@@ -48,6 +48,9 @@ class Config:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
 
+_Settings = TypeVar("_Settings", bound=Config | Limits | Deadlines)
+
+
 def load(path: Path) -> Config:
     """Read the file; the defaults if there is none.
 
@@ -64,7 +67,7 @@ def load(path: Path) -> Config:
     return _fill(Config(), table, str(path))
 
 
-def _fill(settings: Any, table: dict[str, Any], where: str) -> Any:
+def _fill(settings: _Settings, table: dict[str, Any], where: str) -> _Settings:
     known = {item.name for item in fields(settings)}
     changes = {}
     for key, value in table.items():

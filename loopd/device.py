@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from .access import NOBODY
 from .leases import Lease, Place
-from .overlap import Mapping
 from .loopdev import LoopDevice, Status, node
+from .overlap import Mapping
 
 ATTACHED = "attached"
 DETACHING = "detaching"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 
 class OwnedFd:
@@ -50,7 +51,7 @@ class OwnedFd:
         if fd >= 0:
             self._close(fd)
 
-    def __enter__(self) -> OwnedFd:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

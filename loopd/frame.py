@@ -116,7 +116,7 @@ class Reader:
         self._max_message = max_message
         self._buffer = bytearray()
         self._skip = 0
-        self._skipped: Frame | None = None
+        self._skipped = Frame(None, b"")
         self._fds: list[int] = []
         self._fds_lost = False
 
@@ -191,8 +191,7 @@ class Reader:
             return None
 
     def _finish_skipped(self) -> Frame:
-        frame, self._skipped = self._skipped, None
-        assert frame is not None
+        frame, self._skipped = self._skipped, Frame(None, b"")
         return self._with_fds(frame)
 
     def _with_fds(self, frame: Frame) -> Frame:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from .access import ROOT
 from .errors import LimitsExceeded
@@ -51,7 +52,7 @@ class Place:
         self._taken = False
         return kept
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -112,9 +112,8 @@ class Authority:
                 timeout=None,
             )
         )
-        await asyncio.wait(
-            {question, caller.client.left}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-        )
+        either: set[asyncio.Future[Any]] = {question, caller.client.left}
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not question.done():
             question.cancel()
             self._cancel(cancellation)

@@ -87,14 +87,14 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "DirectIO": ("b", lambda device: device.status.direct_io),
     "Autoclear": ("b", lambda device: device.status.autoclear),
     "PartitionScan": ("b", lambda device: device.status.partition_scan),
-    "Partitions": ("a(ustt)", lambda device: []),  # noqa: ARG005  none are made yet
+    "Partitions": ("a(ustt)", lambda device: []),  # none are made yet
     # Bytes that are no UTF-8 would cost us the bus.
     "Reference": ("s", lambda device: device.reference.decode(errors="replace")),
     "Owner": ("u", lambda device: device.owner),
     "Holder": ("s", lambda device: device.lease.holder if device.lease else ""),
     "Lifetime": ("s", lambda device: device.lifetime),
-    "Holds": ("u", lambda device: 0),  # noqa: ARG005  none can be taken yet
-    "Locked": ("s", lambda device: "none"),  # noqa: ARG005  none can be taken yet
+    "Holds": ("u", lambda device: 0),  # none can be taken yet
+    "Locked": ("s", lambda device: "none"),  # none can be taken yet
     "Managed": ("b", lambda device: device.managed),
     "State": ("s", lambda device: device.state),
     "AttachedAt": ("t", lambda device: device.attached_at),
@@ -286,7 +286,7 @@ class Service:
         return ()
 
     async def _machine_id(self, caller: Caller, target: Target) -> _Answer:
-        return (_MACHINE_ID.read_text().strip(),)
+        return (_MACHINE_ID.read_text().strip(),)  # noqa: ASYNC240  one small local file
 
     # --- properties and signals -----------------------------------------------------------------
 

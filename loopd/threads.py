@@ -72,6 +72,6 @@ def _close(fd: int) -> None:
         log.debug("closing a client's file: %s", exc.strerror)
 
 
-def _note_late(future: "asyncio.Future[object] | Future[bool]") -> None:
+def _note_late(future: "asyncio.Future[_T] | Future[_T]") -> None:
     if not future.cancelled() and (exc := future.exception()):
         log.debug("a thread that nobody waits for ended with: %s", exc)
