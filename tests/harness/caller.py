@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from tests.harness import loops
 from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.deadline import DEFAULT_TIMEOUT, Deadline
 from tests.harness.process import Process
@@ -347,7 +348,9 @@ class Caller:
     ) -> Attached:
         """Attach a file; see attach_begin()."""
         call = self.attach_begin(file, mode, mapping, interactive=interactive, **named)
-        return Attached(*call.end())
+        attached = Attached(*call.end())
+        loops.used_numbers.add(attached.number)
+        return attached
 
     def detach(self, path: str, mapping: Mapping[str, Any] | None = None, **named: Any) -> bool:
         """Detach the device object; return whether it is gone."""

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures for all tests: buses, authorities, daemons, callers, and the watch for leaks.
+
+`daemon` and `caller` are ready to use; make_daemon, make_polkit and make_caller make more, and end
+them with the test.  `authority` is what `daemon` asks: in tests/root the real polkitd with rules
+that allow everything, elsewhere a double that does.  A module or directory says how its daemons are
+started by a fixture `daemon_options` of its own.  In tests/bus what asks for `library`, and so for
+a daemon, runs once under each D-Bus library; elsewhere the mark `both_libraries` does it.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.harness import leaks, process, requirement
+from tests.harness.area import area as make_area
+from tests.harness.bus import PrivateBus
+from tests.harness.caller import Caller
+from tests.harness.daemon import LIBRARIES, Daemon
+from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolkit
+from tests.harness.udev import Udev
+
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile(
+    "ci" if os.environ.get("CI") or os.environ.get("LOOPD_REQUIRE") else "here"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register our marks, and become the parent of orphans."""
+    config.addinivalue_line("markers", "both_libraries: runs under each D-Bus library")
+    leaks.adopt_orphans()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its category, and skip those of root without root."""
+    for item in items:
+        category = requirement.category_of(item.path)
+        if category in ("bus", "root", "machine"):
+            item.add_marker(category)
+        if category in ("root", "machine") and os.getuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for a D-Bus library under each of them, where that is wanted."""
+    wanted = requirement.category_of(metafunc.definition.path) == "bus"
+    wanted = wanted or metafunc.definition.get_closest_marker("both_libraries") is not None
+    if wanted and "library" in metafunc.fixturenames:
+        metafunc.parametrize("library", LIBRARIES, indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Forbid skips where they are, and show what the children of a failed test printed."""
+    report = yield
+    requirement.enforce(item, report)
+    if report.failed:
+        report.sections += [
+            (f"{log.name} printed", log.text) for log in process.logs if log.text.strip()
+        ]
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    """Forbid the skip of a whole module, too."""
+    report = yield
+    requirement.enforce(collector, report)
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Fail a test of tests/bus or tests/root that leaves something behind."""
+    process.logs.clear()
+    if requirement.category_of(request.path) not in ("bus", "root"):
+        yield
+        return
+    before = leaks.Snapshot.take([tmp_path_factory.getbasetemp().resolve()])
+    yield
+    left = before.leaks()
+    assert not left, "left behind: " + "; ".join(left)
+
+
+@pytest.fixture
+def area() -> Iterator[Path]:
+    """A directory of this test's that every uid may enter."""
+    with make_area("files") as path:
+        yield path
+
+
+@pytest.fixture
+def bus() -> Iterator[PrivateBus]:
+    """A private bus."""
+    with PrivateBus() as private:
+        yield private
+
+
+@pytest.fixture
+def polkit(bus: PrivateBus) -> Iterator[PolkitDouble]:
+    """A double of polkit on `bus` that allows everything until it is told otherwise."""
+    with PolkitDouble(bus, Answer.ALLOW) as double:
+        yield double
+
+
+@pytest.fixture
+def make_polkit(bus: PrivateBus) -> Iterator[Callable[[str], RealPolkit]]:
+    """Start the real polkitd on `bus` with the given rules."""
+    with ExitStack() as stack:
+        yield lambda rules: stack.enter_context(RealPolkit(bus, rules))
+
+
+@pytest.fixture
+def authority(request: pytest.FixtureRequest) -> PolkitDouble | RealPolkit:
+    """The polkit that `daemon` asks, which allows everything: real in tests/root, else a double."""
+    if requirement.category_of(request.path) != "root":
+        double: PolkitDouble = request.getfixturevalue("polkit")
+        return double
+    real: RealPolkit = request.getfixturevalue("make_polkit")(RULES_ALLOW_ALL)
+    return real
+
+
+@pytest.fixture
+def library(request: pytest.FixtureRequest) -> str | None:
+    """The D-Bus library that daemons use; None leaves it to them."""
+    name: str | None = getattr(request, "param", None)
+    if name and importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.fixture
+def daemon_options() -> dict[str, Any]:
+    """What `daemon` and make_daemon give to Daemon; for modules and directories to override."""
+    return {}
+
+
+@pytest.fixture
+def make_daemon(
+    bus: PrivateBus, library: str | None, daemon_options: dict[str, Any]
+) -> Iterator[Callable[..., Daemon]]:
+    """Start a daemon on `bus`; the arguments are those of Daemon."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> Daemon:
+            given = {"library": library} | daemon_options | options
+            return stack.enter_context(Daemon(bus, **given))
+
+        yield make
+
+
+@pytest.fixture
+def daemon(authority: object, make_daemon: Callable[..., Daemon]) -> Daemon:
+    """A daemon on `bus` that has an authority to ask."""
+    return make_daemon()
+
+
+@pytest.fixture
+def make_caller(bus: PrivateBus) -> Iterator[Callable[..., Caller]]:
+    """Start a caller as the named user."""
+    with ExitStack() as stack:
+
+        def make(user: str | None = "nobody") -> Caller:
+            try:
+                return stack.enter_context(Caller(bus, user))
+            except PermissionError as exc:
+                pytest.skip(str(exc))
+
+        yield make
+
+
+@pytest.fixture
+def caller(make_caller: Callable[..., Caller]) -> Caller:
+    """A caller that is nobody."""
+    return make_caller("nobody")
+
+
+@pytest.fixture
+def udev() -> Iterator[Udev]:
+    """A running udevd."""
+    with Udev() as running:
+        yield running
