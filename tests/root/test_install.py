@@ -18,8 +18,6 @@ from tests.harness.area import CHECKOUT, area
 from tests.harness.deadline import Deadline
 from tests.harness.process import Process
 
-pytestmark = pytest.mark.root
-
 PRIVATE = """
 set -e
 mount -t tmpfs tmpfs "$1"

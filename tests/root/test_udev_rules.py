@@ -7,27 +7,23 @@ half of each case, too. Rules of ours in the same place ask what theirs ask, and
 """
 
 import os
-import socket
 import struct
 import subprocess
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from loopd import kernel
-from tests.harness.area import CHECKOUT, area
-from tests.harness.deadline import Deadline
-from tests.harness.process import Process
-
-pytestmark = pytest.mark.root
+from tests.harness.area import CHECKOUT
+from tests.harness.images import make_ext4, make_sparse
+from tests.harness.udev import Udev
 
 MARKS = Path("/run/loopd/unprivileged")
-RULES = Path("/run/udev/rules.d")
 
 # Numbers that LOOP_CTL_GET_FREE gives nobody: a mark set before binding is on no other's device.
 _numbers = count(600_000 + os.getpid() % 4000 * 100)
@@ -52,49 +48,17 @@ def run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def settle() -> None:
-    """Wait until udevd has dealt with every event up to now."""
-    run("udevadm", "settle", "--timeout=30")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rules() -> Iterator[None]:
-    """The machine's udevd, or one of ours where none runs, with the checkout's rules."""
-    files = {path.name: path.read_text() for path in (CHECKOUT / "systemd").glob("*.rules")}
-    files |= {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
-    RULES.mkdir(parents=True, exist_ok=True)
-    with udevd():
-        try:
-            for name, text in files.items():
-                (RULES / name).write_text(text)
-            run("udevadm", "control", "--reload")
-            yield
-        finally:
-            for name in files:
-                (RULES / name).unlink(missing_ok=True)
-            run("udevadm", "control", "--reload")
+@pytest.fixture(scope="module")
+def udev() -> Iterator[Udev]:
+    """A running udevd with the checkout's rules."""
+    ours = tuple((CHECKOUT / "systemd").glob("*.rules"))
+    tests = {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
+    with Udev(tests, sources=ours) as running:
+        yield running
 
 
 @contextmanager
-def udevd() -> Iterator[None]:
-    """A running udevd."""
-    ping = ["udevadm", "control", "--ping"]
-    if subprocess.run(ping, check=False, capture_output=True).returncode == 0:
-        yield
-        return
-    with area("udevd") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.bind(str(directory / "notify"))
-        with Process(
-            ["setpriv", "--pdeathsig", "KILL", "--", "/lib/systemd/systemd-udevd"],
-            name="systemd-udevd",
-            environment={"NOTIFY_SOCKET": str(directory / "notify")},
-        ):
-            Deadline().wait_readable([notify.fileno()], "udevd being ready")
-            yield
-
-
-@contextmanager
-def bound(image: Path, *, marked: bool) -> Iterator[str]:
+def bound(udev: Udev, image: Path, *, marked: bool) -> Iterator[str]:
     """A loop device over the image, as loopd marks and binds it; yields its kernel name."""
     number = next(_numbers)
     name = f"loop{number}"
@@ -104,57 +68,51 @@ def bound(image: Path, *, marked: bool) -> Iterator[str]:
     try:
         run("losetup", f"/dev/{name}", image)
         try:
-            settle()
+            udev.settle()
             yield name
         finally:
             run("losetup", "--detach", f"/dev/{name}")
-            settle()
+            udev.settle()
     finally:
         (MARKS / name).unlink(missing_ok=True)
         control_fd = kernel.open_loop_control()
         try:
-            kernel.loop_ctl_remove(control_fd, number)
+            # Others on this machine may look at it, or have been given the number, now that it is
+            # free; then it is theirs to remove.
+            with suppress(OSError):
+                kernel.loop_ctl_remove(control_fd, number)
         finally:
             os.close(control_fd)
 
 
 @contextmanager
-def partition(disk: str, start: int, sectors: int) -> Iterator[str]:
+def partition(udev: Udev, disk: str, start: int, sectors: int) -> Iterator[str]:
     """The disk's first partition; yields its kernel name."""
     run("addpart", f"/dev/{disk}", "1", str(start), str(sectors))
     try:
-        settle()
+        udev.settle()
         yield f"{disk}p1"
     finally:
         run("delpart", f"/dev/{disk}", "1")
-        settle()
+        udev.settle()
 
 
-def properties(name: str) -> dict[str, str]:
+def properties(udev: Udev, name: str) -> dict[str, str]:
     """What udev's database knows of a device."""
-    lines = run("udevadm", "info", "--query=property", f"--name=/dev/{name}").splitlines()
-    return dict(line.split("=", 1) for line in lines)
+    return udev.properties(f"/dev/{name}")
 
 
-def lasting_links(name: str) -> set[str]:
+def lasting_links(udev: Udev, name: str) -> set[str]:
     """The links to a device that would look the same for another attachment."""
-    links = set(properties(name).get("DEVLINKS", "").split())
+    links = udev.links(f"/dev/{name}")
     return {link for link in links if not link.startswith("/dev/disk/by-diskseq/")}
 
 
 # Images
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with area("udev") as path:
-        yield path
-
-
 def blank(path: Path) -> Path:
-    path.touch()
-    os.truncate(path, 32 << 20)
-    return path
+    return make_sparse(path, 32 << 20)
 
 
 def write(path: Path, offset: int, data: bytes) -> Path:
@@ -164,11 +122,8 @@ def write(path: Path, offset: int, data: bytes) -> Path:
     return path
 
 
-def ext4(path: Path, filesystem: uuid.UUID, *, offset: int = 0) -> Path:
-    size = f"{(32 << 10) - (offset >> 10)}k"
-    command = ["mkfs.ext4", "-q", "-F", "-U", str(filesystem), "-L", label_of(filesystem)]
-    run(*command, "-E", f"offset={offset}", blank(path), size)
-    return path
+def ext4(path: Path, filesystem: uuid.UUID) -> Path:
+    return make_ext4(path, uuid=str(filesystem), label=label_of(filesystem))
 
 
 def label_of(filesystem: uuid.UUID) -> str:
@@ -222,48 +177,48 @@ def bcache(path: Path) -> Path:
 # The stories
 
 
-def test_a_marked_image_takes_no_link_from_the_device_that_has_it(directory: Path) -> None:
+def test_a_marked_image_takes_no_link_from_the_device_that_has_it(udev: Udev, area: Path) -> None:
     filesystem = uuid.uuid4()
     by_uuid = Path(f"/dev/disk/by-uuid/{filesystem}")
     by_label = Path(f"/dev/disk/by-label/{label_of(filesystem)}")
-    system = ext4(directory / "system", filesystem)
-    forged = ext4(directory / "forged", filesystem)
+    system = ext4(area / "system", filesystem)
+    forged = ext4(area / "forged", filesystem)
 
-    with bound(system, marked=False) as ours:
+    with bound(udev, system, marked=False) as ours:
         assert by_uuid.resolve().name == ours
         assert by_label.resolve().name == ours
-        with bound(forged, marked=True) as theirs:
+        with bound(udev, forged, marked=True) as theirs:
             run("udevadm", "trigger", "--action=change", f"/dev/{theirs}")
-            settle()
-            assert properties(theirs)["ID_FS_UUID"] == str(filesystem)
-            assert lasting_links(theirs) == set()
+            udev.settle()
+            assert properties(udev, theirs)["ID_FS_UUID"] == str(filesystem)
+            assert lasting_links(udev, theirs) == set()
             assert by_uuid.resolve().name == ours
             assert by_label.resolve().name == ours
-        with bound(forged, marked=False) as theirs:
+        with bound(udev, forged, marked=False) as theirs:
             assert by_uuid.resolve().name == theirs
             assert by_label.resolve().name == theirs
 
 
-def test_a_marked_disk_keeps_the_name_of_its_attachment(directory: Path) -> None:
-    with bound(blank(directory / "blank"), marked=True) as name:
+def test_a_marked_disk_keeps_the_name_of_its_attachment(udev: Udev, area: Path) -> None:
+    with bound(udev, blank(area / "blank"), marked=True) as name:
         diskseq = Path(f"/sys/block/{name}/diskseq").read_text().strip()
         assert Path(f"/dev/disk/by-diskseq/{diskseq}").resolve().name == name
 
 
-def test_a_partition_goes_by_the_mark_of_its_disk(directory: Path) -> None:
+def test_a_partition_goes_by_the_mark_of_its_disk(udev: Udev, area: Path) -> None:
     filesystem = uuid.uuid4()
-    image = ext4(directory / "disk", filesystem, offset=1 << 20)
-    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 63488)
+    image = blank(area / "disk")
     write(image, 440, filesystem.bytes[:4])
-    write(image, 446, entry)
+    write(image, 446, struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 8192) + bytes(48))
     write(image, 510, b"\x55\xaa")
+    write(image, 2048 * 512, ext4(area / "filesystem", filesystem).read_bytes())
 
-    with bound(image, marked=True) as disk, partition(disk, 2048, 63488) as name:
-        assert properties(name)["ID_FS_UUID"] == str(filesystem)
-        assert properties(name)["ID_PART_ENTRY_UUID"].endswith("-01")
-        assert lasting_links(name) == set()
-    with bound(image, marked=False) as disk, partition(disk, 2048, 63488) as name:
-        kinds = {Path(link).parent.name for link in lasting_links(name)}
+    with bound(udev, image, marked=True) as disk, partition(udev, disk, 2048, 8192) as name:
+        assert properties(udev, name)["ID_FS_UUID"] == str(filesystem)
+        assert properties(udev, name)["ID_PART_ENTRY_UUID"].endswith("-01")
+        assert lasting_links(udev, name) == set()
+    with bound(udev, image, marked=False) as disk, partition(udev, disk, 2048, 8192) as name:
+        kinds = {Path(link).parent.name for link in lasting_links(udev, name)}
         assert {"by-uuid", "by-label", "by-partuuid"} <= kinds
 
 
@@ -279,21 +234,21 @@ def test_a_partition_goes_by_the_mark_of_its_disk(directory: Path) -> None:
     ids=["an LVM physical volume", "an MD member", "btrfs", "bcache", "what blkid cannot name"],
 )
 def test_nothing_assembles_a_marked(
-    directory: Path, image: Callable[[Path], Path], kind: str | None
+    udev: Udev, area: Path, image: Callable[[Path], Path], kind: str | None
 ) -> None:
-    path = image(directory / "image")
-    with bound(path, marked=True) as name:
-        found = properties(name)
+    path = image(area / "image")
+    with bound(udev, path, marked=True) as name:
+        found = properties(udev, name)
         assert found.get("ID_FS_TYPE") == kind
         assert "LOOPD_TEST" not in found
         assert "ID_BTRFS_READY" not in found
-        assert lasting_links(name) == set()
+        assert lasting_links(udev, name) == set()
         # systemd, too, is to see nothing there that it might wait for; an empty device is no such.
         assert found.get("SYSTEMD_READY") == (None if kind is None else "0")
-    with bound(path, marked=False) as name:
-        assert properties(name)["LOOPD_TEST"] == "assembled"
+    with bound(udev, path, marked=False) as name:
+        assert properties(udev, name)["LOOPD_TEST"] == "assembled"
 
 
-def test_an_ordinary_filesystem_stays_visible_to_systemd(directory: Path) -> None:
-    with bound(ext4(directory / "image", uuid.uuid4()), marked=True) as name:
-        assert "SYSTEMD_READY" not in properties(name)
+def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: Udev, area: Path) -> None:
+    with bound(udev, ext4(area / "image", uuid.uuid4()), marked=True) as name:
+        assert "SYSTEMD_READY" not in properties(udev, name)
