@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A client's connection to loopd: calls, their deadlines and fds, and what no answer means.
+
+It knows the name of loopd, none of its methods, and keeps nothing of the devices.
+"""
+
+import asyncio
+import re
+import socket
+from collections.abc import Coroutine, Sequence
+from typing import Any, Self, TypeVar
+
+from . import codec, errors, wire
+from .fd import OwnedFd
+from .watch import NAME, Ended, Watch
+
+_T = TypeVar("_T")
+
+# Longer than loopd itself takes before it gives up, with time for its start.
+_TIMEOUT = 90.0
+_INTERACTIVE_TIMEOUT = 400.0
+_MAX_MESSAGE = 64 << 20  # all objects of a machine come in one reply
+# What is said by the bus, or by whoever starts services for it, when there is no loopd.
+_NOT_THERE = re.compile(
+    r"org\.freedesktop\.DBus\.Error\."
+    r"(ServiceUnknown|NameHasNoOwner|TimedOut|Spawn\..+)|org\.freedesktop\.systemd1\..+"
+)
+_NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
+
+
+Options = dict[str, codec.Variant]
+
+
+class Unavailable(wire.BusError):
+    """The bus is there, but loopd is not, and could not be started."""
+
+
+class Link:
+    """One connection, over which anything can be asked of loopd."""
+
+    def __init__(self, connection: wire.Connection, watch: Watch, interactive: bool) -> None:
+        self._connection = connection
+        self.watch = watch
+        self._interactive = interactive
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    async def connect(cls, address: str, interactive: bool) -> Self:
+        """Connect to the bus; `interactive` allows polkit to ask somebody in every call.
+
+        Raises wire.BusError.
+        """
+        sock = await _connected(address)
+        watch = Watch()
+        connection = wire.Connection(
+            sock,
+            max_message=_MAX_MESSAGE,
+            on_call=lambda call: None,  # nobody has anything to ask of a client
+            on_signal=watch.on_signal,
+            on_lost=lambda why: watch.end_all(Ended.BUS_LOST),
+        )
+        try:
+            await connection.hello()
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, watch, interactive)
+
+    def close(self) -> None:
+        """Leave the bus."""
+        self._connection.close()
+        self.watch.end_all(Ended.BUS_LOST)
+
+    async def subscribe(self) -> None:
+        """Have `watch` hear of devices from now on."""
+        await self.watch.subscribe(self._connection)
+
+    async def call(
+        self, path: str, interface: str, member: str, signature: str = "", body: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Call a method that takes and returns no fds; see `call_with_fds`."""
+        answer, fds = await self.call_with_fds(path, interface, member, signature, body)
+        for fd in fds:
+            fd.close()
+        return answer
+
+    async def call_with_fds(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        fds: Sequence[int] = (),
+    ) -> tuple[list[Any], list[OwnedFd]]:
+        """Call any method of loopd; returns the body and the fds, which are the caller's then.
+
+        Raises the error that loopd answers, TimedOut, Unavailable, wire.BusError.
+        """
+        try:
+            return await self._connection.call_with_fds(
+                NAME,
+                path,
+                interface,
+                member,
+                signature,
+                body,
+                timeout=_INTERACTIVE_TIMEOUT if self._interactive else _TIMEOUT,
+                interactive=self._interactive,
+                fds=fds,
+            )
+        except errors.PeerError as exc:
+            if exc.dbus_name == _NO_REPLY:
+                raise Unavailable("loopd ended before it answered") from exc
+            if _NOT_THERE.fullmatch(exc.dbus_name):
+                raise Unavailable(f"loopd is not running and could not be started: {exc}") from exc
+            raise
+
+    def start_passing(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        fd: OwnedFd,
+    ) -> asyncio.Task[list[Any]]:
+        """Begin a call that passes an fd, which it owns until the end.
+
+        Who gives up waiting leaves the task running (`asyncio.shield`): a message that is still
+        queued names the fd by its number.
+        """
+
+        async def call() -> list[Any]:
+            with fd:
+                answer, fds = await self.call_with_fds(
+                    path, interface, member, signature, body, [fd.fileno()]
+                )
+            for unexpected in fds:
+                unexpected.close()
+            return answer
+
+        return self.start(call())
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Run something beside the caller, and keep it from being forgotten."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def make_options(*given: tuple[str, str, Any]) -> dict[str, codec.Variant]:
+    """The a{sv} of what is given: key, type, and a value that None leaves out."""
+    limits = {"t": 1 << 64, "u": 1 << 32}
+    options = {}
+    for key, kind, value in given:
+        if value is None:
+            continue
+        if kind in limits and not 0 <= value < limits[kind]:
+            raise errors.InvalidArgs(f"{key}: {value} is out of range")
+        options[key] = codec.Variant(kind, text(key, value) if kind == "s" else value)
+    return options
+
+
+def text(key: str, value: str) -> str:
+    """A string that may go onto a bus, which ends the connection over any other."""
+    if "\0" in value or not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as exc:
+            raise errors.InvalidArgs(f"{key}: is not UTF-8") from exc
+        if "\0" in value:
+            raise errors.InvalidArgs(f"{key}: contains a null character")
+    return value
+
+
+async def _connected(address: str) -> socket.socket:
+    """Connect in a thread, since that blocks."""
+
+    def close(late: asyncio.Future[socket.socket]) -> None:
+        if late.exception() is None:
+            late.result().close()
+
+    loop = asyncio.get_running_loop()
+    connecting = loop.run_in_executor(None, wire.connect, address)
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(close)
+        raise

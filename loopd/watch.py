@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a client hears from the bus without asking: that a device has ended, and how.
+
+It knows object paths only, and never calls loopd itself.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Generator
+from enum import Enum
+
+from . import codec, errors, frame, wire
+
+NAME = "org.example.Loop1"
+PATH = "/org/example/Loop1"
+DEVICE = NAME + ".Device"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+
+_RULES = (
+    f"type='signal',sender='{wire.BUS_NAME}',member='NameOwnerChanged',arg0='{NAME}'",
+    f"type='signal',sender='{NAME}',interface='{OBJECT_MANAGER}',member='InterfacesRemoved'",
+    f"type='signal',sender='{NAME}',interface='{PROPERTIES}',member='PropertiesChanged'",
+)
+
+
+class Ended(Enum):
+    """How a device ended for its client."""
+
+    DETACHED = "detached"
+    """Somebody has detached it; if it is in use, it goes with its last user."""
+    DAEMON_LEFT = "daemon left"
+    """loopd has left the bus, and what it held goes with it."""
+    BUS_LOST = "bus lost"
+    """The connection is gone, and with it all that was attached over it."""
+
+
+class Watch:
+    """The signals of one connection, for those who wait for the end of a device."""
+
+    def __init__(self) -> None:
+        self._owner = ""
+        self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
+        self._subscription: asyncio.Future[None] | None = None
+
+    @contextlib.contextmanager
+    def watched(self, path: str) -> Generator[asyncio.Future[Ended], None, None]:
+        """A future that is done when the device of this path ends."""
+        future: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(path, set())
+        waiting.add(future)
+        try:
+            yield future
+        finally:
+            waiting.discard(future)
+            if not waiting:
+                self._waiting.pop(path, None)
+
+    async def subscribe(self, connection: wire.Connection) -> None:
+        """Ask the bus for the signals; what came before has to be asked for.
+
+        Raises wire.BusError.
+        """
+        if self._subscription is None:
+            self._subscription = asyncio.ensure_future(self._subscribe(connection))
+        await asyncio.shield(self._subscription)
+
+    async def _subscribe(self, connection: wire.Connection) -> None:
+        for rule in _RULES:
+            await connection.call_bus("AddMatch", "s", [rule])
+        with contextlib.suppress(errors.PeerError):  # it may have no owner
+            (self._owner,) = await connection.call_bus("GetNameOwner", "s", [NAME])
+
+    def on_signal(self, signal: frame.Frame) -> None:
+        """Take a signal; it may come from anybody, since a match does not keep off direct ones."""
+        header = signal.header
+        if header is None or header.sender not in (self._owner, wire.BUS_NAME):
+            return
+        try:
+            body = codec.parse(signal.data).body
+        except codec.MalformedMessage:
+            return
+        match header.sender == wire.BUS_NAME, header.member, body:
+            case True, "NameOwnerChanged", [name, _, owner] if name == NAME:
+                if self._owner:
+                    self.end_all(Ended.DAEMON_LEFT)
+                self._owner = owner
+            case False, "InterfacesRemoved", [path, _]:
+                self._end(path, Ended.DETACHED)
+            case False, "PropertiesChanged", [interface, changed, _] if interface == DEVICE:
+                if "State" in changed and changed["State"].value != "attached":
+                    self._end(header.path, Ended.DETACHED)
+
+    def end_all(self, how: Ended) -> None:
+        """Tell all who wait that their device is out of reach."""
+        for path in list(self._waiting):
+            self._end(path, how)
+
+    def _end(self, path: str, how: Ended) -> None:
+        for future in self._waiting.get(path, ()):
+            if not future.done():
+                future.set_result(how)
