@@ -138,18 +138,22 @@ def _seals(fd: int) -> int | None:
 
 def _filesystem(fd: int, device: int) -> str:
     fdinfo = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
-    mount_id = re.search(rb"^mnt_id:\s*(\d+)$", fdinfo, re.MULTILINE)
     try:
         table = _PID1_MOUNTINFO.read_bytes()
     except OSError:  # hidden from us, or a container without it
         table = _OWN_MOUNTINFO.read_bytes()
-    number = b"%d:%d" % (os.major(device), os.minor(device))
+    return filesystem_in(table, fdinfo, device)
+
+
+def filesystem_in(mountinfo: bytes, fdinfo: bytes, device: int) -> str:
+    """The filesystem's type in a mount table, empty if the file's mount is not in it."""
+    mount_id = re.search(rb"^mnt_id:\s*(\d+)$", fdinfo, re.MULTILINE)
     # The mount first: files on btrfs and overlay carry a device number that no mount has. The
     # number second: a client in a mount namespace of its own has mounts that only it can see.
     for pattern in (
         rb"^%s \d+ \d+:\d+ .*? - (\S+) " % (mount_id[1] if mount_id else b"-"),
-        rb"^\d+ \d+ %s .*? - (\S+) " % number,
+        rb"^\d+ \d+ %d:%d .*? - (\S+) " % (os.major(device), os.minor(device)),
     ):
-        if found := re.search(pattern, table, re.MULTILINE):
+        if found := re.search(pattern, mountinfo, re.MULTILINE):
             return found[1].decode(errors="replace")
     return ""

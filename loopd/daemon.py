@@ -47,7 +47,7 @@ def main() -> None:
     except (BadConfig, wire.BusError) as exc:
         log.error("%s", exc)
         sys.exit(1)
-    if not threads.stop():
+    if not threads.stop(_STOP_TIMEOUT):
         # A thread that a hanging file holds would keep the interpreter from ending, too.
         log.warning("leaving with a call on a hanging file still under way")
         sys.stderr.flush()

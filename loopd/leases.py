@@ -8,8 +8,9 @@ unbound, not when somebody asks for that.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -35,21 +36,21 @@ class Lease:
 class Place:
     """One device's place in the quota; given back by `free` or at the end of a `with` block."""
 
-    def __init__(self, quota: Quota, uid: int) -> None:
-        self._quota = quota
-        self.uid = uid
-        self._taken = True
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back: Callable[[], None] | None = give_back
 
     def free(self) -> None:
         """Give it back; a second time does nothing."""
-        if self._taken:
-            self._taken = False
-            self._quota._free(self.uid)
+        give_back, self._give_back = self._give_back, None
+        if give_back:
+            give_back()
 
     def keep(self) -> Place:
         """Carry it out of its `with` block."""
-        kept = Place(self._quota, self.uid)
-        self._taken = False
+        if not self._give_back:
+            raise ValueError("the place was given back or carried away before")
+        kept = Place(self._give_back)
+        self._give_back = None
         return kept
 
     def __enter__(self) -> Self:
@@ -92,7 +93,7 @@ class Quota:
                 f"there are {self.in_all} loop devices in use, which is the limit: try again later"
             )
         self._taken[uid] += 1
-        return Place(self, uid)
+        return Place(partial(self._free, uid))
 
     def _free(self, uid: int) -> None:
         self._taken[uid] -= 1

@@ -5,8 +5,9 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any, TypeVar
 
 from .errors import TimedOut
 
@@ -26,6 +27,7 @@ class Threads:
         self._calls = ThreadPoolExecutor(64, "call")
         self._closes = ThreadPoolExecutor(8, "close")
         self._removals = ThreadPoolExecutor(16, "removal")
+        self._running: set[Future[Any]] = set()
 
     async def run(
         self,
@@ -39,7 +41,7 @@ class Threads:
         The thread goes on when the time is over, and `late` gets what it returns then, in that
         thread. Raises TimedOut.
         """
-        future = self._calls.submit(function)
+        future = self._submit(self._calls, function)
         waited = asyncio.wrap_future(future)
         await asyncio.wait([waited], timeout=timeout)
         if waited.done():
@@ -50,18 +52,27 @@ class Threads:
 
     def close_fd(self, fd: int) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
-        self._closes.submit(_close, fd)
+        self._submit(self._closes, partial(_close, fd))
 
     def remove(self, function: Callable[[int], bool], number: int) -> None:
         """Remove a loop device in nobody's way."""
-        self._removals.submit(function, number).add_done_callback(_note_late)
+        self._submit(self._removals, partial(function, number)).add_done_callback(_note_late)
 
-    def stop(self) -> bool:
-        """Take no more work, and say whether every thread is idle."""
-        pools = (self._calls, self._closes, self._removals)
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=pool is self._removals)
-        return not any(thread.is_alive() for pool in pools for thread in pool._threads)
+    def stop(self, timeout: float) -> bool:
+        """Take no more work, and say whether all that runs has ended within `timeout` seconds.
+
+        Devices that are not removed yet stay, unbound.
+        """
+        self._removals.shutdown(wait=False, cancel_futures=True)
+        self._calls.shutdown(wait=False)
+        self._closes.shutdown(wait=False)
+        return not wait(self._running.copy(), timeout).not_done
+
+    def _submit(self, pool: ThreadPoolExecutor, function: Callable[[], _T]) -> Future[_T]:
+        future = pool.submit(function)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
 
 
 def _close(fd: int) -> None:

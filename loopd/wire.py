@@ -204,8 +204,9 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection without telling `on_lost`."""
-        self._lost = True
-        self._finish(BusError("the connection was closed"))
+        if not self._lost:
+            self._lost = True
+            self._finish(BusError("the connection was closed"))
 
     def _send(self, message: codec.Message, destination: str) -> asyncio.Future[None]:
         written: asyncio.Future[None] = self._loop.create_future()

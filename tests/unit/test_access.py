@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The table of who may do what, and the quotas."""
+
+import asyncio
+
+import pytest
+
+from loopd.access import (
+    NOBODY,
+    Action,
+    Client,
+    Operation,
+    Relation,
+    needed_for,
+    needed_to_attach,
+    relation,
+    strongest,
+)
+from loopd.errors import AccessDenied, LimitsExceeded
+from loopd.leases import Lease, Leases, Quota
+
+MANAGE = {Action.MANAGE_OTHERS}
+
+
+@pytest.mark.parametrize(
+    ("operation", "owner", "other", "foreign"),
+    [
+        (Operation.DETACH, set(), MANAGE, MANAGE),
+        (Operation.RESIZE, set(), MANAGE, MANAGE),
+        (Operation.SYNC, set(), MANAGE, MANAGE),
+        (Operation.OPEN, {Action.OPEN_DEVICE}, MANAGE, MANAGE),
+    ],
+)
+def test_the_table(
+    operation: Operation, owner: set[Action], other: set[Action], foreign: set[Action]
+) -> None:
+    assert needed_for(operation, Relation.OWNER) == owner
+    assert needed_for(operation, Relation.OTHER) == other
+    assert needed_for(operation, Relation.FOREIGN) == foreign
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_every_operation_has_its_row(operation: Operation) -> None:
+    for each in Relation:
+        needed_for(operation, each)
+
+
+def test_a_foreign_device_is_nobodys_own() -> None:
+    assert relation(1000, 1000) is Relation.OWNER
+    assert relation(1000, 1001) is Relation.OTHER
+    assert relation(0, 1000) is Relation.OTHER
+    assert relation(NOBODY, NOBODY) is Relation.FOREIGN
+
+
+@pytest.mark.parametrize(
+    ("block_device", "trusted", "actions"),
+    [
+        (False, True, {Action.ATTACH}),
+        (False, False, {Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+        (True, True, {Action.ATTACH_BLOCK_DEVICE}),
+        (True, False, {Action.ATTACH_BLOCK_DEVICE, Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+    ],
+)
+def test_only_the_strongest_actions_are_needed(
+    block_device: bool, trusted: bool, actions: set[Action]
+) -> None:
+    assert needed_to_attach(block_device=block_device, trusted=trusted) == actions
+
+
+def test_an_action_that_nothing_implies_stays() -> None:
+    given = {Action.KEEP, Action.ATTACH, Action.OPEN_DEVICE}
+    assert strongest(given) == {Action.KEEP, Action.OPEN_DEVICE}
+
+
+def test_nothing_is_done_for_a_client_that_has_left() -> None:
+    loop = asyncio.new_event_loop()
+    client = Client(":1.2", 1000, loop.create_future())
+    client.require_present()
+    client.left.set_result(None)
+    with pytest.raises(AccessDenied):
+        client.require_present()
+    loop.close()
+
+
+def test_a_place_is_given_back_once() -> None:
+    quota = Quota(per_user=2, in_all=10)
+    place = quota.take(1000)
+    quota.take(1000)
+    with pytest.raises(LimitsExceeded, match="2 loop devices"):
+        quota.take(1000)
+    place.free()
+    place.free()
+    assert quota.taken == 1
+    quota.take(1000)
+
+
+def test_a_place_ends_with_its_block_unless_it_is_kept() -> None:
+    quota = Quota(per_user=2, in_all=10)
+    with quota.take(1000):
+        assert quota.taken == 1
+    assert quota.taken == 0
+    with quota.take(1000) as place:
+        kept = place.keep()
+    assert quota.taken == 1
+    kept.free()
+    assert quota.taken == 0
+
+
+def test_one_user_cannot_take_the_places_of_another() -> None:
+    quota = Quota(per_user=1, in_all=2)
+    quota.take(1000)
+    with pytest.raises(LimitsExceeded):
+        quota.take(1000)
+    quota.take(1001)
+
+
+def test_root_is_bound_by_the_limit_in_all_only() -> None:
+    quota = Quota(per_user=1, in_all=3)
+    for _ in range(3):
+        quota.take(0)
+    with pytest.raises(LimitsExceeded, match="3 loop devices"):
+        quota.take(0)
+    with pytest.raises(LimitsExceeded):
+        quota.take(1000)
+
+
+def test_leases_are_found_by_device_and_by_holder() -> None:
+    leases = Leases()
+    one, two = (Lease(f"/{n}", 1000, ":1.5", "connection") for n in (1, 2))
+    other = Lease("/3", 1000, ":1.6", "connection")
+    for lease in (one, two, other):
+        leases.grant(lease)
+    assert leases.held_by(":1.5") == [one, two]
+    leases.end("/1")
+    leases.end("/1")
+    assert leases.of("/1") is None
+    assert leases.held_by(":1.5") == [two]
+    assert leases.held_by(":1.7") == []
+    assert [*leases] == [two, other]
+    with pytest.raises(ValueError, match="already"):
+        leases.grant(two)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The first look at a passed file: how it is open, what it is on, by safe calls alone."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loopd import backing
+from loopd.errors import UnsupportedFile
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(8192))
+    return path
+
+
+@pytest.fixture
+def opened() -> Iterator[list[int]]:
+    fds: list[int] = []
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        0,
+        os.O_NONBLOCK,
+        os.O_NOFOLLOW,
+        os.O_CLOEXEC,
+        os.O_NOATIME,
+        os.O_DIRECT,
+        os.O_SYNC,
+        os.O_DSYNC,
+        os.O_LARGEFILE,
+    ],
+)
+@pytest.mark.parametrize("access", [os.O_RDONLY, os.O_RDWR])
+def test_ordinary_ways_to_open_are_accepted(
+    image: Path, opened: list[int], access: int, flags: int
+) -> None:
+    opened.append(os.open(image, access | flags))
+    file = backing.examine(opened[0])
+    assert file.writable is (access == os.O_RDWR)
+    status = image.stat()
+    assert (file.identity.device, file.identity.inode) == (status.st_dev, status.st_ino)
+    assert file.identity.size == 8192
+
+
+def test_a_temporary_file_without_a_name_is_accepted(tmp_path: Path, opened: list[int]) -> None:
+    opened.append(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
+    assert backing.examine(opened[0]).writable
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (os.O_WRONLY, "writing only"),
+        (os.O_RDWR | os.O_APPEND, "O_APPEND"),
+        (os.O_RDONLY | os.O_APPEND, "O_APPEND"),
+        (os.O_PATH, "O_PATH"),
+    ],
+)
+def test_a_way_to_open_that_would_give_more_rights_is_refused(
+    image: Path, opened: list[int], flags: int, words: str
+) -> None:
+    opened.append(os.open(image, flags))
+    with pytest.raises(UnsupportedFile, match=words):
+        backing.examine(opened[0])
+
+
+def test_a_flag_that_nobody_thought_of_is_refused(
+    image: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.append(os.open(image, os.O_RDWR | os.O_NOATIME))
+    monkeypatch.setattr(backing, "_ALLOWED_FLAGS", backing._ALLOWED_FLAGS & ~os.O_NOATIME)
+    with pytest.raises(UnsupportedFile, match="not allowed"):
+        backing.examine(opened[0])
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path, opened: list[int]) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    opened += [
+        os.open(tmp_path, os.O_RDONLY),
+        os.open(fifo, os.O_RDWR),
+        os.open("/dev/null", os.O_RDWR),
+        socket.socket().detach(),
+        os.eventfd(0),
+        *os.pipe(),
+    ]
+    for fd in opened:
+        with pytest.raises(UnsupportedFile):
+            backing.examine(fd)
+
+
+@pytest.mark.parametrize("path", ["/proc/self/maps", "/proc/cpuinfo", "/sys/kernel/uevent_seqnum"])
+def test_files_of_the_kernels_own_making_are_refused(path: str, opened: list[int]) -> None:
+    opened.append(os.open(path, os.O_RDONLY))
+    with pytest.raises(UnsupportedFile, match=r"files on (proc|sysfs) cannot"):
+        backing.examine(opened[0])
+
+
+def test_a_memfd_is_on_tmpfs_although_no_mount_shows_it(opened: list[int]) -> None:
+    opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
+    file = backing.examine(opened[0])
+    assert (file.filesystem, file.writable, file.sealed) == ("tmpfs", True, False)
+
+
+@pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing.F_SEAL_FUTURE_WRITE])
+def test_a_memfd_sealed_against_writing_is_not_writable(seal: int, opened: list[int]) -> None:
+    opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
+    fcntl.fcntl(opened[0], fcntl.F_ADD_SEALS, seal)
+    file = backing.examine(opened[0])
+    assert (file.writable, file.sealed) == (False, True)
+
+
+def test_the_filesystem_is_the_one_that_findmnt_names(image: Path, opened: list[int]) -> None:
+    opened.append(os.open(image, os.O_RDONLY))
+    said = subprocess.run(
+        ["findmnt", "-n", "-o", "FSTYPE", "-T", image], capture_output=True, text=True, check=True
+    )
+    assert backing.examine(opened[0]).filesystem == said.stdout.strip()
+
+
+MOUNTINFO = (
+    b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+    b"30 22 0:39 / /home/a\\040-\\040b rw shared:2 master:3 - btrfs /dev/sdb rw\n"
+    b"31 22 0:50 / /mnt rw - fuse.sshfs host: rw,user_id=0\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("mount_id", "device", "filesystem"),
+    [
+        (b"22", (8, 1), "ext4"),
+        (b"30", (0, 40), "btrfs"),  # a subvolume's number stands in no mount
+        (b"31", (0, 50), "fuse.sshfs"),
+        (b"31", (8, 1), "fuse.sshfs"),  # the mount counts, not the number
+        (b"99", (8, 1), "ext4"),  # a mount that only the client sees, of a device that we do
+        (b"99", (0, 77), ""),
+        (b"2", (0, 77), ""),  # no prefix of a number is the number
+    ],
+)
+def test_the_mount_counts_before_the_device_number(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mount_id: bytes,
+    device: tuple[int, int],
+    filesystem: str,
+) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_bytes(MOUNTINFO)
+    monkeypatch.setattr(backing, "_PID1_MOUNTINFO", table)
+    fdinfo = b"pos:\t0\nflags:\t0100000\nmnt_id:\t%s\nino:\t12\n" % mount_id
+    found = backing.filesystem_in(table.read_bytes(), fdinfo, os.makedev(*device))
+    assert found == filesystem
+
+
+def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
+    program = (
+        "import os, sys; from loopd import backing; fd = os.open(sys.argv[1], os.O_RDWR); "
+        "os.write(2, b'MARK'); backing.examine(fd); os.write(2, b'MARK')"
+    )
+    traced = subprocess.run(
+        ["strace", "-y", sys.executable, "-c", program, image],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    looked = traced.stderr.split("MARK")[1:-1]
+    calls = [line for line in "".join(looked).splitlines() if str(image) in line]
+    names = {line.partition("(")[0] for line in calls}
+    assert names == {"fcntl", "statx"}
+    assert all("AT_STATX_DONT_SYNC" in line for line in calls if line.startswith("statx"))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The XML in dbus/ and the tables of the service say the same, and nothing is open by default."""
+
+import asyncio
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+
+from loopd import introspection, service
+from loopd.bus import Authorization, Method
+from loopd.config import Limits
+
+TREE = ElementTree.fromstring(introspection.description())
+INTERFACES = {each.get("name"): each for each in TREE.iter("interface")}
+
+
+def make_service() -> service.Service:
+    async def make() -> service.Service:
+        return service.Service(registry=None, limits=Limits(), emit=lambda *_: None)  # type: ignore[arg-type]
+
+    return asyncio.run(make())
+
+
+METHODS = make_service().methods
+
+
+def signature(method: ElementTree.Element, direction: str) -> str:
+    return "".join(
+        arg.get("type", "") for arg in method.iter("arg") if arg.get("direction") == direction
+    )
+
+
+def test_the_xml_has_the_interfaces_that_are_served() -> None:
+    assert set(INTERFACES) == set(METHODS)
+
+
+@pytest.mark.parametrize("interface", METHODS)
+def test_the_xml_has_the_methods_that_are_served(interface: str) -> None:
+    described = {
+        each.get("name"): (signature(each, "in"), signature(each, "out"))
+        for each in INTERFACES[interface].iter("method")
+    }
+    served = {
+        name: (method.in_signature, method.out_signature)
+        for name, method in METHODS[interface].items()
+    }
+    assert described == served
+
+
+def test_the_xml_has_the_properties_of_a_device() -> None:
+    described = {
+        each.get("name"): each.get("type") for each in INTERFACES[service.DEVICE].iter("property")
+    }
+    served = {name: kind for name, (kind, _) in service.DEVICE_PROPERTIES.items()}
+    assert described == served
+
+
+def test_everything_in_the_xml_is_documented_and_every_argument_has_a_name() -> None:
+    for kind in ("interface", "method", "signal", "property"):
+        for each in TREE.iter(kind):
+            doc = each.find("annotation[@name='org.gtk.GDBus.DocString']")
+            assert doc is not None, each.get("name")
+            assert doc.get("value")
+    for arg in TREE.iter("arg"):
+        assert arg.get("name")
+
+
+def test_a_method_without_a_declared_authorization_cannot_be_made() -> None:
+    made: dict[str, Any] = {
+        "name": "X",
+        "in_signature": "",
+        "out_signature": "",
+        "handler": None,
+    }
+    with pytest.raises(TypeError, match="authorization"):
+        Method(**made)
+
+
+def test_what_changes_something_is_for_the_manager_to_allow() -> None:
+    free = {
+        f"{interface}.{name}"
+        for interface, methods in METHODS.items()
+        for name, method in methods.items()
+        if method.authorization is Authorization.FREE
+    }
+    loop1 = {name.removeprefix("org.example.") for name in free if name.startswith("org.example.")}
+    assert loop1 == {"Loop1.GetDevice", "Loop1.GetDeviceByNode", "Loop1.ListDevices"}
+
+
+def test_introspection_of_a_node_is_cut_whole() -> None:
+    text = introspection.Introspection().node([service.DEVICE, service.PEER], ["loop3_4"])
+    tree = ElementTree.fromstring(text)
+    assert [each.get("name") for each in tree.iter("interface")] == [service.DEVICE, service.PEER]
+    assert [each.get("name") for each in tree.findall("node")] == ["loop3_4"]

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Imports go down only, and what may be in one place only is in that place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "loopd"
+
+# A module may import those of the rows below its own, and none beside it.
+LAYERS = (
+    ("__main__",),
+    ("daemon", "cli"),
+    ("output",),
+    ("service", "client"),
+    ("options", "bus", "introspection"),
+    ("manager",),
+    ("registry", "monitor", "polkit", "wire"),
+    ("device", "threads", "tasks", "config"),
+    ("leases", "loopdev", "overlap", "marker"),
+    ("access", "blockdev", "backing", "codec", "frame"),
+    ("kernel", "errors", "fd"),
+    ("__init__",),
+)
+RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports_of(module: str) -> tuple[set[str], set[str]]:
+    """The modules of ours that a module imports, and the top-level names of others."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            ours |= {name if name in RANK else "__init__" for name in names if name}
+    return ours, others
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str) -> None:
+    assert module in RANK, "a new module wants a place in the layers"
+    ours, _ = imports_of(module)
+    upwards = {name for name in ours if RANK[name] >= RANK[module]}
+    assert not upwards
+
+
+@pytest.mark.parametrize("module", ["kernel", "blockdev", "backing", "loopdev", "marker"])
+def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
+    ours, others = imports_of(module)
+    assert "asyncio" not in others
+    assert not ours & {"codec", "wire", "bus", "threads", "tasks"}
+
+
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [
+        ("dbus_next", "codec"),
+        ("dbus_fast", "codec"),
+        ("pyudev", "monitor"),
+        ("systemd", "daemon"),
+        ("concurrent", "threads"),
+    ],
+)
+def test_one_module_knows_a_library(library: str, module: str) -> None:
+    assert [name for name in MODULES if library in imports_of(name)[1]] == [module]
+
+
+def test_only_the_kernel_module_issues_ioctls() -> None:
+    users = [
+        module
+        for module in MODULES
+        if any(
+            isinstance(node, ast.Attribute) and node.attr == "ioctl"
+            for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+        )
+    ]
+    assert users == ["kernel"]

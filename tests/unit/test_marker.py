@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The marks for udev's rules: there while an ordinary user's file is bound, and no longer."""
+
+from pathlib import Path
+
+import pytest
+
+from loopd import kernel
+from loopd.marker import Markers
+
+
+@pytest.fixture
+def markers(tmp_path: Path) -> Markers:
+    markers = Markers(tmp_path)
+    markers.prepare()
+    return markers
+
+
+def marks(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "unprivileged").iterdir()}
+
+
+def test_a_mark_lasts_from_claim_to_release(tmp_path: Path, markers: Markers) -> None:
+    release = markers.claim(7, unprivileged=True)
+    assert marks(tmp_path) == {"loop7"}
+    assert markers.claimed(7)
+    release()
+    assert marks(tmp_path) == set()
+    assert not markers.claimed(7)
+
+
+def test_roots_devices_have_no_mark_and_take_away_a_left_over_one(
+    tmp_path: Path, markers: Markers
+) -> None:
+    (tmp_path / "unprivileged" / "loop7").touch()
+    markers.claim(7, unprivileged=False)
+    assert marks(tmp_path) == set()
+    assert markers.claimed(7)
+
+
+def test_the_end_of_a_former_claim_does_not_touch_a_newer_one(
+    tmp_path: Path, markers: Markers
+) -> None:
+    release_former = markers.claim(7, unprivileged=True)
+    release_newer = markers.claim(7, unprivileged=True)
+    release_former()
+    assert marks(tmp_path) == {"loop7"}
+    assert markers.claimed(7)
+    release_newer()
+    assert marks(tmp_path) == set()
+
+
+def test_at_start_only_marks_of_bound_devices_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "unprivileged"
+    directory.mkdir()
+    for name in ("loop3", "loop4", "loopx"):
+        (directory / name).touch()
+    monkeypatch.setattr(kernel, "loop_bound", lambda number: number == 3)
+    Markers(tmp_path).prepare()
+    assert marks(tmp_path) == {"loop3"}

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Options as clients send them: each mistake is named with its key."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopd.codec import Variant
+from loopd.errors import InvalidArgs, LoopError, NotSupported
+from loopd.manager import AttachOptions, ResizeOptions
+from loopd.options import Options, attach_options, open_options, resize_options
+
+TYPES = {
+    "read-only": ("b", True),
+    "offset": ("t", 512),
+    "size-limit": ("t", 4096),
+    "sector-size": ("u", 4096),
+    "partition-scan": ("b", False),
+    "direct-io": ("b", False),
+    "reference": ("s", "name"),
+    "lock": ("s", "none"),
+    "lifetime": ("s", "connection"),
+    "allow-overlap": ("b", True),
+}
+
+
+def test_no_options_are_the_defaults() -> None:
+    assert attach_options({}) == AttachOptions()
+
+
+def test_every_option_arrives() -> None:
+    given = {key: Variant(kind, value) for key, (kind, value) in TYPES.items()}
+    assert attach_options(given) == AttachOptions(
+        read_only=True,
+        offset=512,
+        size_limit=4096,
+        sector_size=4096,
+        direct_io=False,
+        reference=b"name",
+        allow_overlap=True,
+    )
+
+
+@pytest.mark.parametrize("key", [*TYPES, "number"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Variant("y", 1),
+        Variant("x", -1),
+        Variant("d", 1.0),
+        Variant("h", 0),
+        Variant("as", ["x"]),
+        Variant("v", Variant("b", True)),
+        Variant("(b)", [True]),
+    ],
+    ids=lambda variant: variant.signature,
+)
+def test_a_wrong_type_is_named(key: str, wrong: Variant) -> None:
+    with pytest.raises(InvalidArgs, match=f"^{key}: "):
+        attach_options({key: wrong})
+
+
+def test_an_unknown_key_is_named_safely() -> None:
+    with pytest.raises(InvalidArgs, match=r"'evil\\nkey'"):
+        attach_options({"evil\nkey": Variant("b", True)})
+    with pytest.raises(InvalidArgs) as caught:
+        attach_options({"x" * 10_000: Variant("b", True)})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("offset", "t", 511),
+        ("offset", "t", 2**64 - 1),
+        ("sector-size", "u", 256),
+        ("sector-size", "u", 768),
+        ("sector-size", "u", 2**32 - 1),
+        ("reference", "s", "x" * 63),
+        ("reference", "s", "ä" * 32),
+        ("reference", "s", "a\nb"),
+        ("reference", "s", "a\x7fb"),
+        ("reference", "s", "a\x85b"),
+        ("lock", "s", "maybe"),
+        ("lifetime", "s", "forever"),
+    ],
+)
+def test_a_value_out_of_range_is_named(key: str, kind: str, value: Any) -> None:
+    with pytest.raises(InvalidArgs, match=f"^{key}: "):
+        attach_options({key: Variant(kind, value)})
+
+
+def test_a_reference_may_have_62_bytes() -> None:
+    assert attach_options({"reference": Variant("s", "ä" * 31)}).reference == "ä".encode() * 31
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("sector-size", "u", 0),
+        ("partition-scan", "b", True),
+        ("lock", "s", "shared"),
+        ("lock", "s", "exclusive"),
+        ("lifetime", "s", "user"),
+        ("lifetime", "s", "system"),
+        ("number", "u", 0),
+    ],
+)
+def test_what_cannot_be_done_yet_is_said_to_be_so(key: str, kind: str, value: Any) -> None:
+    with pytest.raises(NotSupported, match=f"^{key}: "):
+        attach_options({key: Variant(kind, value)})
+
+
+def test_a_mistake_counts_more_than_what_cannot_be_done() -> None:
+    given = {"partition-scan": Variant("b", True), "offset": Variant("t", 1)}
+    with pytest.raises(InvalidArgs, match=r"^offset: "):
+        attach_options(given)
+
+
+def test_resize_takes_its_three() -> None:
+    assert resize_options({}) == ResizeOptions()
+    given = {
+        "offset": Variant("t", 0),
+        "size-limit": Variant("t", 512),
+        "force": Variant("b", True),
+    }
+    assert resize_options(given) == ResizeOptions(offset=0, size_limit=512, force=True)
+    with pytest.raises(InvalidArgs, match="no such option"):
+        resize_options({"lazy": Variant("b", True)})
+
+
+@pytest.mark.parametrize(("mode", "writable"), [("r", False), ("rw", True)])
+def test_open_knows_two_modes(mode: str, writable: bool) -> None:
+    assert open_options(mode, {}) is writable
+
+
+@pytest.mark.parametrize("mode", ["", "w", "R", "rw "])
+def test_open_knows_no_other_mode(mode: str) -> None:
+    with pytest.raises(InvalidArgs, match=r"^mode: "):
+        open_options(mode, {})
+
+
+def test_an_option_is_taken_once() -> None:
+    options = Options({"lazy": Variant("b", True)})
+    assert options.boolean("lazy") is True
+    assert options.boolean("lazy") is None
+    options.end()
+
+
+_VARIANTS = st.one_of(
+    st.booleans().map(lambda value: Variant("b", value)),
+    st.integers(0, 2**32 - 1).map(lambda value: Variant("u", value)),
+    st.integers(0, 2**64 - 1).map(lambda value: Variant("t", value)),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=70).map(
+        lambda value: Variant("s", value.replace("\0", ""))
+    ),
+)
+
+
+@given(
+    st.dictionaries(st.one_of(st.sampled_from([*TYPES, "number"]), st.text(max_size=8)), _VARIANTS)
+)
+def test_nothing_but_the_errors_of_ours_comes_of_any_options(given: dict[str, Variant]) -> None:
+    try:
+        options = attach_options(given)
+    except LoopError as exc:
+        text = str(exc)
+    else:
+        text = ""
+        assert options.offset % 512 == 0
+        assert len(options.reference) <= 62
+    assert "\n" not in text

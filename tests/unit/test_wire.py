@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The connection over a socket pair: full sockets, slices, replies, fds, and its end."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from loopd import codec, errors, frame, wire
+
+
+class Peer:
+    """The other end, which reads when it is told to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.reader = frame.Reader(1 << 20)
+
+    def read(self, size: int = 1 << 16) -> list[frame.Frame]:
+        """Read once."""
+        data, ancillary, _, _ = self.socket.recvmsg(size, socket.CMSG_SPACE(64))
+        fds = [fd for _, _, raw in ancillary for fd in memoryview(raw).cast("i")]
+        return self.reader.feed(data, fds)
+
+    def send(self, message: codec.Message, sender: str) -> None:
+        """Send a message, as the bus would from `sender`."""
+        message.sender = sender
+        self.socket.sendall(serialize_from(message, sender))
+
+
+def serialize_from(message: codec.Message, sender: str) -> bytes:
+    from tests.unit.test_frame import with_sender
+
+    assert sender == ":1.7"
+    return with_sender(codec.serialize(message))
+
+
+class Harness:
+    """A connection with its peer, and what it was told."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.peer = Peer(theirs)
+        self.calls: list[frame.Frame] = []
+        self.lost: list[str] = []
+        self.closed: list[int] = []
+        self.connection = wire.Connection(
+            ours,
+            max_message=1 << 16,
+            on_call=self.calls.append,
+            on_signal=self.calls.append,
+            on_lost=self.lost.append,
+            close_fd=self._close,
+        )
+
+    def _close(self, fd: int) -> None:
+        os.close(fd)
+        self.closed.append(fd)
+
+    def end(self) -> None:
+        """Close both ends."""
+        self.connection.close()
+        self.peer.socket.close()
+
+
+def story(body: Callable[[Harness], Coroutine[Any, Any, None]]) -> None:
+    """Run a test's coroutine with a harness."""
+
+    async def run() -> None:
+        harness = Harness()
+        try:
+            await asyncio.wait_for(body(harness), 20)
+        finally:
+            harness.end()
+
+    asyncio.run(run())
+
+
+async def turn() -> None:
+    """Let the event loop look at its sockets."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def test_a_full_socket_loses_nothing_and_keeps_the_order() -> None:
+    async def body(harness: Harness) -> None:
+        count, text = 400, "x" * 1000  # a hundred times what the socket holds
+        for _ in range(count):
+            harness.connection.emit("/a", "b.c", "D", "s", [text])
+        assert not harness.lost
+        drained = asyncio.ensure_future(harness.connection.drain())
+        serials: list[int] = []
+        while len(serials) < count:
+            serials += [one.header.serial for one in harness.peer.read() if one.header]
+            await turn()
+        assert serials == sorted(serials)
+        await drained
+
+    story(body)
+
+
+def test_a_destination_that_fills_the_queue_loses_its_own_messages_only() -> None:
+    async def body(harness: Harness) -> None:
+        greedy = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.6")
+        modest = frame.Header(frame.METHOD_CALL, 0, 2, sender=":1.8")
+        for _ in range(200):  # 20 MB
+            harness.connection.reply(greedy, "s", ["x" * 100_000])
+        harness.connection.reply(modest, "s", ["here"])
+        seen: list[str] = []
+        while ":1.8" not in seen:
+            seen += [one.header.destination for one in harness.peer.read() if one.header]
+            await turn()
+        assert 1 <= seen.count(":1.6") < 100
+
+    story(body)
+
+
+def test_the_bus_going_away_is_told_once_and_ends_every_call() -> None:
+    async def body(harness: Harness) -> None:
+        call = asyncio.ensure_future(
+            harness.connection.call(":1.7", "/a", "b.c", "D", timeout=None)
+        )
+        await turn()
+        harness.peer.socket.close()
+        with pytest.raises(wire.BusError):
+            await call
+        assert len(harness.lost) == 1
+        with pytest.raises(wire.BusError):
+            harness.connection.emit("/a", "b.c", "D", "", [])
+
+    story(body)
+
+
+def test_an_error_reply_is_raised_as_the_class_it_names() -> None:
+    async def body(harness: Harness) -> None:
+        call = asyncio.ensure_future(
+            harness.connection.call(":1.7", "/a", "b.c", "D", timeout=None)
+        )
+        await turn()
+        (request,) = harness.peer.read()
+        assert request.header
+        harness.peer.send(
+            codec.error(
+                ":1.1", request.header.serial, errors.DeviceBusy.dbus_name, "busy", serial=1
+            ),
+            ":1.7",
+        )
+        with pytest.raises(errors.DeviceBusy, match="busy"):
+            await call
+
+    story(body)
+
+
+def test_a_reply_of_somebody_else_is_not_taken_for_the_answer() -> None:
+    async def body(harness: Harness) -> None:
+        call = asyncio.ensure_future(
+            harness.connection.call(":1.9", "/a", "b.c", "D", timeout=None)
+        )
+        await turn()
+        (request,) = harness.peer.read()
+        assert request.header
+        harness.peer.send(
+            codec.method_return(":1.1", request.header.serial, "", [], serial=1), ":1.7"
+        )
+        await turn()
+        assert not call.done()
+        call.cancel()
+
+    story(body)
+
+
+def test_a_call_that_is_not_answered_times_out_and_its_late_fds_are_closed() -> None:
+    async def body(harness: Harness) -> None:
+        with pytest.raises(errors.TimedOut):
+            await harness.connection.call(":1.7", "/a", "b.c", "D", timeout=0.01)
+        (request,) = harness.peer.read()
+        assert request.header
+        late = codec.method_return(":1.1", request.header.serial, "", [], serial=1, fds=[0])
+        socket.send_fds(harness.peer.socket, [serialize_from(late, ":1.7")], [0])
+        while not harness.closed:
+            await turn()
+        assert len(harness.closed) == 1
+
+    story(body)
+
+
+def test_fds_that_no_handler_takes_are_closed() -> None:
+    async def body(harness: Harness) -> None:
+        message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=1, fds=[0, 0])
+        socket.send_fds(harness.peer.socket, [serialize_from(message, ":1.7")], [0, 0])
+        while not harness.calls:
+            await turn()
+        assert len(harness.closed) == 2
+
+    story(body)
+
+
+def test_received_fds_are_not_for_children() -> None:
+    async def body(harness: Harness) -> None:
+        flags: list[bool] = []
+        harness.connection._on_call = lambda one: flags.extend(map(os.get_inheritable, one.fds))
+        message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=1, fds=[0])
+        socket.send_fds(harness.peer.socket, [serialize_from(message, ":1.7")], [0])
+        while not harness.closed:
+            await turn()
+        assert flags == [False]
+
+    story(body)
+
+
+def test_reply_fds_are_with_the_peer_when_the_write_is_done() -> None:
+    async def body(harness: Harness) -> None:
+        header = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.7")
+        reading, writing = os.pipe()
+        await harness.connection.reply(header, "h", [0], [reading])
+        os.close(reading)
+        (reply,) = harness.peer.read()
+        os.write(writing, b"through")
+        assert os.read(reply.fds[0], 10) == b"through"
+        for fd in (writing, *reply.fds):
+            os.close(fd)
+
+    story(body)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("unix:path=/nonexistent/bus", "No such file or directory"),
+        ("tcp:host=localhost", "no address of a bus"),
+        ("", "no address of a bus"),
+        ("unix:abstract=loopd-test-nobody-listens;unix:path=/nonexistent", "No such file"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_named(address: str, words: str) -> None:
+    with pytest.raises(wire.BusError, match=words):
+        wire.connect(address)
+
+
+def test_the_environment_names_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/somewhere")
+    assert wire.system_bus_address() == "unix:path=/somewhere"
+    monkeypatch.delenv("DBUS_SYSTEM_BUS_ADDRESS")
+    assert wire.system_bus_address() == "unix:path=/run/dbus/system_bus_socket"
