@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The arguments of loopctl: which there are, how they are spelled, what their values may be.
+
+Where losetup has an option for the same thing, its spelling is taken. Nothing is opened here.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
+
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)
+_NODE = re.compile(r"(?:/dev/)?loop[0-9]{1,7}", re.ASCII)
+
+_TARGET_HELP = "/dev/loop3 or loop3, else an attached file (./loop3, if it is called so)"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises SystemExit for --help, --version and wrong usage, which it has reported then.
+    """
+    given = list(arguments)
+    command: list[str] | None = None
+    # argparse would take options of the command to run for ours.
+    if given[:1] == ["run"] and "--" in given:
+        split = given.index("--")
+        given, command = given[:split], given[split + 1 :]
+    # The value of --direct-io follows an equals sign only, as in losetup: not so in argparse.
+    end = given.index("--") if "--" in given else len(given)
+    given[:end] = ["--direct-io=on" if each == "--direct-io" else each for each in given[:end]]
+    parser = _parser()
+    found = parser.parse_args(given)
+    if found.command == "run":
+        if not command:
+            found.parser.error("the command to run is missing: put it behind '--'")
+        found.run = command
+    return found
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes; K, KiB and so on up to E are powers of 1024, KB and so on of 1000."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (4096, 64K, 1MiB and 5GB are)")
+    digits, unit, suffix = match.groups()
+    number = int(digits, 16 if digits[:2].lower() == "0x" else 10)
+    if unit:
+        base = 1000 if (suffix or "").lower() == "b" else 1024
+        number *= base ** ("kmgtpe".index(unit.lower()) + 1)
+    if number >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"too large: {text!r}")
+    return number
+
+
+def node_of(target: str) -> str | None:
+    """The node that a DEVICE-OR-FILE means, through symbolic links, too; None if it is a file."""
+    if _NODE.fullmatch(target):
+        return target
+    resolved = os.path.realpath(target)
+    return resolved if resolved.startswith("/dev/") and _NODE.fullmatch(resolved) else None
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose mistakes are told in loopctl's way and end with the command's own exit code."""
+
+    usage_code: int = ExitCode.USAGE
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(self.usage_code, f"loopctl: {message}; '{self.prog} --help' tells more\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="loopctl",
+        description="Attach files to loop devices, as an ordinary user, through loopd.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"loopctl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, description: str = "") -> _Parser:
+        made: _Parser = commands.add_parser(
+            name,
+            help=summary,
+            description=description or summary[0].upper() + summary[1:] + ".",
+            allow_abbrev=False,
+        )
+        made.set_defaults(parser=made)
+        made.add_argument("--json", action="store_true", help="tell the result as JSON")
+        made.add_argument(
+            "--no-ask-password", action="store_true", help="never have anybody asked for a password"
+        )
+        return made
+
+    attach = command(
+        "attach",
+        "attach a file, and stay until stopped",
+        "Attach a file, print the device's node, and stay: the device is detached when loopctl "
+        "ends, by Ctrl-C, SIGTERM or in whatever way.",
+    )
+    _add_attach_options(attach)
+
+    detach = command("detach", "detach devices")
+    detach.add_argument("targets", nargs="+", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    detach.add_argument(
+        "--lazy", action="store_true", help="also what is mounted: it goes with its last user"
+    )
+
+    resize = command("resize", "take up the new size of a file, or set offset and limit")
+    resize.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    _add_range(resize)
+    resize.add_argument("--force", action="store_true", help="shrink it even while it is in use")
+
+    command("list", "list all loop devices of the machine")
+
+    show = command("show", "tell all about a device")
+    show.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+
+    run = command(
+        "run",
+        "attach a file for as long as a command runs",
+        "Attach a file, run the command, detach. The command finds the device's node in $LOOPDEV, "
+        "and in place of every {} in its arguments. SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed "
+        f"on to it. The exit status is the command's, {SIGNALLED}+N if signal N ended it, "
+        f"{RunExitCode.FAILED} if loopctl failed, {RunExitCode.CANNOT_EXECUTE} if the command "
+        f"cannot be executed, {RunExitCode.NOT_FOUND} if it is not found.",
+    )
+    run.usage_code = RunExitCode.FAILED
+    run.usage = "loopctl run [OPTION...] FILE -- COMMAND [ARGUMENT...]"
+    _add_attach_options(run)
+    return parser
+
+
+def _add_attach_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="opened with your own rights")
+    parser.add_argument(
+        "-r",
+        "--read-only",
+        action="store_true",
+        help="take no writes (default: only if you may not write to the file)",
+    )
+    _add_range(parser)
+    parser.add_argument(
+        "-b", "--sector-size", type=parse_size, metavar="SIZE", help="of the device (default: 512)"
+    )
+    parser.add_argument(
+        "--direct-io",
+        nargs="?",
+        choices=("on", "off"),
+        metavar="on|off",
+        help="go past the page cache of the file (default: as loopd is set up)",
+    )
+    parser.add_argument("--loop-ref", metavar="NAME", help="a name of your choice for the device")
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="even if another device has the same part of the file",
+    )
+
+
+def _add_range(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--offset", type=parse_size, metavar="SIZE", help="where in the file it starts"
+    )
+    parser.add_argument(
+        "--sizelimit", type=parse_size, metavar="SIZE", help="at most so much; 0 is to the end"
+    )
+
+
+def _epilog() -> str:
+    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in MEANINGS.items())
+    return (
+        f"exit status:\n{codes}\n  {SIGNALLED}+N  ended by signal N\n"
+        "'run' has its command's, and others for itself: see 'loopctl run --help'.\n\n"
+        "Sizes are in bytes, or have a suffix: K, M, G (of 1024, as KiB), KB, MB, GB (of 1000)."
+    )
