@@ -77,20 +77,21 @@ endef
 
 # Below PREFIX, but for what the bus and polkit look for in one place only.
 
-bindir      := $(PREFIX)/bin
-sbindir     := $(PREFIX)/sbin
-packagedir  := $(PREFIX)/lib/loopd
-unitdir     := $(PREFIX)/lib/systemd/system
-rulesdir    := $(PREFIX)/lib/udev/rules.d
-dbusdir     := $(PREFIX)/share/dbus-1
+bindir       := $(PREFIX)/bin
+sbindir      := $(PREFIX)/sbin
+packagedir   := $(PREFIX)/lib/loopd
+unitdir      := $(PREFIX)/lib/systemd/system
+rulesdir     := $(PREFIX)/lib/udev/rules.d
+dbusdir      := $(PREFIX)/share/dbus-1
 buspolicydir := /usr/share/dbus-1/system.d
-polkitdir   := /usr/share/polkit-1/actions
+polkitdir    := /usr/share/polkit-1/actions
 
 install: | $(if $(DESTDIR),,install-deps)
+	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir))
 	install -m 644 loopd/*.py dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
-	# The unit's sandbox cannot write them later.
+	# In the unit's sandbox nobody could keep what Python compiled.
 	umask 022; $(PYTHON) -m compileall -q $(if $(DESTDIR),-s $(DESTDIR)) $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
@@ -102,7 +103,7 @@ install: | $(if $(DESTDIR),,install-deps)
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
 	$(reload)
 
-uninstall: | $(if $(DESTDIR),,install-deps)
+uninstall:
 	rm -rf $(DESTDIR)$(packagedir)
 	rm -f $(addprefix $(DESTDIR),$(sbindir)/loopd $(bindir)/loopctl \
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service \
@@ -130,6 +131,7 @@ define reload
 } >/dev/null 2>&1 || true
 endef
 
+# What ran as root has left its caches.
 clean:
 	$(SUDO) rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +
