@@ -2,7 +2,6 @@
 """One bound loop device as the manager knows it: ours with a lease, or someone else's without."""
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 
 from .access import NOBODY
@@ -31,8 +30,8 @@ class Device:
     lease: Lease | None = None
     place: Place | None = None
     state: str = ATTACHED
-    attached_at: int = field(default_factory=lambda: time.time_ns() // 1000)
-    """Microseconds of CLOCK_REALTIME."""
+    attached_at: int = 0
+    """Microseconds of CLOCK_REALTIME; 0 if nobody told."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -62,6 +62,9 @@ class AttachRequest:
     """The free-form name, lo_file_name."""
 
 
+Claim = Callable[[int], Callable[[bool], None]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Status:
     """How a bound loop device is set up now; sizes and offsets in bytes."""
@@ -91,7 +94,8 @@ class LoopDevice:
     a device that someone else attached."""
     diskseq: int
     writable: bool
-    release_mark: Callable[[], None] = field(default=lambda: None, repr=False)
+    release: Callable[[bool], None] = field(default=lambda _: None, repr=False)
+    """To be called with whether the kernel still has the file bound, when we are done with it."""
 
     @property
     def ours(self) -> bool:
@@ -158,12 +162,12 @@ def attach(
     file_fd: OwnedFd,
     file: BackingFile,
     request: AttachRequest,
-    claim: Callable[[int], Callable[[], None]] = lambda number: lambda: None,
+    claim: Claim = lambda _: lambda _: None,
 ) -> LoopDevice:
     """Bind a file to a free loop device, retrying while others race us.
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
-    is bound to it, and returns what is to be called when it no longer is. The device carries
+    is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device carries
     autoclear: it goes when the last opener, us included, is gone.
 
     Raises InvalidArgs for options that do not fit the file, NotSupported, DeviceBusy when 64
@@ -192,7 +196,7 @@ def _bind_free_device(
     control_fd: int,
     file_fd: OwnedFd,
     request: AttachRequest,
-    claim: Callable[[int], Callable[[], None]],
+    claim: Claim,
     fresh: bool,
 ) -> LoopDevice:
     # Lock order: loop-control first, the device second. Nothing is waited for with the first held.
@@ -210,12 +214,12 @@ def _bind(
     number: int,
     file_fd: OwnedFd,
     request: AttachRequest,
-    claim: Callable[[int], Callable[[], None]],
+    claim: Claim,
 ) -> LoopDevice:
     # The ends of these blocks undo, last first: the lock's fd goes before CLR_FD, which would be
-    # lazy with two openers, and the mark stays until the device is closed.
+    # lazy with two openers, and the claim lasts until the device is closed.
     with (
-        ExitStack() as marked,
+        ExitStack() as claimed,
         _open_free(number, os.O_RDONLY if request.read_only else os.O_RDWR) as loop_fd,
         ExitStack() as bound,
         # A second fd for the lock: udev looks again when a device is closed, and loop_fd stays.
@@ -227,21 +231,21 @@ def _bind(
             raise _Taken(f"loop{number} is bound already")
         if count := blockdev.remove_partitions(loop_fd.fileno(), number):
             raise _StalePartitions(f"loop{number} had {count} partitions of a former life")
-        release_mark = claim(number)
-        marked.callback(release_mark)
+        release = claim(number)
+        claimed.callback(lambda: release(kernel.loop_bound(number)))
         _configure(loop_fd.fileno(), file_fd.fileno(), request)
         bound.callback(_clear, loop_fd.fileno())
         _verify(loop_fd.fileno(), request)
         diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
         bound.pop_all()
-        marked.pop_all()
+        claimed.pop_all()
         return LoopDevice(
             number=number,
             fd=loop_fd.move(),
             file=OwnedFd(file_fd.release()),
             diskseq=diskseq,
             writable=not request.read_only,
-            release_mark=release_mark,
+            release=release,
         )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import re
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ _T = TypeVar("_T")
 _DETACH_WAIT = 1.0
 # From this version on a loop device is never unbound before its last close.
 _NEVER_UNBOUND_WHILE_OPEN = (6, 11)
-_NODE = re.compile(r"(?:/dev/)?loop(\d{1,7})", re.ASCII)
+_NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +211,6 @@ class Manager:
             loop, status = await self._threads.run(
                 partial(_attach, file, backing_file, request, partial(self._claim, caller.uid))
             )
-            if caller.client.gone or abandoned.is_set():
-                log.info("%s was attached for a caller that has left", loop.node)
-                await self._threads.run(partial(loopdev.detach, loop))
-                loop.release_mark()
-                self._threads.remove(loopdev.remove, loop.number)
-                raise AccessDenied("the caller has left the bus")
             device = Device(
                 number=loop.number,
                 diskseq=loop.diskseq,
@@ -226,10 +221,16 @@ class Manager:
                 owner=caller.uid,
                 loop=loop,
                 place=place.keep(),
+                attached_at=time.time_ns() // 1000,
             )
             device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
             self._leases.grant(device.lease)
             self._registry.record(device)
+        if caller.client.gone or abandoned.is_set():
+            # It ends as any other does: counted and marked until the kernel has let go of it.
+            log.info("%s was attached for a caller that has left", device.node)
+            self._let_go(device)
+            raise AccessDenied("the caller has left the bus")
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
 
@@ -256,12 +257,12 @@ class Manager:
                     )
         return mapping
 
-    def _claim(self, uid: int, number: int) -> Callable[[], None]:
+    def _claim(self, uid: int, number: int) -> Callable[[bool], None]:
         """Take a number from the thread that is about to bind it."""
         release = self._markers.claim(number, unprivileged=uid != ROOT)
 
-        def undo() -> None:
-            release()
+        def undo(still_bound: bool) -> None:
+            release(still_bound)
             # Someone else may have bound it, which nobody looked at while it was ours.
             self._loop.call_soon_threadsafe(self._registry.look_at, number)
 
@@ -445,7 +446,7 @@ class Manager:
             if device.state == ATTACHED:
                 # Behind our back, and our fds are still open.
                 self._tasks.start(self._threads.run(device.loop.close))
-            device.loop.release_mark()
+            device.loop.release(False)
             self._threads.remove(loopdev.remove, device.number)
             log.info("%s is gone", device.node)
 
@@ -454,12 +455,12 @@ def _attach(
     file: OwnedFd,
     backing_file: backing.BackingFile,
     request: loopdev.AttachRequest,
-    claim: Callable[[int], Callable[[], None]],
+    claim: loopdev.Claim,
 ) -> tuple[loopdev.LoopDevice, loopdev.Status]:
     loop = loopdev.attach(file, backing_file, request, claim)
     try:
         return loop, loopdev.status(loop.number)
     except BaseException:
         loopdev.detach(loop)
-        loop.release_mark()
+        loop.release(kernel.loop_bound(loop.number))
         raise

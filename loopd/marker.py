@@ -8,9 +8,12 @@ unbinding.
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import kernel
+
+Release = Callable[[bool], None]
 
 
 class Markers:
@@ -19,7 +22,7 @@ class Markers:
     def __init__(self, runtime_directory: Path) -> None:
         self._directory = runtime_directory / "unprivileged"
         self._lock = threading.Lock()
-        self._claims: dict[int, object] = {}
+        self._claims: dict[int, _Claim] = {}
 
     def prepare(self) -> None:
         """Make the directory, and forget marks of devices that are not bound any more.
@@ -32,30 +35,45 @@ class Markers:
             if not number.isdecimal() or not kernel.loop_bound(int(number)):
                 path.unlink(missing_ok=True)
 
-    def claim(self, number: int, *, unprivileged: bool) -> Callable[[], None]:
-        """Say whose file loopN is about to hold; returns what to call when it holds it no more.
+    def claim(self, number: int, *, unprivileged: bool) -> Release:
+        """Say whose file loopN is about to hold; returns what to call when loopd is done with it.
 
-        The number may be in use again, for someone else, before the last user's mark is released:
-        only the newest claim counts.
+        That takes whether the kernel still has the file bound, because somebody else has the
+        device open: then the mark stays until `unbound`. The number may be in use again, for
+        someone else, before the last user's claim is released: only the newest claim counts.
         """
-        claim = object()
-        path = self._directory / f"loop{number}"
+        claim = _Claim()
         with self._lock:
             self._claims[number] = claim
             if unprivileged:
-                path.touch()
+                self._path(number).touch()
             else:
-                path.unlink(missing_ok=True)
+                self._path(number).unlink(missing_ok=True)
 
-        def release() -> None:
-            with self._lock:
-                if self._claims.get(number) is claim:
-                    del self._claims[number]
-                    path.unlink(missing_ok=True)
+        def release(still_bound: bool) -> None:
+            claim.over = True
+            if not still_bound:
+                self.unbound(number)
 
         return release
 
+    def unbound(self, number: int) -> None:
+        """Note that the kernel has no file bound to loopN."""
+        with self._lock:
+            claim = self._claims.get(number)
+            if claim and claim.over:
+                del self._claims[number]
+                self._path(number).unlink(missing_ok=True)
+
     def claimed(self, number: int) -> bool:
-        """Whether loopN is ours, or is about to be."""
+        """Whether loopN is ours, is about to be, or was until its last user closes it."""
         with self._lock:
             return number in self._claims
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"loop{number}"
+
+
+@dataclass(eq=False)
+class _Claim:
+    over: bool = False

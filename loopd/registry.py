@@ -41,6 +41,7 @@ class Registry:
         self._listeners = listeners
         self._devices: dict[str, Device] = {}
         self._by_number: dict[int, Device] = {}
+        self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
         self._tasks = Tasks()
@@ -64,9 +65,15 @@ class Registry:
         """Take up a device that is bound now."""
         if former := self._by_number.get(device.number):
             self.forget(former)  # the kernel's event about it is still on its way
+        self._managed += device.managed
         self._devices[device.path] = device
         self._by_number[device.number] = device
         self._listeners.added(device)
+
+    @property
+    def managed(self) -> int:
+        """How many of the devices loopd has attached."""
+        return self._managed
 
     def changed(self, device: Device) -> None:
         """Tell that something about a device has changed."""
@@ -76,6 +83,7 @@ class Registry:
         """Drop a device that the kernel has let go of."""
         if not self.knows(device):
             return
+        self._managed -= device.managed
         del self._devices[device.path]
         if self._by_number.get(device.number) is device:
             del self._by_number[device.number]
@@ -117,6 +125,8 @@ class Registry:
     async def _compare(
         self, number: int, known: Device | None, seen: loopdev.Status | None
     ) -> None:
+        if seen is None:
+            self._markers.unbound(number)
         if known is None:
             if seen and not self._markers.claimed(number):
                 await self._discover(number, seen)

@@ -306,7 +306,7 @@ class Service:
             }
         return {
             "Version": Variant("s", __version__),
-            "DeviceCount": Variant("u", self._manager.quota.taken),
+            "DeviceCount": Variant("u", self._registry.managed),
             "MaxDevices": Variant("u", self._limits.devices),
             "MaxDevicesPerUser": Variant("u", self._limits.devices_per_user),
         }

@@ -9,6 +9,14 @@ from loopd import kernel
 from loopd.marker import Markers
 
 
+@pytest.fixture(autouse=True)
+def bound(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The numbers that the kernel has a file bound to."""
+    numbers: set[int] = set()
+    monkeypatch.setattr(kernel, "loop_bound", numbers.__contains__)
+    return numbers
+
+
 @pytest.fixture
 def markers(tmp_path: Path) -> Markers:
     markers = Markers(tmp_path)
@@ -24,7 +32,7 @@ def test_a_mark_lasts_from_claim_to_release(tmp_path: Path, markers: Markers) ->
     release = markers.claim(7, unprivileged=True)
     assert marks(tmp_path) == {"loop7"}
     assert markers.claimed(7)
-    release()
+    release(False)
     assert marks(tmp_path) == set()
     assert not markers.claimed(7)
 
@@ -43,20 +51,38 @@ def test_the_end_of_a_former_claim_does_not_touch_a_newer_one(
 ) -> None:
     release_former = markers.claim(7, unprivileged=True)
     release_newer = markers.claim(7, unprivileged=True)
-    release_former()
+    release_former(False)
     assert marks(tmp_path) == {"loop7"}
     assert markers.claimed(7)
-    release_newer()
+    release_newer(False)
     assert marks(tmp_path) == set()
 
 
-def test_at_start_only_marks_of_bound_devices_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_mark_outlasts_its_release_while_others_keep_the_device_bound(
+    tmp_path: Path, markers: Markers
 ) -> None:
+    release = markers.claim(7, unprivileged=True)
+    release(True)
+    assert marks(tmp_path) == {"loop7"}
+    assert markers.claimed(7)
+    markers.unbound(7)
+    assert marks(tmp_path) == set()
+    assert not markers.claimed(7)
+
+
+def test_an_unbound_number_that_is_about_to_be_bound_keeps_its_mark(
+    tmp_path: Path, markers: Markers
+) -> None:
+    markers.claim(7, unprivileged=True)
+    markers.unbound(7)
+    assert marks(tmp_path) == {"loop7"}
+
+
+def test_at_start_only_marks_of_bound_devices_stay(tmp_path: Path, bound: set[int]) -> None:
     directory = tmp_path / "unprivileged"
     directory.mkdir()
     for name in ("loop3", "loop4", "loopx"):
         (directory / name).touch()
-    monkeypatch.setattr(kernel, "loop_bound", lambda number: number == 3)
+    bound.add(3)
     Markers(tmp_path).prepare()
     assert marks(tmp_path) == {"loop3"}
