@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from .access import NOBODY
 from .leases import Lease, Place
-from .loopdev import LoopDevice, Status, node
+from .loopdev import LoopDevice
+from .loopinfo import Status, node
 from .overlap import Mapping
 
 ATTACHED = "attached"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach, describe, resize and detach loop devices, after systemd's loop-util.
+"""Attach and detach loop devices, after systemd's loop-util.
 
 Synchronous, for threads, and usable as a library of its own. It knows files and devices, not
 clients: who may do what, and for how long a device is kept, is decided above.
@@ -16,9 +16,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from . import blockdev, kernel
-from .backing import BackingFile, FileIdentity, identify
-from .errors import DeviceBusy, InvalidArgs, NoSuchDevice, NotSupported
+from .backing import BackingFile
+from .errors import DeviceBusy, InvalidArgs, NotSupported
 from .fd import OwnedFd
+from .loopinfo import node
 
 log = logging.getLogger(__name__)
 
@@ -65,24 +66,6 @@ class AttachRequest:
 Claim = Callable[[int], Callable[[bool], None]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """How a bound loop device is set up now; sizes and offsets in bytes."""
-
-    diskseq: int
-    device_number: int
-    backing_file: bytes
-    """The kernel's idea of the path, for showing only."""
-    offset: int
-    size_limit: int
-    size: int
-    sector_size: int
-    read_only: bool
-    direct_io: bool
-    autoclear: bool
-    partition_scan: bool
-
-
 @dataclass(kw_only=True)
 class LoopDevice:
     """A device that we attached and hold open; `detach` ends it."""
@@ -126,11 +109,6 @@ class LoopDevice:
         return node(self.number)
 
 
-def node(number: int) -> str:
-    """The device node of a loop number."""
-    return f"/dev/loop{number}"
-
-
 # --- attach -------------------------------------------------------------------------------------
 
 
@@ -167,8 +145,8 @@ def attach(
     """Bind a file to a free loop device, retrying while others race us.
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
-    is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device carries
-    autoclear: it goes when the last opener, us included, is gone.
+    is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device
+    carries autoclear: it goes when the last opener, us included, is gone.
 
     Raises InvalidArgs for options that do not fit the file, NotSupported, DeviceBusy when 64
     attempts found no free device, and OSError.
@@ -313,199 +291,6 @@ def _clear(loop_fd: int) -> None:
         kernel.loop_clr_fd(loop_fd)
     except OSError as exc:
         log.debug("cannot clear a half-made loop device: %s", exc)
-
-
-# --- describe -----------------------------------------------------------------------------------
-
-
-def status(number: int) -> Status:
-    """How a bound device is set up, from sysfs alone: no ioctl, so no filesystem is asked.
-
-    Raises NoSuchDevice if it is not bound.
-    """
-
-    def number_in(attribute: str) -> int:
-        return int(kernel.loop_attribute(number, attribute))
-
-    try:
-        return Status(
-            diskseq=number_in("diskseq"),
-            device_number=os.makedev(*_numbers(number)),
-            backing_file=kernel.loop_attribute(number, "loop/backing_file"),
-            offset=number_in("loop/offset"),
-            size_limit=number_in("loop/sizelimit"),
-            size=number_in("size") * 512,
-            sector_size=number_in("queue/logical_block_size"),
-            read_only=number_in("ro") != 0,
-            direct_io=number_in("loop/dio") != 0,
-            autoclear=number_in("loop/autoclear") != 0,
-            partition_scan=number_in("loop/partscan") != 0,
-        )
-    except OSError as exc:
-        raise NoSuchDevice(f"loop{number} has no file attached") from exc
-
-
-@dataclass(frozen=True, kw_only=True)
-class Binding:
-    """What only the device itself tells about its binding."""
-
-    diskseq: int
-    backing_device: int
-    """st_dev of the file; 0 where the device did not tell."""
-    backing_inode: int
-    reference: bytes
-
-
-def binding(number: int) -> Binding:
-    """Ask a device that someone else set up.
-
-    GET_STATUS64 asks the file's filesystem and may never return, so the caller needs a deadline.
-    Raises NoSuchDevice if the device is not bound.
-    """
-    try:
-        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
-            fd = loop_fd.fileno()
-            info = kernel.loop_get_status64(fd)
-            return Binding(
-                diskseq=kernel.blkgetdiskseq(fd),
-                backing_device=info.lo_device,
-                backing_inode=info.lo_inode,
-                reference=info.lo_file_name,
-            )
-    except OSError as exc:
-        raise NoSuchDevice(f"loop{number} has no file attached") from exc
-
-
-@dataclass(frozen=True, kw_only=True)
-class Named:
-    """What a passed fd can mean."""
-
-    number: int | None
-    """The loop device it is open on, or on a partition of which."""
-    partition: bool
-    file: FileIdentity
-
-
-def named_by(fd: OwnedFd) -> Named:
-    """Find out what a passed fd is open on, in any mode; closes it, since it may be an opener."""
-    with fd:
-        file = identify(fd.fileno())
-    number = kernel.loop_of_block_device(*file.block_device) if file.block_device else None
-    partition = number is not None and file.block_device != _numbers(number)
-    return Named(number=number, partition=partition, file=file)
-
-
-def _numbers(number: int) -> tuple[int, int]:
-    major, _, minor = kernel.loop_attribute(number, "dev").partition(b":")
-    return int(major), int(minor)
-
-
-def open_existing(number: int, diskseq: int) -> LoopDevice:
-    """Open a device that someone else attached, for one operation; closing it changes nothing.
-
-    Raises NoSuchDevice if another one has the number now.
-    """
-    writable = True
-    try:
-        try:
-            fd = kernel.open_loop(number, os.O_RDWR)
-        except OSError as exc:
-            if exc.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            writable = False
-            fd = kernel.open_loop(number, os.O_RDONLY)
-        with blockdev.opened(fd) as loop_fd:
-            if kernel.blkgetdiskseq(loop_fd.fileno()) != diskseq:
-                raise NoSuchDevice(f"loop{number} is another device now")
-            writable = writable and kernel.loop_attribute(number, "ro") == b"0"
-            return LoopDevice(
-                number=number,
-                fd=loop_fd.move(),
-                file=None,
-                diskseq=diskseq,
-                writable=writable,
-            )
-    except OSError as exc:
-        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
-            raise NoSuchDevice(f"loop{number} is gone") from exc
-        raise
-
-
-# --- resize -------------------------------------------------------------------------------------
-
-
-def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, force: bool) -> int:
-    """Change offset and limit, or with neither take up the file's size; returns the new size.
-
-    All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already
-    cause no call. Raises InvalidArgs for a range outside the file and DeviceBusy, unless `force`,
-    if a device in use would shrink or move.
-    """
-    loop_fd = device.fd.fileno()
-    info = kernel.loop_get_status64(loop_fd)
-    old = info.lo_offset, info.lo_sizelimit
-    new_offset = info.lo_offset if offset is None else offset
-    new_limit = info.lo_sizelimit if size_limit is None else size_limit
-    sector_size = kernel.blksszget(loop_fd)
-    if new_offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
-    if new_limit % sector_size:
-        raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
-    old_size = kernel.blkgetsize64(loop_fd)
-    new_size = new_limit or old_size
-    if device.file is not None:
-        file_size = kernel.statx(device.file.fileno(), 0).stx_size
-        room = file_size - new_offset
-        if room < sector_size:
-            raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
-        if size_limit and size_limit > room:
-            raise InvalidArgs(f"size-limit: reaches past the end of the file of {file_size} bytes")
-        new_size = min(new_limit or room, room) // 512 * 512
-    moves = new_offset != info.lo_offset
-    if (new_size < old_size or moves) and not force and blockdev.in_use(device.number):
-        raise DeviceBusy(
-            f"{device.node} is in use and would shrink or move: unmount it first, or pass force"
-        )
-    if (new_offset, new_limit) == old:
-        # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
-        kernel.loop_set_capacity(loop_fd)
-        return kernel.blkgetsize64(loop_fd)
-    if device.ours:
-        # The client may have turned it off by an fd of its own, and a lease relies on it.
-        info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
-    info.lo_offset, info.lo_sizelimit = new_offset, new_limit
-    kernel.loop_set_status64(loop_fd, info)
-    size = kernel.blkgetsize64(loop_fd)
-    if size == 0 or (size_limit and size != size_limit):
-        # Only now a file that we do not hold has shown its size: the kernel clamps.
-        info.lo_offset, info.lo_sizelimit = old
-        kernel.loop_set_status64(loop_fd, info)
-        raise InvalidArgs("size-limit: the range is not inside the file")
-    return size
-
-
-def sync(device: LoopDevice) -> None:
-    """Write back what is dirty, and let the caller see the error (OSError)."""
-    kernel.fsync(device.fd.fileno())
-
-
-def open_node(device: LoopDevice, *, writable: bool) -> OwnedFd:
-    """Open the device anew for a client, and make sure that it will still go by itself.
-
-    Raises InvalidArgs when asked for more access than the backing file was attached with.
-    """
-    if writable and not device.writable:
-        raise InvalidArgs(f"mode: {device.node} is read-only, so it cannot be opened for writing")
-    with blockdev.opened(
-        kernel.open_loop(device.number, os.O_RDWR if writable else os.O_RDONLY)
-    ) as fd:
-        if kernel.blkgetdiskseq(fd.fileno()) != kernel.blkgetdiskseq(device.fd.fileno()):
-            raise NoSuchDevice(f"{device.node} is another device now")
-        info = kernel.loop_get_status64(device.fd.fileno())
-        if device.ours and not info.lo_flags & kernel.LO_FLAGS_AUTOCLEAR:
-            info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
-            kernel.loop_set_status64(device.fd.fileno(), info)
-        return fd.move()
 
 
 # --- detach -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from . import access, backing, blockdev, kernel, loopdev
+from . import access, backing, blockdev, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
@@ -124,7 +124,7 @@ class Manager:
         Raises NoSuchDevice, Ambiguous.
         """
         # Closed in the thread, and before anything else: it may be an opener of the device.
-        named = await self._in_thread(partial(loopdev.named_by, OwnedFd(fd.release())))
+        named = await self._in_thread(partial(loopinfo.named_by, OwnedFd(fd.release())))
         if named.number is not None:
             return self.device_by_node(f"loop{named.number}"), named.partition
         file = named.file
@@ -281,7 +281,7 @@ class Manager:
         size = await self._with_loop(
             device,
             partial(
-                loopdev.resize,
+                loopops.resize,
                 offset=options.offset,
                 size_limit=options.size_limit,
                 force=options.force,
@@ -300,7 +300,7 @@ class Manager:
     async def sync(self, caller: Caller, device: Device) -> None:
         """Write back what is dirty; the caller sees the error."""
         await self._require(caller, Operation.SYNC, device)
-        await self._with_loop(device, loopdev.sync)
+        await self._with_loop(device, loopops.sync)
 
     async def open(self, caller: Caller, device: Device, writable: bool) -> OwnedFd:
         """A new fd on the device's node."""
@@ -309,7 +309,7 @@ class Manager:
             raise NotSupported("before Linux 6.11 only root may be given a device's fd")
         await self._require(caller, Operation.OPEN, device)
         fd = await self._with_loop(
-            device, partial(loopdev.open_node, writable=writable), late=OwnedFd.close
+            device, partial(loopops.open_node, writable=writable), late=OwnedFd.close
         )
         try:
             caller.client.require_present()
@@ -370,7 +370,7 @@ class Manager:
         borrowed = device.loop.borrow() if device.loop else None
 
         def operate() -> _T:
-            with closing(borrowed or loopdev.open_existing(device.number, device.diskseq)) as loop:
+            with closing(borrowed or loopops.open_existing(device.number, device.diskseq)) as loop:
                 try:
                     return function(loop)
                 except OSError as exc:
@@ -422,7 +422,7 @@ class Manager:
 
     async def _clear(self, device: Device) -> None:
         def clear() -> bool:
-            loop = device.loop or loopdev.open_existing(device.number, device.diskseq)
+            loop = device.loop or loopops.open_existing(device.number, device.diskseq)
             loopdev.detach(loop)
             return kernel.loop_bound(device.number)
 
@@ -456,10 +456,10 @@ def _attach(
     backing_file: backing.BackingFile,
     request: loopdev.AttachRequest,
     claim: loopdev.Claim,
-) -> tuple[loopdev.LoopDevice, loopdev.Status]:
+) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     loop = loopdev.attach(file, backing_file, request, claim)
     try:
-        return loop, loopdev.status(loop.number)
+        return loop, loopinfo.status(loop.number)
     except BaseException:
         loopdev.detach(loop)
         loop.release(kernel.loop_bound(loop.number))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import kernel, loopdev
+from . import kernel, loopinfo
 from .device import Device
 from .errors import LoopError, NoSuchDevice
 from .marker import Markers
@@ -123,7 +123,7 @@ class Registry:
             del self._looks[number]
 
     async def _compare(
-        self, number: int, known: Device | None, seen: loopdev.Status | None
+        self, number: int, known: Device | None, seen: loopinfo.Status | None
     ) -> None:
         if seen is None:
             self._markers.unbound(number)
@@ -140,17 +140,17 @@ class Registry:
             # we hold our own, nobody else can have the number.
             self._update(known, seen)
 
-    def _update(self, device: Device, status: loopdev.Status) -> None:
+    def _update(self, device: Device, status: loopinfo.Status) -> None:
         if status != device.status:
             device.status = status
             self._listeners.changed(device)
 
-    async def _discover(self, number: int, status: loopdev.Status) -> None:
+    async def _discover(self, number: int, status: loopinfo.Status) -> None:
         """Record a device that someone else set up."""
         device = Device(number=number, diskseq=status.diskseq, status=status)
         try:
             told = await self._threads.run(
-                partial(loopdev.binding, number), timeout=_FOREIGN_TIMEOUT
+                partial(loopinfo.binding, number), timeout=_FOREIGN_TIMEOUT
             )
         except LoopError as exc:
             log.debug("%s does not say what it is bound to: %s", device.node, exc)
@@ -164,8 +164,8 @@ class Registry:
             self._looks[number] = True  # it may have gone while it was asked
 
 
-def _sight(number: int) -> loopdev.Status | None:
+def _sight(number: int) -> loopinfo.Status | None:
     try:
-        return loopdev.status(number)
+        return loopinfo.status(number)
     except NoSuchDevice:
         return None

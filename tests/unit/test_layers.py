@@ -18,7 +18,9 @@ LAYERS = (
     ("manager",),
     ("registry", "monitor", "polkit", "wire"),
     ("device", "threads", "tasks", "config"),
-    ("leases", "loopdev", "overlap", "marker"),
+    ("leases", "loopops", "overlap", "marker"),
+    ("loopdev",),
+    ("loopinfo",),
     ("access", "blockdev", "backing", "codec", "frame"),
     ("kernel", "errors", "fd"),
     ("__init__",),
@@ -49,7 +51,7 @@ def test_imports_go_down_only(module: str) -> None:
     assert not upwards
 
 
-@pytest.mark.parametrize("module", ["kernel", "blockdev", "backing", "loopdev", "marker"])
+@pytest.mark.parametrize("module", ["kernel", "blockdev", "backing", "loopinfo", "loopdev", "loopops", "marker"])
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
     ours, others = imports_of(module)
     assert "asyncio" not in others
