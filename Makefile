@@ -17,7 +17,7 @@ LIBRARIES        := python3-dbus-next python3-pyudev python3-systemd
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
 INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
-CHECK_PACKAGES   := $(DEMO_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck
+CHECK_PACKAGES   := $(DEMO_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
