@@ -7,7 +7,7 @@ fds that travel along are three separate things:
 - the index in a body is nobody's business but the receiver's: every value passes dbus-daemon;
 - fewer fds than UNIX_FDS says: dbus-daemon disconnects the sender;
 - more fds than UNIX_FDS says: dbus-daemon keeps the rest for the sender's next message, and
-  disconnects the sender when that does not claim them within max time pending_fd_timeout;
+  disconnects a sender whose fds stay unclaimed for pending_fd_timeout (150 s);
 - UNIX_FDS above max_message_unix_fds (16): dbus-daemon disconnects the sender.
 """
 
