@@ -6,6 +6,7 @@ the method's signature, answered by exactly one reply. What a method means is th
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -120,14 +121,18 @@ class Bus:
         if answer != _PRIMARY_OWNER:
             raise wire.BusError(f"another process owns {name} already")
 
-    async def stop(self, name: str, timeout: float) -> None:
-        """Release the name, answer what is queued and close."""
+    async def release(self, name: str, timeout: float) -> None:
+        """Give up a name, and answer the calls that came for it, for at most `timeout` seconds."""
         try:
-            await self.connection.call_bus("ReleaseName", "s", [name])
-            await self._tasks.finish(timeout)
+            await self.connection.call_bus("ReleaseName", "s", [name], timeout=timeout)
+        except (LoopError, wire.BusError) as exc:
+            log.debug("cannot release %s: %s", name, exc)
+        await self._tasks.finish(timeout)
+
+    async def leave(self, timeout: float) -> None:
+        """Leave the bus when it has taken what was written, after `timeout` seconds at most."""
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.connection.drain(), timeout)
-        except (LoopError, wire.BusError, TimeoutError) as exc:
-            log.debug("leaving the bus: %s", exc)
         self.connection.close()
 
     # --- clients --------------------------------------------------------------------------------

@@ -77,9 +77,12 @@ def _main(arguments: Sequence[str]) -> int:
 def _about(found: argparse.Namespace, exc: Exception) -> str:
     """The sentence, and what it is about where the sentence does not say that."""
     subject = getattr(found, "file", None) or getattr(found, "target", None)
-    if subject is None or isinstance(exc, OSError | BusError):
-        return sentence(exc)
-    return f"{_name(subject)}: {sentence(exc)}"
+    return sentence(exc) if subject is None else _about_target(subject, exc)
+
+
+def _about_target(target: str, exc: Exception) -> str:
+    name, text = _name(target), sentence(exc)
+    return text if name in text or isinstance(exc, OSError | BusError) else f"{name}: {text}"
 
 
 # --- attach and run -----------------------------------------------------------------------------
@@ -247,7 +250,7 @@ async def _detach(found: argparse.Namespace, client: Client) -> int:
             device = await _device(client, target)
             gone = await device.detach(lazy=found.lazy)
         except (LoopError, OSError) as exc:
-            _say(sentence(exc) if isinstance(exc, OSError) else f"{_name(target)}: {sentence(exc)}")
+            _say(_about_target(target, exc))
             status = status or exit_code(exc)
             continue
         results.append({"object": device.path, "node": device.node, "gone": gone})

@@ -18,6 +18,7 @@ from . import __version__, codec, wire
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
+from .errors import LoopError
 from .manager import Manager
 from .marker import Markers
 from .monitor import Monitor
@@ -44,9 +45,10 @@ def main() -> None:
         config = load(arguments.config)
         threads = Threads()
         status = asyncio.run(_run(config, arguments.runtime_directory, threads))
-    except (BadConfig, wire.BusError) as exc:
-        log.error("%s", exc)
-        sys.exit(1)
+    except (BadConfig, wire.BusError, LoopError) as exc:
+        sys.exit(f"loopd: {exc}")
+    except OSError as exc:
+        sys.exit(f"loopd: cannot start: {exc}")
     if not threads.stop(_STOP_TIMEOUT):
         # A thread that a hanging file holds would keep the interpreter from ending, too.
         log.warning("leaving with a call on a hanging file still under way")
@@ -131,9 +133,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     status = await ended
     _notify("STOPPING=1")
+    # The name first: whoever calls from now on starts the next loopd instead of losing a call.
+    manager.refuse_attach()
+    await bus.release(NAME, _STOP_TIMEOUT)
     await manager.stop(_STOP_TIMEOUT)
-    if status == 0:
-        await bus.stop(NAME, _STOP_TIMEOUT)
+    await bus.leave(_STOP_TIMEOUT)
     monitor.close()
     return status
 

@@ -151,7 +151,7 @@ def attach(
     Raises InvalidArgs for options that do not fit the file, NotSupported, DeviceBusy when 64
     attempts found no free device, and OSError.
     """
-    with file_fd, blockdev.opened(kernel.open_loop_control()) as control_fd:
+    with file_fd, _open_control() as control_fd:
         check_request(file, request, kernel.statx(file_fd.fileno(), 0).stx_size)
         fresh = False
         for pause in blockdev.retry_pauses(ATTEMPTS):
@@ -168,6 +168,15 @@ def attach(
                 fresh = isinstance(exc, _Taken)
             time.sleep(pause)
     raise DeviceBusy(f"no loop device came free in {ATTEMPTS} attempts: try again later")
+
+
+def _open_control() -> OwnedFd:
+    try:
+        return blockdev.opened(kernel.open_loop_control())
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise NotSupported("the kernel's loop driver is not loaded: modprobe loop") from exc
+        raise
 
 
 def _bind_free_device(

@@ -21,9 +21,9 @@ from .access import ROOT, Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
 from .errors import (
-    AccessDenied,
     Ambiguous,
     DeviceBusy,
+    Failed,
     InvalidArgs,
     LoopError,
     NoSuchDevice,
@@ -93,6 +93,7 @@ class Manager:
         self._leases = Leases()
         self.quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
         self._binding: set[Mapping] = set()
+        self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -153,6 +154,8 @@ class Manager:
             request = self._request(backing_file, options)
             await self._require_attach(caller, backing_file, request)
             caller.client.require_present()
+            if self._stopping:
+                raise Failed("loopd is stopping: try again")
             mapping = self._admit_mapping(backing_file, request, options.allow_overlap)
             # From here on a task of its own goes through to the end, whatever the caller does.
             abandoned = asyncio.Event()
@@ -226,11 +229,11 @@ class Manager:
             device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
             self._leases.grant(device.lease)
             self._registry.record(device)
-        if caller.client.gone or abandoned.is_set():
+        if caller.client.gone or abandoned.is_set() or self._stopping:
             # It ends as any other does: counted and marked until the kernel has let go of it.
-            log.info("%s was attached for a caller that has left", device.node)
+            log.info("%s was attached for nobody", device.node)
             self._let_go(device)
-            raise AccessDenied("the caller has left the bus")
+            raise Failed("the attach was given up")
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
 
@@ -395,6 +398,10 @@ class Manager:
             if device := self._registry.at(lease.device):
                 log.info("%s has left: detaching %s", client.name, device.node)
                 self._let_go(device)
+
+    def refuse_attach(self) -> None:
+        """Attach nothing any more, also in calls that are under way."""
+        self._stopping = True
 
     async def stop(self, timeout: float) -> None:
         """Let go of all our devices, and wait at most `timeout` seconds for the kernel.

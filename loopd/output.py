@@ -120,7 +120,7 @@ def properties(device: Properties) -> list[str]:
         "Holds": str(device.holds),
         "Lock": device.locked,
         "State": device.state,
-        "Attached at": time.strftime("%F %T %z", time.localtime(device.attached_at / 1e6)),
+        "Attached at": _time(device.attached_at) if device.attached_at else "unknown",
         "Device number": _device_number(device.device_number),
         "Disk sequence": str(device.diskseq),
     }
@@ -131,6 +131,10 @@ def properties(device: Properties) -> list[str]:
 def exact_size(number: int) -> str:
     """As `size`, and the bytes to the last one."""
     return f"{number} bytes" if number < 1024 else f"{size(number)} ({number} bytes)"
+
+
+def _time(microseconds: int) -> str:
+    return time.strftime("%F %T %z", time.localtime(microseconds / 1e6))
 
 
 def _yes(value: bool) -> str:

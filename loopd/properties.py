@@ -58,7 +58,7 @@ class Properties:
     state: str
     """attached or detaching."""
     attached_at: int
-    """Microseconds since the epoch."""
+    """Microseconds since the epoch; 0 on a foreign device."""
 
     @classmethod
     def decode(cls, found: dict[str, Variant]) -> Self:

@@ -41,7 +41,8 @@ class Watch:
     def __init__(self) -> None:
         self._owner = ""
         self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
-        self._subscription: asyncio.Future[None] | None = None
+        self._subscribed = False
+        self._subscribing = asyncio.Lock()
 
     @contextlib.contextmanager
     def watched(self, path: str) -> Generator[asyncio.Future[Ended], None, None]:
@@ -59,17 +60,16 @@ class Watch:
     async def subscribe(self, connection: wire.Connection) -> None:
         """Ask the bus for the signals; what came before has to be asked for.
 
-        Raises wire.BusError.
+        Raises wire.BusError, TimedOut.
         """
-        if self._subscription is None:
-            self._subscription = asyncio.ensure_future(self._subscribe(connection))
-        await asyncio.shield(self._subscription)
-
-    async def _subscribe(self, connection: wire.Connection) -> None:
-        for rule in _RULES:
-            await connection.call_bus("AddMatch", "s", [rule])
-        with contextlib.suppress(errors.PeerError):  # it may have no owner
-            (self._owner,) = await connection.call_bus("GetNameOwner", "s", [NAME])
+        async with self._subscribing:
+            if self._subscribed:
+                return
+            for rule in _RULES:
+                await connection.call_bus("AddMatch", "s", [rule])
+            with contextlib.suppress(errors.PeerError):  # it may have no owner
+                (self._owner,) = await connection.call_bus("GetNameOwner", "s", [NAME])
+            self._subscribed = True
 
     def on_signal(self, signal: frame.Frame) -> None:
         """Take a signal; it may come from anybody, since a match does not keep off direct ones."""

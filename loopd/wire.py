@@ -193,7 +193,9 @@ class Connection:
     def emit(
         self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
     ) -> None:
-        """Send a signal to everyone who listens."""
+        """Send a signal to everyone who listens; nobody does once the bus is lost."""
+        if self._lost:
+            return
         message = codec.signal(path, interface, member, signature, body, serial=next(self._serials))
         self._send(message, "")
 
@@ -318,6 +320,9 @@ class Connection:
                 self._on_signal(incoming)
             elif header.type in (frame.METHOD_RETURN, frame.ERROR):
                 self._on_reply(header, incoming)
+        # A bug that one message shows must not cost the ones read with it, or their fds.
+        except Exception:
+            log.exception("a message could not be taken")
         finally:
             # Whatever nobody has taken by now, nobody will.
             for fd in incoming.fds:
