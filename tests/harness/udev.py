@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.harness.area import area
+from tests.harness.area import TOKEN, area
 from tests.harness.deadline import Deadline
 
 UDEVD = Path("/lib/systemd/systemd-udevd")
@@ -44,9 +44,9 @@ class Udev:
                 stack.callback(_reload)
                 RULES.mkdir(parents=True, exist_ok=True)
                 for name, text in self._rules.items():
-                    path = RULES / name
-                    if path.exists():
-                        raise FileExistsError(f"{path} is there already, and not from this test")
+                    # A name of our own, in the given place of the order: another run may have
+                    # the same rules in force.
+                    path = RULES / f"{Path(name).stem}-{TOKEN}.rules"
                     stack.callback(path.unlink)
                     path.write_text(text)
                 _reload()

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness import images, leaks, loops
+from tests.harness.area import TOKEN
 from tests.harness.bus import POLKIT, PrivateBus
+from tests.harness.caller import Caller
+from tests.harness.daemon import Daemon
 from tests.harness.polkit import (
     RULES_ALLOW_ALL,
     RULES_DENY_ALL,
@@ -32,7 +35,7 @@ def losetup(*arguments: str | Path) -> str:
 
 
 @contextmanager
-def attached(image: Path) -> Iterator[loops.BoundLoop]:
+def bound(image: Path) -> Iterator[loops.BoundLoop]:
     """Have a file attached by losetup, without autoclear."""
     node = losetup("--find", "--show", image)
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
@@ -103,13 +106,13 @@ def test_polkitd_runs_as_its_own_user_and_leaves_the_host_alone(
 def test_udev_obeys_a_rule_for_as_long_as_it_is_there(area: Path) -> None:
     image = images.make_ext4(area / "image", label="harness-label")
     rule = 'SUBSYSTEM=="block", KERNEL=="loop*", ENV{LOOPD_HARNESS}="seen"\n'
-    with Udev({"98-loopd-harness.rules": rule}) as udev, attached(image) as loop:
+    with Udev({"98-loopd-harness.rules": rule}) as udev, bound(image) as loop:
         udev.settle()
         properties = udev.properties(loop.node)
         assert properties["LOOPD_HARNESS"] == "seen"
         assert properties["ID_FS_LABEL"] == "harness-label"
         assert f"/dev/disk/by-diskseq/{loop.diskseq}" in udev.links(loop.node)
-    assert not (RULES / "98-loopd-harness.rules").exists()
+    assert not list(RULES.glob(f"98-loopd-harness-{TOKEN}*"))
 
 
 def test_udevd_is_shared_and_ends_with_its_last_user() -> None:
@@ -120,7 +123,7 @@ def test_udevd_is_shared_and_ends_with_its_last_user() -> None:
 
 def test_a_bound_device_is_seen_until_it_is_unbound(area: Path) -> None:
     image = images.make_plain(area / "im\nage", 1 << 20)
-    with attached(image) as loop:
+    with bound(image) as loop:
         assert loop.backing_file == str(image)
         assert loops.bound_loops()[loop.number] == loop
         assert loops.loop_is_bound(loop.number)
@@ -135,7 +138,7 @@ def test_a_bound_device_is_seen_until_it_is_unbound(area: Path) -> None:
 
 def test_unbinding_is_waited_for_by_uevent(area: Path) -> None:
     image = images.make_sparse(area / "image", 1 << 20)
-    with attached(image) as loop:
+    with bound(image) as loop:
         holder = os.open(loop.node, os.O_RDONLY)
         losetup("--detach", loop.node)  # lazy, since we are an opener
         with loops.Uevents() as events:
@@ -149,7 +152,7 @@ def test_unbinding_is_waited_for_by_uevent(area: Path) -> None:
 def test_a_leaked_device_is_found_and_taken_away(area: Path) -> None:
     before = leaks.Snapshot.take()
     image = images.make_sparse(area / "image", 1 << 20)
-    with attached(image) as loop:
+    with bound(image) as loop:
         found = before.leaks(grace=0)
         assert found == [f"loop device {loop.node} ({loop.diskseq}) on {image}"]
         loops.wait_unbound(loop.number, loop.diskseq)
@@ -159,7 +162,7 @@ def test_a_leaked_device_is_found_and_taken_away(area: Path) -> None:
 def test_a_leaked_memfd_device_is_known_for_ours() -> None:
     before = leaks.Snapshot.take()
     with images.memfd() as fd:
-        with attached(Path(f"/proc/{os.getpid()}/fd/{fd}")) as loop:
+        with bound(Path(f"/proc/{os.getpid()}/fd/{fd}")) as loop:
             (found,) = [each for each in before.leaks(grace=0) if "loop device" in each]
             assert found.startswith(f"loop device {loop.node} ({loop.diskseq}) on /memfd:")
 
@@ -169,8 +172,22 @@ def test_the_devices_of_others_are_left_alone(tmp_path_factory: pytest.TempPathF
     image = images.make_sparse(Path(f"/var/tmp/loopd-not-a-test-{os.getpid()}"), 1 << 20)
     try:
         before = leaks.Snapshot.take([tmp_path_factory.getbasetemp().resolve()])
-        with attached(image) as loop:
+        with bound(image) as loop:
             assert before.leaks(grace=0) == []
             assert loops.loop_is_bound(loop.number, loop.diskseq)
     finally:
         image.unlink()
+
+
+@pytest.mark.both_libraries
+def test_the_parts_fit_together(daemon: Daemon, caller: Caller, area: Path) -> None:
+    image = images.make_ext4(area / "image", label="together", owner="nobody")
+    with daemon.same_fds():
+        attached = caller.attach(image, read_only=True)
+        assert loops.loop_is_bound(attached.number, attached.diskseq)
+        assert caller.get_all(attached.path)["Owner"] == 65534
+        caller.wait_signal("InterfacesAdded", lambda signal: signal.args[0] == attached.path)
+        device = caller.open_device(attached.path, "r")
+        assert images.ext4_label(device.read(2048)) == "together"
+        caller.kill()
+        loops.wait_unbound(attached.number, attached.diskseq)
