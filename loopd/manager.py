@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from . import access, backing, blockdev, kernel, loopdev, loopinfo, loopops
+from . import access, backing, blockdev, kernel, loopdev, loopinfo, loopops, overlap
 from .access import ROOT, Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
@@ -28,7 +28,6 @@ from .errors import (
     LoopError,
     NoSuchDevice,
     NotSupported,
-    Overlap,
     TimedOut,
 )
 from .fd import OwnedFd
@@ -91,7 +90,7 @@ class Manager:
         self._registry = registry
         self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
         self._leases = Leases()
-        self.quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
+        self._quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
         self._binding: set[Mapping] = set()
         self._stopping = False
         self._tasks = Tasks()
@@ -152,14 +151,25 @@ class Manager:
             if backing_file.identity.block_device:
                 raise NotSupported("block devices cannot be attached yet: pass a regular file")
             request = self._request(backing_file, options)
-            await self._require_attach(caller, backing_file, request)
+            trusted = backing_file.filesystem in self._trusted
+            if trusted:
+                # Nobody is asked for a password only to be told that an option is wrong. What is
+                # known of other files without asking may be stale: they are checked when bound.
+                loopdev.check_request(backing_file, request, backing_file.identity.size)
+            await self._require_attach(caller, backing_file, request, trusted)
             caller.client.require_present()
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
-            mapping = self._admit_mapping(backing_file, request, options.allow_overlap)
+            mapping = _mapping(backing_file, request)
+            if not options.allow_overlap:
+                overlap.require_none(
+                    mapping,
+                    bound=((device.node, device.mapping) for device in self._registry),
+                    binding=self._binding,
+                )
             # From here on a task of its own goes through to the end, whatever the caller does.
             abandoned = asyncio.Event()
-            place = self.quota.take(caller.uid)
+            place = self._quota.take(caller.uid)
             self._binding.add(mapping)
             binding = self._tasks.start(
                 self._bind(caller, file.move(), backing_file, request, mapping, place, abandoned)
@@ -184,7 +194,11 @@ class Manager:
         )
 
     async def _require_attach(
-        self, caller: Caller, file: backing.BackingFile, request: loopdev.AttachRequest
+        self,
+        caller: Caller,
+        file: backing.BackingFile,
+        request: loopdev.AttachRequest,
+        trusted: bool,
     ) -> None:
         details = {
             "read-only": str(request.read_only).lower(),
@@ -194,7 +208,7 @@ class Manager:
         }
         for action in access.needed_to_attach(
             block_device=file.identity.block_device is not None,
-            trusted=file.filesystem in self._trusted,
+            trusted=trusted,
         ):
             await self._authority.require(caller, action, details)
 
@@ -237,29 +251,6 @@ class Manager:
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
 
-    def _admit_mapping(
-        self, file: backing.BackingFile, request: loopdev.AttachRequest, allow_overlap: bool
-    ) -> Mapping:
-        """What the device would map; raises Overlap if that is in somebody's way."""
-        size = request.size_limit or max(file.identity.size - request.offset, 0)
-        mapping = Mapping(
-            device=file.identity.device,
-            inode=file.identity.inode,
-            start=request.offset,
-            end=request.offset + size,
-            writable=not request.read_only,
-        )
-        if not allow_overlap:
-            if any(mapping.conflicts_with(other) for other in self._binding):
-                raise Overlap("the same bytes of the file are being attached in another call")
-            for device in self._registry:
-                if mapping.conflicts_with(device.mapping):
-                    raise Overlap(
-                        f"{device.node} maps the same bytes of the file, and one of the two is "
-                        "writable: detach it, attach both read-only, or pass allow-overlap"
-                    )
-        return mapping
-
     def _claim(self, uid: int, number: int) -> Callable[[bool], None]:
         """Take a number from the thread that is about to bind it."""
         release = self._markers.claim(number, unprivileged=uid != ROOT)
@@ -273,12 +264,7 @@ class Manager:
 
     # --- operations on a device -----------------------------------------------------------------
 
-    async def resize(
-        self,
-        caller: Caller,
-        device: Device,
-        options: ResizeOptions,
-    ) -> int:
+    async def resize(self, caller: Caller, device: Device, options: ResizeOptions) -> int:
         """Change offset and limit, or take up the file's size; returns the new size in bytes."""
         await self._require(caller, Operation.RESIZE, device)
         size = await self._with_loop(
@@ -456,6 +442,18 @@ class Manager:
             device.loop.release(False)
             self._threads.remove(loopdev.remove, device.number)
             log.info("%s is gone", device.node)
+
+
+def _mapping(file: backing.BackingFile, request: loopdev.AttachRequest) -> Mapping:
+    """The bytes that the device would map."""
+    size = request.size_limit or max(file.identity.size - request.offset, 0)
+    return Mapping(
+        device=file.identity.device,
+        inode=file.identity.inode,
+        start=request.offset,
+        end=request.offset + size,
+        writable=not request.read_only,
+    )
 
 
 def _attach(

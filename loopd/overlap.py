@@ -4,7 +4,10 @@
 Two filesystems mounted from the same bytes destroy each other, without a word from the kernel.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from .errors import Overlap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,3 +28,17 @@ class Mapping:
             and other.start < self.end
             and (self.writable or other.writable)
         )
+
+
+def require_none(
+    mapping: Mapping, *, bound: Iterable[tuple[str, Mapping]], binding: Iterable[Mapping]
+) -> None:
+    """Raise Overlap if a device that is bound, by its node, or is being bound is in the way."""
+    for node, other in bound:
+        if mapping.conflicts_with(other):
+            raise Overlap(
+                f"{node} maps the same bytes of the file, and one of the two is writable: "
+                "detach it, attach both read-only, or pass allow-overlap"
+            )
+    if any(mapping.conflicts_with(other) for other in binding):
+        raise Overlap("another call is attaching the same bytes of the file")
