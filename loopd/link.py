@@ -111,9 +111,9 @@ class Link:
             )
         except errors.PeerError as exc:
             if exc.dbus_name == _NO_REPLY:
-                raise Unavailable("loopd ended before it answered") from exc
+                raise Unavailable("loopd ended before it answered: its log may say why") from exc
             if _NOT_THERE.fullmatch(exc.dbus_name):
-                raise Unavailable(f"loopd is not running and could not be started: {exc}") from exc
+                raise Unavailable(f"there is no loopd, is it installed? ({exc})") from exc
             raise
 
     def start_passing(

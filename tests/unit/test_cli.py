@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopctl without a bus: its arguments, what it prints, how it ends."""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopd import __version__, cli, errors, output
+from loopd.arguments import node_of, parse, parse_size
+from loopd.link import Unavailable
+from loopd.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
+from loopd.properties import FOREIGN, Partition, Properties
+from loopd.wire import BusError
+from tests.harness.area import CHECKOUT
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("0x200", 512),
+        ("1K", 1024),
+        ("1k", 1024),
+        ("1KiB", 1024),
+        ("1kB", 1000),
+        ("3M", 3 << 20),
+        ("2GiB", 2 << 30),
+        ("2GB", 2 * 10**9),
+        ("1T", 1 << 40),
+        ("1P", 1 << 50),
+        ("15E", 15 << 60),
+        ("18446744073709551615", (1 << 64) - 1),
+    ],
+)
+def test_sizes_are_read_as_losetup_reads_them(text: str, number: int) -> None:
+    assert parse_size(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "-1", "1.5", "1X", "1KB2", "1iB", "K", " 1", "1 ", "\u0661", "16E", "1_000", "0x"],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_size(text)
+
+
+def test_attach_takes_the_spellings_of_losetup() -> None:
+    short = parse("attach -r -o 1M --sizelimit 2M -b 4K --direct-io=off --loop-ref x f".split())
+    long = parse(
+        "attach --read-only --offset=1M --sizelimit=2M --sector-size=4096 --direct-io=off "
+        "--loop-ref=x f".split()
+    )
+    for found in (short, long):
+        assert found.read_only
+        assert (found.offset, found.sizelimit, found.sector_size) == (1 << 20, 2 << 20, 4096)
+        assert (found.direct_io, found.loop_ref, found.file) == ("off", "x", "f")
+
+
+def test_what_is_not_given_is_left_to_loopd() -> None:
+    found = parse(["attach", "f"])
+    given = (found.offset, found.sizelimit, found.sector_size, found.direct_io, found.loop_ref)
+    assert given == (None,) * 5
+    assert not found.read_only
+
+
+def test_direct_io_without_a_value_does_not_take_the_file_for_one() -> None:
+    found = parse(["attach", "--direct-io", "off"])
+    assert (found.direct_io, found.file) == ("on", "off")
+
+
+def test_a_file_may_begin_with_a_dash() -> None:
+    assert parse(["attach", "--", "--direct-io"]).file == "--direct-io"
+
+
+def test_run_leaves_the_options_of_its_command_alone() -> None:
+    found = parse("run -r disk.img -- mkfs -r --direct-io -- {}".split())
+    assert found.file == "disk.img"
+    assert found.run == ["mkfs", "-r", "--direct-io", "--", "{}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("", ExitCode.USAGE),
+        ("frobnicate", ExitCode.USAGE),
+        ("attach", ExitCode.USAGE),
+        ("attach a b", ExitCode.USAGE),
+        ("attach --direct-io=perhaps f", ExitCode.USAGE),
+        ("attach --off 512 f", ExitCode.USAGE),
+        ("attach -o 5X f", ExitCode.USAGE),
+        ("detach", ExitCode.USAGE),
+        ("run f", RunExitCode.FAILED),
+        ("run f --", RunExitCode.FAILED),
+        ("run -- true", RunExitCode.FAILED),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: str, code: int
+) -> None:
+    assert cli.main(arguments.split()) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("loopctl: ")
+    assert err.count("\n") == 1
+
+
+def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr() == (f"loopctl {__version__}\n", "")
+    assert cli.main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for code in ExitCode:
+        assert f" {code:d}  {MEANINGS[code]}\n" in out
+
+
+@pytest.mark.parametrize("target", ["loop3", "/dev/loop3", "loop1048575"])
+def test_a_node_is_known_by_its_name(target: str) -> None:
+    assert node_of(target) == target
+
+
+@pytest.mark.parametrize(
+    "target", ["./loop3", "loop", "loop3p1", "/dev/loop3p1", "loop-control", "loop3\n", "LOOP3"]
+)
+def test_everything_else_is_a_file(target: str) -> None:
+    assert node_of(target) is None
+
+
+def test_a_link_to_a_node_means_the_node(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("/dev/loop3")
+    assert node_of(str(link)) == "/dev/loop3"
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def device(**changes: Any) -> Properties:
+    """A device, as loopd might tell."""
+    values: dict[str, Any] = {
+        "node": "/dev/loop3",
+        "number": 3,
+        "device_number": os.makedev(7, 3),
+        "diskseq": 41,
+        "backing_file": b"/tmp/disk.img",
+        "backing_device": os.makedev(254, 0),
+        "backing_inode": 99,
+        "offset": 0,
+        "size_limit": 0,
+        "size": 4 << 20,
+        "sector_size": 512,
+        "read_only": False,
+        "direct_io": True,
+        "autoclear": True,
+        "partition_scan": False,
+        "partitions": (),
+        "reference": "",
+        "owner": 0,
+        "holder": ":1.9",
+        "lifetime": "connection",
+        "holds": 0,
+        "locked": "none",
+        "managed": True,
+        "state": "attached",
+        "attached_at": 1_600_000_000_000_000,
+    }
+    return Properties(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b"/tmp/disk.img", "/tmp/disk.img"),
+        ("/tmp/größe 1".encode(), "/tmp/größe 1"),
+        (b"\xff\xfe", "\\xff\\xfe"),
+        (b"\x1b[2J", "\\x1b[2J"),
+        (b"a\nb\tc", "a\\nb\\tc"),
+        (b"\\x1b", "\\\\x1b"),
+        ("\u202etxt.exe".encode(), "\\u202etxt.exe"),
+        ("\x9b31m".encode(), "\\x9b31m"),
+        (b"\x00", "\\x00"),
+    ],
+)
+def test_names_reach_a_terminal_as_text_only(raw: bytes, shown: str) -> None:
+    assert output.printable(raw) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "long", "short"),
+    [
+        (0, "0 bytes", "0"),
+        (512, "512 bytes", "512"),
+        (1024, "1 KiB", "1K"),
+        (1536, "1.5 KiB", "1.5K"),
+        (4 << 20, "4 MiB", "4M"),
+        ((1 << 30) - 1, "1024 MiB", "1024M"),
+        (5 << 60, "5 EiB", "5E"),
+        ((1 << 64) - 1, "16 EiB", "16E"),
+    ],
+)
+def test_sizes_are_shown_in_the_largest_unit(number: int, long: str, short: str) -> None:
+    assert (output.size(number), output.short_size(number)) == (long, short)
+
+
+def test_a_list_for_a_terminal_is_aligned() -> None:
+    devices = [
+        device(),
+        device(node="/dev/loop11", size=1536, owner=FOREIGN, lifetime="", read_only=True),
+    ]
+    assert output.device_list(devices, for_terminal=True) == [
+        "NAME        SIZE OFFSET RO OWNER LIFETIME   STATE    BACK-FILE",
+        "/dev/loop3    4M      0 0  root  connection attached /tmp/disk.img",
+        "/dev/loop11 1.5K      0 1  -     -          attached /tmp/disk.img",
+    ]
+
+
+def test_a_list_for_a_pipe_is_in_bytes_between_tabs() -> None:
+    lines = output.device_list([device(backing_file=b"/a b\nc")], for_terminal=False)
+    assert lines[1].split("\t") == [
+        *("/dev/loop3", "4194304", "0", "0", "root", "connection", "attached", "/a b\\nc"),
+    ]
+
+
+def test_an_owner_without_a_name_is_a_number() -> None:
+    assert output.owner(4_000_000_000) == "4000000000"
+
+
+def test_all_properties_are_shown() -> None:
+    partition = Partition(1, "/dev/loop3p1", 512, 1024)
+    shown = "\n".join(
+        output.properties(device(reference="r\x07", partitions=(partition,), size_limit=1 << 20))
+    )
+    for part in (
+        "Size:           4 MiB (4194304 bytes)\n",
+        "Size limit:     1 MiB (1048576 bytes)\n",
+        "Partitions:     /dev/loop3p1\n",
+        "Reference:      r\\x07\n",
+        "Owner:          root (uid 0)\n",
+        "Backing inode:  99 on 254:0\n",
+        "Device number:  7:3\n",
+    ):
+        assert part in shown + "\n"
+
+
+def test_a_foreign_device_is_not_said_to_be_anybodys() -> None:
+    foreign = device(owner=FOREIGN, managed=False, lifetime="", holder="", attached_at=0)
+    shown = "\n".join(output.properties(foreign))
+    assert str(FOREIGN) not in shown
+    assert "1970" not in shown
+
+
+def test_json_is_ascii_and_valid_whatever_a_file_is_called() -> None:
+    partition = Partition(1, "/dev/loop3p1", 512, 1024)
+    odd = device(backing_file=b"/tmp/\xff\x1b\xc2\x9b", partitions=(partition,))
+    text = output.as_json(output.properties_for_json("/o", odd))
+    assert text.isascii()
+    assert text.isprintable()
+    # Not a lone surrogate, which strict readers refuse.
+    assert json.loads(text)["backing_file"] == "/tmp/\ufffd\x1b\x9b"
+    assert json.loads(text)["partitions"] == [
+        {"number": 1, "node": "/dev/loop3p1", "start": 512, "size": 1024}
+    ]
+
+
+# --- how it ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exc", "code"),
+    [
+        (BusError("x"), ExitCode.UNAVAILABLE),
+        (Unavailable("x"), ExitCode.UNAVAILABLE),
+        (errors.InvalidArgs("x"), ExitCode.USAGE),
+        (errors.AccessDenied("x"), ExitCode.DENIED),
+        (errors.InteractiveAuthorizationRequired("x"), ExitCode.DENIED),
+        (errors.UntrustedFilesystem("x"), ExitCode.DENIED),
+        (errors.NoSuchDevice("x"), ExitCode.NO_DEVICE),
+        (errors.UnknownObject("x"), ExitCode.NO_DEVICE),
+        (errors.Ambiguous("x"), ExitCode.NO_DEVICE),
+        (errors.DeviceBusy("x"), ExitCode.BUSY),
+        (errors.Overlap("x"), ExitCode.BUSY),
+        (errors.UnsupportedFile("x"), ExitCode.FILE),
+        (errors.LimitsExceeded("x"), ExitCode.LIMIT),
+        (errors.NotSupported("x"), ExitCode.NOT_SUPPORTED),
+        (errors.Failed("x"), ExitCode.FAILED),
+        (errors.TimedOut("x"), ExitCode.FAILED),
+        (errors.ErrnoError("x", errno.ENOSPC), ExitCode.FAILED),
+        (errors.by_name("com.example.Error", "x"), ExitCode.FAILED),
+        (FileNotFoundError(errno.ENOENT, "x", "file"), ExitCode.FILE),
+        (OSError(errno.ENOSPC, "x"), ExitCode.FAILED),
+    ],
+)
+def test_each_error_has_its_exit_code(exc: Exception, code: ExitCode) -> None:
+    assert exit_code(exc) == code
+
+
+def test_every_error_of_loopd_was_thought_of() -> None:
+    considered = {
+        *("AccessDenied Ambiguous DeviceBusy ErrnoError Failed InvalidArgs LimitsExceeded").split(),
+        *("InteractiveAuthorizationRequired NoSuchDevice NotSupported Overlap PeerError").split(),
+        *("PropertyReadOnly TimedOut UnknownInterface UnknownMethod UnknownObject").split(),
+        *("UnknownProperty UnsupportedFile UntrustedFilesystem").split(),
+    }
+    assert {cls.__name__ for cls in errors.LoopError.__subclasses__()} == considered
+
+
+def test_exit_codes_differ_from_those_of_commands_and_signals() -> None:
+    assert len(set(ExitCode)) == len(MEANINGS)
+    assert max(ExitCode) < min(RunExitCode)
+    assert max(RunExitCode) < 128
+
+
+@pytest.mark.parametrize(
+    ("exc", "start", "advice"),
+    [
+        (FileNotFoundError(2, "x", "a\x1b"), "cannot open a\\x1b: No such file", "check the path"),
+        (PermissionError(13, "x", b"a"), "cannot open a: Permission denied", "right to read"),
+        (IsADirectoryError(21, "x", "a"), "cannot open a: Is a directory", "pass an image"),
+        (errors.NoSuchDevice("loop3 has none"), "loop3 has none", "loopctl list"),
+        (errors.AccessDenied("polkit says no"), "polkit says no", "administrator"),
+        (errors.InteractiveAuthorizationRequired("x"), "a password", "--no-ask-password"),
+        (BusError("cannot connect"), "cannot connect", "DBUS_SYSTEM_BUS_ADDRESS"),
+        (errors.PeerError("", "a.b\x1bc"), "loopd answered a.b\\x1bc", ""),
+        (errors.Failed("two\nlines"), "two\\nlines", "log"),
+    ],
+)
+def test_an_error_is_told_in_one_line_with_what_to_do(
+    exc: Exception, start: str, advice: str
+) -> None:
+    text = sentence(exc)
+    assert text.startswith(start)
+    assert advice in text
+    assert text.isprintable()
+
+
+def test_without_a_bus_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
+    (tmp_path / "image").touch()
+    commands = (["list"], ["show", "loop3"], ["attach", f"{tmp_path}/image"], ["detach", "loop3"])
+    for arguments in commands:
+        assert cli.main(arguments) == ExitCode.UNAVAILABLE
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("loopctl: cannot connect to the bus at ")
+        assert err.count("\n") == 1
+    assert cli.main(["run", f"{tmp_path}/image", "--", "true"]) == RunExitCode.FAILED
+
+
+def test_the_file_comes_before_the_bus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
+    assert cli.main(["attach", f"{tmp_path}/image"]) == ExitCode.FILE
+    assert "image" in capsys.readouterr().err
+
+
+def loopctl(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run loopctl in a process of its own."""
+    program = "import sys; from loopd.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=CHECKOUT,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+        **how,
+    )
+
+
+def test_a_reader_that_has_left_is_no_problem_to_speak_of() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = loopctl("--help", stdout=write_end)
+    finally:
+        os.close(write_end)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == b""
+
+
+def test_a_full_disk_is_told() -> None:
+    with open("/dev/full", "wb") as full:
+        done = loopctl("--help", stdout=full)
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr == b"loopctl: cannot write: No space left on device\n"
+
+
+def test_closed_streams_are_no_problem() -> None:
+    def close() -> None:
+        os.close(1)
+
+    assert loopctl("--version", preexec_fn=close).returncode == 0
+
+
+def test_ctrl_c_is_told_by_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "list", interrupt)
+    assert cli.main(["list"]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The client library over a bus that the tests play: what it sends, what it makes of answers."""
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopd import codec, errors, frame, image
+from loopd.client import Client
+from loopd.codec import Variant
+from loopd.fd import OwnedFd
+from loopd.link import Link, Unavailable, make_options
+from loopd.properties import Partition, Properties
+from loopd.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
+from loopd.wire import BUS_NAME, BusError
+from tests.harness.asynchronous import run_async
+
+NOBODY = 65534
+OBJECT = "/org/example/Loop1/device/loop3_41"
+LOOPD = ":1.7"
+
+
+# --- opening files ------------------------------------------------------------------------------
+
+
+@contextmanager
+def rights_of(uid: int) -> Iterator[None]:
+    """Open files as this uid; whoever is not root has to do with the own one."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.fixture
+def file(area: Path) -> Path:
+    """A file of 4 KiB that everyone may read and write."""
+    path = area / "image"
+    path.write_bytes(bytes(4096))
+    path.chmod(0o666)
+    return path
+
+
+def access(fd: OwnedFd) -> int:
+    return fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, *refusals: int) -> list[int]:
+    """Make os.open fail with these errnos, one after the other; returns the flags it was given."""
+    left, given = list(refusals), []
+
+    def refuse(path: object, flags: int, *_: object, **__: object) -> int:
+        given.append(flags)
+        code = left.pop(0)
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    return given
+
+
+def test_a_file_is_opened_read_write(file: Path) -> None:
+    with rights_of(NOBODY), image.open_file(file) as fd:
+        assert access(fd) == os.O_RDWR
+
+
+def test_a_file_that_may_not_be_written_is_opened_for_reading(file: Path) -> None:
+    file.chmod(0o444)
+    with rights_of(NOBODY), image.open_file(file) as fd:
+        assert access(fd) == os.O_RDONLY
+
+
+def test_read_write_was_asked_for_and_is_not_given_up(file: Path) -> None:
+    file.chmod(0o444)
+    with rights_of(NOBODY), pytest.raises(PermissionError):
+        image.open_file(file, read_only=False)
+
+
+def test_read_only_opens_a_writable_file_for_reading(file: Path) -> None:
+    with image.open_file(file, read_only=True) as fd:
+        assert access(fd) == os.O_RDONLY
+
+
+def test_a_file_that_may_not_be_read_is_refused(file: Path) -> None:
+    file.chmod(0)
+    with rights_of(NOBODY), pytest.raises(PermissionError) as refused:
+        image.open_file(file)
+    assert refused.value.filename == str(file)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_the_first_refusal_is_the_one_reported(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    given = refusing(monkeypatch, code, errno.ENOENT)
+    with pytest.raises(OSError) as refused:  # noqa: PT011 - the errno is looked at below
+        image.open_file("x")
+    assert refused.value.errno == code
+    assert [flags & os.O_ACCMODE for flags in given] == [os.O_RDWR, os.O_RDONLY]
+
+
+@pytest.mark.parametrize("code", [errno.ETXTBSY, errno.EISDIR, errno.ENOENT])
+def test_other_refusals_are_final(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    given = refusing(monkeypatch, code)
+    with pytest.raises(OSError) as refused:  # noqa: PT011 - the errno is looked at below
+        image.open_file("x")
+    assert refused.value.errno == code
+    assert len(given) == 1
+
+
+def test_opening_neither_waits_nor_is_inherited(area: Path) -> None:
+    os.mkfifo(area / "fifo")
+    with image.open_file(area / "fifo", read_only=True) as fd:
+        assert fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK
+        assert not os.get_inheritable(fd.fileno())
+
+
+def test_a_file_can_be_named_without_the_right_to_read_it(file: Path) -> None:
+    file.chmod(0)
+    with rights_of(NOBODY), image.name_file(file) as fd:
+        assert os.fstat(fd.fileno()).st_ino == file.stat().st_ino
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.read(fd.fileno(), 1)
+
+
+# --- options and properties ---------------------------------------------------------------------
+
+
+def test_only_what_is_given_is_sent() -> None:
+    options = make_options(("offset", "t", 0), ("read-only", "b", None), ("reference", "s", "ä"))
+    assert {key: (each.signature, each.value) for key, each in options.items()} == {
+        "offset": ("t", 0),
+        "reference": ("s", "ä"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("t", -1), ("t", 1 << 64), ("u", 1 << 32), ("s", "a\0b"), ("s", "a\udcff")],
+)
+def test_what_a_bus_would_not_carry_is_refused_by_its_key(kind: str, value: object) -> None:
+    with pytest.raises(errors.InvalidArgs, match=r"^the-key: "):
+        make_options(("the-key", kind, value))
+
+
+def properties(**changes: Variant) -> dict[str, Variant]:
+    """What loopd tells of a device."""
+    return {
+        "Node": Variant("s", "/dev/loop3"),
+        "Number": Variant("u", 3),
+        "DeviceNumber": Variant("t", os.makedev(7, 3)),
+        "Diskseq": Variant("t", 41),
+        "BackingFile": Variant("ay", b"/tmp/\xff\0"),
+        "BackingDevice": Variant("t", 0),
+        "BackingInode": Variant("t", 0),
+        "Offset": Variant("t", 0),
+        "SizeLimit": Variant("t", 0),
+        "Size": Variant("t", 4096),
+        "SectorSize": Variant("u", 512),
+        "ReadOnly": Variant("b", False),
+        "DirectIO": Variant("b", True),
+        "Autoclear": Variant("b", True),
+        "PartitionScan": Variant("b", False),
+        "Partitions": Variant("a(ustt)", [[1, "/dev/loop3p1", 512, 1024]]),
+        "Reference": Variant("s", ""),
+        "Owner": Variant("u", 1000),
+        "Holder": Variant("s", ":1.9"),
+        "Lifetime": Variant("s", "connection"),
+        "Holds": Variant("u", 0),
+        "Locked": Variant("s", "none"),
+        "Managed": Variant("b", True),
+        "State": Variant("s", "attached"),
+        "AttachedAt": Variant("t", 1),
+        **changes,
+    }
+
+
+def test_properties_are_read_under_their_python_names() -> None:
+    device = Properties.decode(properties(Novelty=Variant("s", "of a newer loopd")))
+    assert device.backing_file == b"/tmp/\xff"
+    assert device.direct_io is True
+    assert device.partitions == (Partition(1, "/dev/loop3p1", 512, 1024),)
+
+
+def test_a_missing_property_is_named() -> None:
+    incomplete = properties()
+    del incomplete["SectorSize"]
+    with pytest.raises(errors.Failed, match="sector_size"):
+        Properties.decode(incomplete)
+
+
+# --- calls --------------------------------------------------------------------------------------
+
+
+class Bus:
+    """Stands for wire.Connection: keeps what is called, and answers as it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.interactive: list[bool] = []
+        self.passed: list[os.stat_result] = []
+        self.answers: dict[str, Callable[[], Any]] = {}
+        self.called = asyncio.Event()
+
+    async def call_with_fds(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        *,
+        timeout: float | None,
+        interactive: bool,
+        fds: Sequence[int],
+    ) -> tuple[list[Any], list[OwnedFd]]:
+        assert destination == NAME
+        self.calls.append((path, member))
+        self.interactive.append(interactive)
+        self.passed += [os.fstat(fd) for fd in fds]
+        self.called.set()
+        answer = self.answers[member]()
+        if isinstance(answer, asyncio.Future):
+            answer = await answer
+        for fd in fds:
+            os.fstat(fd)  # still open, as long as the call lasts
+        return answer, []
+
+    async def call_bus(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
+        assert member in ("AddMatch", "GetNameOwner")
+        return [LOOPD] if member == "GetNameOwner" else []
+
+    def close(self) -> None:
+        pass
+
+
+def client_of(bus: Any, watch: Watch | None = None, *, interactive: bool = False) -> Client:
+    return Client(Link(bus, watch or Watch(), interactive))
+
+
+def raising(exc: Exception) -> Callable[[], Any]:
+    def answer() -> Any:
+        raise exc
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "org.freedesktop.DBus.Error.ServiceUnknown",
+        "org.freedesktop.DBus.Error.NameHasNoOwner",
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.freedesktop.DBus.Error.Spawn.ChildExited",
+        "org.freedesktop.systemd1.NoSuchUnit",
+    ],
+)
+def test_an_answer_that_only_the_absence_of_loopd_explains_says_so(name: str) -> None:
+    async def ask() -> None:
+        bus = Bus()
+        bus.answers["GetManagedObjects"] = raising(errors.by_name(name, "whatever"))
+        with pytest.raises(Unavailable):
+            await client_of(bus).devices()
+
+    run_async(ask())
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    async def ask() -> None:
+        bus = Bus()
+        bus.answers["GetDeviceByNode"] = raising(errors.NoSuchDevice("none"))
+        with pytest.raises(errors.NoSuchDevice, match=r"^none$"):
+            await client_of(bus).device_by_node("loop3")
+
+    run_async(ask())
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_asking_for_a_password_is_allowed_by_the_client_alone(interactive: bool) -> None:
+    async def ask() -> Bus:
+        bus = Bus()
+        bus.answers["GetManagedObjects"] = lambda: [{}]
+        assert await client_of(bus, interactive=interactive).devices() == []
+        return bus
+
+    assert run_async(ask()).interactive == [interactive]
+
+
+def test_the_callers_fd_stays_the_callers(file: Path) -> None:
+    async def attach() -> None:
+        bus = Bus()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        with file.open("rb") as opened:
+            device = await client_of(bus).attach(opened)
+            assert not opened.closed
+            assert os.fstat(opened.fileno()).st_ino == bus.passed[0].st_ino
+        assert (device.path, device.node, device.diskseq) == (OBJECT, "/dev/loop3", 41)
+
+    run_async(attach())
+
+
+def test_a_device_that_comes_when_nobody_waits_any_more_is_detached(file: Path) -> None:
+    async def give_up() -> None:
+        bus = Bus()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        detached = asyncio.Event()
+
+        def detach() -> list[Any]:
+            detached.set()
+            return [True]
+
+        bus.answers["Attach"] = lambda: answer
+        bus.answers["Detach"] = detach
+
+        async def attach() -> None:
+            await client_of(bus).attach(file)
+
+        attaching = asyncio.ensure_future(attach())
+        await bus.called.wait()
+        attaching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attaching
+        answer.set_result([OBJECT, "/dev/loop3", 41])
+        async with asyncio.timeout(10):
+            await detached.wait()
+        assert bus.calls[-1] == (OBJECT, "Detach")
+
+    before = set(os.listdir("/proc/self/fd"))
+    run_async(give_up())
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "gone", [errors.NoSuchDevice("x"), errors.UnknownObject("x"), BusError("x"), Unavailable("x")]
+)
+def test_the_end_of_the_block_takes_a_device_that_has_gone(file: Path, gone: Exception) -> None:
+    async def use() -> str:
+        bus = Bus()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["Detach"] = raising(gone)
+        async with client_of(bus).attach(file) as device:
+            return device.node
+
+    assert run_async(use()) == "/dev/loop3"
+
+
+def test_the_end_of_the_block_hides_no_other_error(file: Path) -> None:
+    async def use() -> None:
+        bus = Bus()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["Detach"] = raising(errors.Failed("x"))
+        with pytest.raises(errors.Failed):
+            async with client_of(bus).attach(file):
+                pass
+
+    run_async(use())
+
+
+# --- the end of a device ------------------------------------------------------------------------
+
+
+def signal_from(
+    sender: str, path: str, interface: str, member: str, signature: str, *body: Any
+) -> frame.Frame:
+    """A signal as the bus delivers it."""
+    message = codec.signal(path, interface, member, signature, list(body), serial=1)
+    header = frame.Header(
+        type=frame.SIGNAL, flags=1, serial=1, path=path, interface=interface, member=member
+    )
+    header.sender = sender
+    return frame.Frame(header, codec.serialize(message))
+
+
+def removed(sender: str = LOOPD, path: str = OBJECT) -> frame.Frame:
+    return signal_from(
+        sender, "/org/example/Loop1", OBJECT_MANAGER, "InterfacesRemoved", "oas", path, [DEVICE]
+    )
+
+
+def state(value: str, path: str = OBJECT) -> frame.Frame:
+    changed = {"State": Variant("s", value)}
+    return signal_from(
+        LOOPD, path, PROPERTIES, "PropertiesChanged", "sa{sv}as", DEVICE, changed, []
+    )
+
+
+def owner_changed(sender: str, name: str, new: str) -> frame.Frame:
+    return signal_from(
+        sender, "/org/freedesktop/DBus", BUS_NAME, "NameOwnerChanged", "sss", name, LOOPD, new
+    )
+
+
+async def turns() -> None:
+    """Let everything happen that waits for nothing."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def ended_by(*signals: frame.Frame) -> Ended | None:
+    """What a device that is attached ends by, when its client gets these signals."""
+
+    async def wait() -> Ended | None:
+        bus, watch = Bus(), Watch()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["GetAll"] = lambda: [properties()]
+        device = await client_of(bus, watch).attach(os.devnull)
+        waiting = asyncio.ensure_future(device.wait_ended())
+        await turns()
+        assert bus.calls[-1] == (OBJECT, "GetAll")
+        for each in signals:
+            watch.on_signal(each)
+        await turns()
+        if waiting.done():
+            return waiting.result()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        return None
+
+    return run_async(wait())
+
+
+def test_a_device_ends_when_its_object_goes() -> None:
+    assert ended_by(removed()) is Ended.DETACHED
+
+
+def test_a_device_ends_when_it_is_detached_while_in_use() -> None:
+    assert ended_by(state("detaching")) is Ended.DETACHED
+
+
+def test_a_device_ends_with_loopd() -> None:
+    assert ended_by(owner_changed(BUS_NAME, NAME, "")) is Ended.DAEMON_LEFT
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [
+        removed(sender=":1.66"),
+        removed(path=OBJECT + "1"),
+        state("attached"),
+        state("detaching", path=OBJECT + "1"),
+        owner_changed(LOOPD, NAME, ""),
+        owner_changed(BUS_NAME, "org.example.Other", ""),
+        frame.Frame(removed().header, b"no message"),
+        frame.Frame(None, b""),
+    ],
+    ids=range(8),
+)
+def test_what_does_not_end_the_device_is_passed_over(signal: frame.Frame) -> None:
+    assert ended_by(signal) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "how"),
+    [
+        (raising(errors.UnknownObject("x")), Ended.DETACHED),
+        (lambda: [properties(State=Variant("s", "detaching"))], Ended.DETACHED),
+        (raising(errors.by_name("org.freedesktop.DBus.Error.NoReply", "x")), Ended.DAEMON_LEFT),
+        (raising(BusError("x")), Ended.BUS_LOST),
+    ],
+    ids=["gone", "detaching", "no loopd", "no bus"],
+)
+def test_an_end_before_the_wait_is_found(answer: Callable[[], Any], how: Ended) -> None:
+    async def wait() -> Ended:
+        bus = Bus()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["GetAll"] = answer
+        device = await client_of(bus).attach(os.devnull)
+        return await device.wait_ended()
+
+    assert run_async(wait()) is how
