@@ -1,0 +1,656 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopctl as ordinary users run it: the real daemon, real loop devices, a real polkitd.
+
+The package is copied to where every uid can read it, and run by Debian's Python, as an installed
+one would be.
+"""
+
+import json
+import os
+import pty
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopd import blocking
+from loopd.watch import Ended
+from tests.harness.area import CHECKOUT
+from tests.harness.area import area as make_area
+from tests.harness.bus import PrivateBus
+from tests.harness.caller import Caller
+from tests.harness.daemon import Daemon
+from tests.harness.deadline import Deadline
+from tests.harness.images import MIB, make_plain
+from tests.harness.loops import look_at, loop_is_bound, wait_unbound
+from tests.harness.polkit import Answer, PolkitDouble, rules_allowing
+
+OWNER = "nobody"
+OTHER = "daemon"
+
+_PYTHON = getattr(sys, "_base_executable", sys.executable)
+_MAIN = "import sys; sys.path.insert(0, {!r}); from loopd.cli import main; sys.exit(main())"
+
+
+class Running:
+    """A loopctl under way; killed with its `with` block at the latest."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self._unread = b""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def line(self) -> str:
+        """Wait for the next line on stdout."""
+        deadline, stdout = Deadline(), self.process.stdout
+        assert stdout is not None
+        while b"\n" not in self._unread:
+            deadline.wait_readable([stdout.fileno()], "a line of loopctl")
+            data = os.read(stdout.fileno(), 4096)
+            assert data, f"loopctl ended: {self.end()}"
+            self._unread += data
+        line, self._unread = self._unread.split(b"\n", 1)
+        return line.decode()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end; returns the exit status, the rest of stdout, and stderr."""
+        out, err = self.process.communicate(timeout=30)
+        return (
+            self.process.returncode,
+            (self._unread + (out or b"")).decode(),
+            (err or b"").decode(),
+        )
+
+
+class Loopctl:
+    """The program on one bus."""
+
+    def __init__(self, bus: PrivateBus, package: Path, directory: Path) -> None:
+        self._address = bus.address
+        self._program = [_PYTHON, "-I", "-c", _MAIN.format(str(package))]
+        self._directory = directory
+
+    @contextmanager
+    def start(
+        self,
+        *arguments: str | Path,
+        user: str = OWNER,
+        environment: Mapping[str, str] | None = None,
+        before: tuple[str, ...] = (),
+        **how: Any,
+    ) -> Iterator[Running]:
+        """Run loopctl as `user` in the test's directory; `before` is a program to start it."""
+        account = pwd.getpwnam(user)
+        streams: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        process = subprocess.Popen(
+            [*before, *self._program, *map(str, arguments)],
+            env={
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "LANG": "C.UTF-8",
+                "DBUS_SYSTEM_BUS_ADDRESS": self._address,
+                **(environment or {}),
+            },
+            cwd=self._directory,
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+            **(streams | how),
+        )
+        with process:
+            try:
+                yield Running(process)
+            finally:
+                process.kill()
+
+    def run(self, *arguments: str | Path, **how: Any) -> tuple[int, str, str]:
+        """Run loopctl to its end; returns exit status, stdout, stderr."""
+        with self.start(*arguments, **how) as running:
+            return running.end()
+
+    def json(self, *arguments: str | Path, **how: Any) -> Any:
+        """Run loopctl, which must succeed; returns what it tells as JSON."""
+        status, out, err = self.run(*arguments, "--json", **how)
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def package() -> Iterator[Path]:
+    """A directory with the package that every uid can read."""
+    with make_area("package") as directory:
+        shutil.copytree(
+            CHECKOUT / "loopd", directory / "loopd", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        yield directory
+
+
+@pytest.fixture
+def loopctl(bus: PrivateBus, package: Path, area: Path) -> Loopctl:
+    """The program; what it needs of a daemon is for the test to ask for."""
+    return Loopctl(bus, package, area)
+
+
+@pytest.fixture
+def image(area: Path) -> Path:
+    """An image of 1 MiB that is OWNER's."""
+    return make_plain(area / "disk.img", owner=OWNER)
+
+
+@pytest.fixture
+def attached(daemon: Daemon, loopctl: Loopctl, image: Path) -> Iterator[tuple[Running, int]]:
+    """A loopctl that has attached `image`, and the device's number."""
+    with loopctl.start("attach", image) as running:
+        yield running, number_of(running.line())
+
+
+def number_of(node: str) -> int:
+    match = re.fullmatch(r"/dev/loop(\d+)", node)
+    assert match, node
+    return int(match[1])
+
+
+def one_sentence(text: str) -> bool:
+    """Whether this is how loopctl tells a problem."""
+    return text.startswith("loopctl: ") and text.count("\n") == 1 and text.endswith("\n")
+
+
+# --- attach -------------------------------------------------------------------------------------
+
+
+def test_attach_holds_the_device_until_it_is_told_to_end(
+    attached: tuple[Running, int], image: Path
+) -> None:
+    running, number = attached
+    loop = look_at(number)
+    assert loop is not None
+    assert loop.backing_file == str(image)
+    running.signal(signal.SIGTERM)
+    status, out, err = running.end()
+    assert (status, out) == (0, "")
+    first, second = err.splitlines()
+    assert "until this ends" in first
+    assert second == f"loopctl: detached /dev/loop{number}"
+    assert not loop_is_bound(number, loop.diskseq)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_the_end_of_the_terminal_detach(
+    attached: tuple[Running, int], number: signal.Signals
+) -> None:
+    running, loop = attached
+    running.signal(number)
+    assert running.end()[0] == 0
+    assert not loop_is_bound(loop)
+
+
+def test_nothing_is_left_of_a_loopctl_that_is_killed(attached: tuple[Running, int]) -> None:
+    running, number = attached
+    loop = look_at(number)
+    assert loop is not None
+    running.signal(signal.SIGKILL)
+    wait_unbound(number, loop.diskseq)
+
+
+def test_others_see_what_is_attached(
+    attached: tuple[Running, int], loopctl: Loopctl, image: Path
+) -> None:
+    _, number = attached
+    devices = loopctl.json("list", user=OTHER)["devices"]
+    (device,) = [each for each in devices if each["number"] == number]
+    assert device == loopctl.json("show", f"/dev/loop{number}", user=OTHER)
+    assert device == loopctl.json("show", f"loop{number}")
+    assert device == loopctl.json("show", image.name)
+    assert device["node"] == f"/dev/loop{number}"
+    assert device["backing_file"] == str(image)
+    assert device["backing_inode"] == image.stat().st_ino
+    assert device["size"] == MIB
+    assert device["owner"] == pwd.getpwnam(OWNER).pw_uid
+    assert device["lifetime"] == "connection"
+    assert device["read_only"] is False
+    assert device["managed"] is True
+
+
+def test_options_reach_the_device(daemon: Daemon, loopctl: Loopctl, image: Path) -> None:
+    options = "-r -o 4K --sizelimit 0x10000 -b 4096 --direct-io=off --loop-ref name".split()
+    with loopctl.start("attach", *options, image, "--json") as running:
+        told = json.loads(running.line())
+        device = loopctl.json("show", told["node"])
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+    assert {key: device[key] for key in told} == told
+    assert device["read_only"] is True
+    assert (device["offset"], device["size_limit"], device["size"]) == (4096, 65536, 65536)
+    assert device["sector_size"] == 4096
+    assert device["direct_io"] is False
+    assert device["reference"] == "name"
+
+
+def test_a_file_that_may_not_be_written_is_attached_read_only(
+    daemon: Daemon, loopctl: Loopctl, area: Path
+) -> None:
+    make_plain(area / "roots.img", owner="root", mode=0o644)
+    with loopctl.start("attach", "roots.img") as running:
+        assert loopctl.json("show", running.line())["read_only"] is True
+        running.signal(signal.SIGTERM)
+        assert "read-only" in running.end()[2]
+
+
+def test_attach_tells_when_somebody_else_detaches(
+    attached: tuple[Running, int], loopctl: Loopctl
+) -> None:
+    running, number = attached
+    assert loopctl.run("detach", f"loop{number}", user="root") == (0, "", "")
+    status, _, err = running.end()
+    assert status == 5
+    assert err.endswith(f"loopctl: somebody has detached /dev/loop{number}\n")
+
+
+def test_attach_tells_when_the_daemon_dies(attached: tuple[Running, int], daemon: Daemon) -> None:
+    running, number = attached
+    loop = look_at(number)
+    assert loop is not None
+    daemon.kill()
+    status, _, err = running.end()
+    assert status == 3
+    assert err.endswith(f"loopctl: loopd has stopped, and /dev/loop{number} with it\n")
+    wait_unbound(number, loop.diskseq)
+
+
+def test_attach_tells_when_the_bus_dies(
+    bus: PrivateBus, loopctl: Loopctl, image: Path, polkit: PolkitDouble
+) -> None:
+    with Daemon(bus, complaints=True) as daemon:
+        with loopctl.start("attach", image) as running:
+            number = number_of(running.line())
+            loop = look_at(number)
+            assert loop is not None
+            polkit.stop()
+            bus.kill()
+            status, _, err = running.end()
+            daemon.wait()
+    assert status == 3
+    assert "the bus has closed the connection" in err
+    wait_unbound(number, loop.diskseq)
+
+
+def test_a_signal_takes_back_a_question_that_is_open(
+    loopctl: Loopctl, polkit: PolkitDouble, make_daemon: Callable[..., Daemon], image: Path
+) -> None:
+    make_daemon()
+    polkit.on("org.example.loop1.attach", Answer.HANG)
+    with loopctl.start("attach", image) as running:
+        question = polkit.wait_question()
+        assert question.interactive
+        running.signal(signal.SIGTERM)
+        assert running.end() == (128 + signal.SIGTERM, "", "")
+    polkit.wait_cancelled(question)
+
+
+def test_nobody_is_asked_when_that_is_not_wanted(
+    loopctl: Loopctl, polkit: PolkitDouble, make_daemon: Callable[..., Daemon], image: Path
+) -> None:
+    make_daemon()
+    polkit.on("org.example.loop1.attach", Answer.CHALLENGE)
+    status, out, err = loopctl.run("attach", "--no-ask-password", image)
+    assert (status, out) == (4, "")
+    assert "--no-ask-password" in err
+    assert not polkit.wait_question().interactive
+
+
+# --- resize and detach --------------------------------------------------------------------------
+
+
+def test_a_file_that_has_grown_is_taken_up(
+    attached: tuple[Running, int], loopctl: Loopctl, image: Path
+) -> None:
+    _, number = attached
+    os.truncate(image, 3 * MIB)
+    assert loopctl.run("resize", image) == (0, f"/dev/loop{number}: 3 MiB (3145728 bytes)\n", "")
+    os.truncate(image, 4 * MIB)
+    assert loopctl.json("resize", f"loop{number}")["size"] == 4 * MIB
+    assert loopctl.json("resize", image, "-o", "1M", "--sizelimit", "2M")["size"] == 2 * MIB
+    shown = loopctl.json("show", image)
+    assert (shown["offset"], shown["size_limit"], shown["size"]) == (MIB, 2 * MIB, 2 * MIB)
+
+
+def test_detach_by_file(attached: tuple[Running, int], loopctl: Loopctl, image: Path) -> None:
+    running, number = attached
+    answer = loopctl.json("detach", image)["devices"]
+    assert [(each["node"], each["gone"]) for each in answer] == [(f"/dev/loop{number}", True)]
+    assert running.end()[0] == 5
+    assert not loop_is_bound(number)
+
+
+def test_detach_goes_on_after_one_that_fails(
+    attached: tuple[Running, int], loopctl: Loopctl, area: Path
+) -> None:
+    running, number = attached
+    status, out, err = loopctl.run("detach", "missing", f"/dev/loop{number}")
+    assert (status, out) == (7, "")
+    assert one_sentence(err)
+    assert running.end()[0] == 5
+
+
+def test_a_file_is_detached_without_the_right_to_read_it(
+    attached: tuple[Running, int], loopctl: Loopctl, image: Path
+) -> None:
+    running, _ = attached
+    image.chmod(0)
+    assert loopctl.run("detach", image) == (0, "", "")
+    assert running.end()[0] == 5
+
+
+def test_a_device_in_use_is_detached_lazily_only(
+    attached: tuple[Running, int], loopctl: Loopctl
+) -> None:
+    running, number = attached
+    loop = look_at(number)
+    assert loop is not None
+    user = os.open(loop.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    try:
+        status, out, err = loopctl.run("detach", loop.node)
+        assert (status, out) == (6, "")
+        assert one_sentence(err)
+        status, out, err = loopctl.run("detach", "--lazy", loop.node)
+        assert (status, out) == (0, "")
+        assert "still in use" in err
+        assert running.end()[0] == 5
+    finally:
+        os.close(user)
+    wait_unbound(number, loop.diskseq)
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+def test_run_gives_the_command_the_device_and_takes_its_exit_status(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    script = 'echo "$LOOPDEV" {} "$1"; cat "/sys/block/${LOOPDEV#/dev/}/loop/backing_file"; exit 7'
+    status, out, err = loopctl.run("run", image, "--", "sh", "-c", script, "sh", "--if={}")
+    assert (status, err) == (7, "")
+    shown, file = out.splitlines()
+    node, *others = shown.split()
+    assert others == [node, f"--if={node}"]
+    assert file == str(image)
+    assert not loop_is_bound(number_of(node))
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["sh", "-c", "kill -9 $$"], 128 + signal.SIGKILL),
+        (["nowhere"], 127),
+        (["/etc/passwd"], 126),
+        (["true"], 0),
+    ],
+)
+def test_run_ends_as_env_and_timeout_do(
+    daemon: Daemon, loopctl: Loopctl, image: Path, command: list[str], status: int
+) -> None:
+    found, out, err = loopctl.run("run", image, "--", *command)
+    assert (found, out) == (status, "")
+    assert one_sentence(err) or status not in (126, 127)
+
+
+def test_run_tells_of_its_own_failures_by_one_status(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    for arguments in (["missing"], [image], ["-o", "3", image]):
+        command = [] if arguments == [image] else ["--", "true"]
+        status, out, err = loopctl.run("run", *arguments, *command)
+        assert (status, out) == (125, "")
+        assert one_sentence(err)
+
+
+_WAITING = """
+import signal
+wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+print("{}", flush=True)
+while True:
+    got = signal.Signals(signal.sigwait(wanted)).name
+    print(got, flush=True)
+    if got == "SIGTERM":
+        raise SystemExit(9)
+"""
+
+
+def test_run_passes_signals_on_and_waits_for_the_command(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    with loopctl.start("run", image, "--", _PYTHON, "-c", _WAITING) as running:
+        number = number_of(running.line())
+        for each in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+            running.signal(each)
+            assert running.line() == each.name
+        assert running.end() == (9, "", "")
+    assert not loop_is_bound(number)
+
+
+def test_a_key_of_the_terminal_reaches_the_command_once(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    with terminal() as (keyboard, screen):
+        streams: dict[str, Any] = {"stdin": screen, "stderr": screen}
+        arguments = ("run", image, "--", _PYTHON, "-c", _WAITING)
+        with loopctl.start(*arguments, before=("setsid", "--ctty", "--wait"), **streams) as running:
+            running.line()
+            os.write(keyboard, b"\x03")
+            assert running.line() == "SIGINT"
+            # A second one from loopctl would come before what is sent to loopctl after it.
+            running.signal(signal.SIGTERM)
+            assert running.line() == "SIGTERM"
+            assert running.end()[0] == 9
+
+
+def test_nothing_is_left_of_a_run_that_is_killed(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        with loopctl.start(
+            "run", image, "--", "sh", "-c", "echo {}; read x", stdin=read_end
+        ) as run:
+            number = number_of(run.line())
+            loop = look_at(number)
+            assert loop is not None
+            run.signal(signal.SIGKILL)
+            wait_unbound(number, loop.diskseq)
+            # Its command is not its own to kill, and ends here.
+            os.close(write_end)
+            write_end = -1
+            run.end()
+    finally:
+        os.close(read_end)
+        if write_end >= 0:
+            os.close(write_end)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd_files(area: Path) -> None:
+    """Files of kinds that cannot be attached."""
+    (area / "directory").mkdir()
+    os.mkfifo(area / "fifo")
+    os.chmod(area / "fifo", 0o666)
+    make_plain(area / "secret", owner="root", mode=0o600)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("attach missing", 7),
+        ("attach directory", 7),
+        ("attach -r directory", 7),
+        ("attach fifo", 7),
+        ("attach secret", 7),
+        ("attach /proc/version", 7),
+        ("attach -o 3 disk.img", 2),
+        ("attach -o 2M disk.img", 2),
+        ("attach -b 0 disk.img", 9),
+        ("detach disk.img", 5),
+        ("detach directory", 5),
+        ("resize disk.img", 5),
+        ("show loop1048575", 5),
+        ("show missing", 7),
+    ],
+)
+def test_each_problem_has_its_sentence_and_exit_code(
+    daemon: Daemon, loopctl: Loopctl, image: Path, odd_files: None, command: str, code: int
+) -> None:
+    status, out, err = loopctl.run(*command.split())
+    assert (status, out) == (code, "")
+    assert one_sentence(err)
+
+
+def test_without_a_bus(loopctl: Loopctl, area: Path) -> None:
+    nowhere = {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={area}/none"}
+    status, out, err = loopctl.run("list", environment=nowhere)
+    assert (status, out) == (3, "")
+    assert one_sentence(err)
+
+
+def test_without_a_daemon(loopctl: Loopctl, image: Path) -> None:
+    status, out, err = loopctl.run("attach", image)
+    assert (status, out) == (3, "")
+    assert one_sentence(err)
+
+
+def test_a_device_of_another_user(
+    loopctl: Loopctl,
+    make_polkit: Callable[[str], object],
+    make_daemon: Callable[..., Daemon],
+    image: Path,
+) -> None:
+    make_polkit(rules_allowing("org.example.loop1.attach", users=(OWNER,)))
+    make_daemon()
+    with loopctl.start("attach", image) as running:
+        node = running.line()
+        for arguments in (["detach", node], ["resize", node], ["attach", image]):
+            status, out, err = loopctl.run(*arguments, user=OTHER)
+            assert (status, out) == (4, "")
+            assert one_sentence(err)
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+
+
+def test_the_same_bytes_twice(attached: tuple[Running, int], loopctl: Loopctl, image: Path) -> None:
+    status, out, err = loopctl.run("attach", image)
+    assert (status, out) == (6, "")
+    assert one_sentence(err)
+    with loopctl.start("attach", "--allow-overlap", image) as second:
+        second.line()
+        status, out, err = loopctl.run("show", image)
+        assert (status, out) == (5, "")
+        assert one_sentence(err)
+        second.signal(signal.SIGTERM)
+        assert second.end()[0] == 0
+
+
+def test_a_limit(
+    loopctl: Loopctl,
+    polkit: PolkitDouble,
+    make_daemon: Callable[..., Daemon],
+    image: Path,
+    area: Path,
+) -> None:
+    make_daemon(config="[limits]\ndevices_per_user = 1\n")
+    make_plain(area / "second.img", owner=OWNER)
+    with loopctl.start("attach", image) as running:
+        running.line()
+        status, out, err = loopctl.run("attach", "second.img")
+        assert (status, out) == (8, "")
+        assert one_sentence(err)
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+
+
+# --- how it looks -------------------------------------------------------------------------------
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    """A terminal: the ends of who types and reads, and of the program."""
+    with ExitStack() as stack:
+        keyboard, screen = pty.openpty()
+        stack.callback(os.close, keyboard)
+        stack.callback(os.close, screen)
+        yield keyboard, screen
+
+
+def test_a_name_of_any_bytes_is_harmless_in_a_list(
+    daemon: Daemon, loopctl: Loopctl, area: Path
+) -> None:
+    image = make_plain(Path(os.fsdecode(os.fsencode(area) + b"/\x1b[31m\xff\n")), owner=OWNER)
+    with loopctl.start("attach", image) as running:
+        node = running.line()
+        _, out, _ = loopctl.run("list")
+        (line,) = [each for each in out.splitlines() if each.startswith(f"{node}\t")]
+        assert line.endswith(f"\t{area}/\\x1b[31m\\xff\\n")
+        assert loopctl.json("show", node)["backing_file"] == f"{area}/\x1b[31m\ufffd\n"
+        running.signal(signal.SIGTERM)
+        status, _, err = running.end()
+        assert status == 0
+        assert "\x1b" not in err
+
+
+def test_a_list_on_a_terminal_is_aligned_and_short(
+    attached: tuple[Running, int], loopctl: Loopctl
+) -> None:
+    _, number = attached
+    with terminal() as (keyboard, screen):
+        status, _, _ = loopctl.run("list", stdout=screen)
+        assert status == 0
+        header, *rows = os.read(keyboard, 65536).decode().splitlines()
+    (row,) = [each for each in rows if each.startswith(f"/dev/loop{number} ")]
+    assert header.split()[:3] == ["NAME", "SIZE", "OFFSET"]
+    assert row.split()[1] == "1M"
+    assert row.index("/disk.img") > header.index("BACK-FILE")
+
+
+# --- the library --------------------------------------------------------------------------------
+
+
+def test_the_blocking_front_does_all_of_it(
+    daemon: Daemon, bus: PrivateBus, caller: Caller, image: Path
+) -> None:
+    with blocking.Client.connect(bus.address) as client:
+        with client.attach(image, reference="x") as device:
+            assert device.properties().reference == "x"
+            os.truncate(image, 2 * MIB)
+            assert device.resize() == 2 * MIB
+            with device.open("rw") as fd:
+                os.pwrite(fd.fileno(), b"written", 512)
+            device.sync()
+            assert image.read_bytes()[512:519] == b"written"
+            assert client.device_by_node(device.node).path == device.path
+            with image.open("rb") as file:
+                assert client.device_by_fd(file).path == device.path
+            assert device.path in [each.path for each, _ in client.devices()]
+            number = number_of(device.node)
+            assert loop_is_bound(number, device.diskseq)
+        assert not loop_is_bound(number, device.diskseq)
+        assert device.wait_ended() is Ended.DETACHED
+    with blocking.attach(image, address=bus.address) as device:
+        assert device.detach()
