@@ -6,6 +6,7 @@ does not help. So this uses F_GETFL, F_GET_SEALS, fdinfo, readlink and statx wit
 synchronisation alone, and finds the filesystem's type in the mount table. The path is for showing.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -138,11 +139,13 @@ def _seals(fd: int) -> int | None:
 
 def _filesystem(fd: int, device: int) -> str:
     fdinfo = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
-    try:
-        table = _PID1_MOUNTINFO.read_bytes()
-    except OSError:  # hidden from us, or a container without it
-        table = _OWN_MOUNTINFO.read_bytes()
-    return filesystem_in(table, fdinfo, device)
+    # Pid 1 sees what a client sees, as far as anybody does: our sandbox hides mounts from us. Where
+    # pid 1 is hidden, or is in another container than we are, our own mounts are what there is.
+    for mountinfo in (_PID1_MOUNTINFO, _OWN_MOUNTINFO):
+        with contextlib.suppress(OSError):
+            if found := filesystem_in(mountinfo.read_bytes(), fdinfo, device):
+                return found
+    return ""
 
 
 def filesystem_in(mountinfo: bytes, fdinfo: bytes, device: int) -> str:
