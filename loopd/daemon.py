@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from . import __version__, codec, wire
+from .attaching import Attaching
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
 from .errors import LoopError
+from .leases import Leases
 from .manager import Manager
 from .marker import Markers
 from .monitor import Monitor
@@ -120,8 +122,12 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         interactive_timeout=config.deadlines.interactive_authorization,
         max_questions=config.limits.questions_per_user,
     )
-    manager = Manager(config, threads, authority, markers, registry)
-    service.serve(manager)
+    leases = Leases()
+    manager = Manager(config, threads, authority, registry, leases)
+    attaching = Attaching(
+        config, threads, authority, markers, registry, leases, let_go=manager.let_go
+    )
+    service.serve(manager, attaching)
 
     await bus.start()
     # Listening before looking, so that nothing falls between.
@@ -134,7 +140,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     status = await ended
     _notify("STOPPING=1")
     # The name first: whoever calls from now on starts the next loopd instead of losing a call.
-    manager.refuse_attach()
+    attaching.refuse()
     await bus.release(NAME, _STOP_TIMEOUT)
     await manager.stop(_STOP_TIMEOUT)
     await bus.leave(_STOP_TIMEOUT)

@@ -7,9 +7,10 @@ Types are compared to the letter, so nothing nested, and no handle, gets through
 from collections.abc import Mapping
 from typing import Any
 
+from .attaching import AttachOptions
 from .codec import Variant
 from .errors import InvalidArgs, NotSupported
-from .manager import AttachOptions, ResizeOptions
+from .manager import ResizeOptions
 
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
 _MAX_REFERENCE = 62  # udev ignores a name that fills the kernel's 63

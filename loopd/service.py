@@ -13,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .access import Caller
+from .attaching import Attaching
 from .bus import Authorization, Method
 from .codec import Variant
 from .config import Limits
@@ -114,6 +115,7 @@ class Service:
         self._limits = limits
         self._emit = emit
         self._manager: Manager
+        self._attaching: Attaching
         self._introspection = Introspection()
         self._loop = asyncio.get_running_loop()
         # What was last told of each device and of the manager, to tell what has changed.
@@ -121,9 +123,10 @@ class Service:
         self._changed: set[str] = set()
         self.methods = self._table()
 
-    def serve(self, manager: Manager) -> None:
-        """Take the manager that does what is asked for."""
+    def serve(self, manager: Manager, attaching: Attaching) -> None:
+        """Take those who do what is asked for."""
         self._manager = manager
+        self._attaching = attaching
         self._told[PATH] = self._properties_of(Target(PATH))
 
     # --- dispatch -------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ class Service:
     async def _attach(
         self, caller: Caller, target: Target, file: OwnedFd, options: _OptionDict
     ) -> _Answer:
-        device = await self._manager.attach(caller, file, attach_options(options))
+        device = await self._attaching.attach(caller, file, attach_options(options))
         return device.path, device.node, device.diskseq
 
     async def _detach_by_fd(

@@ -12,7 +12,6 @@ import pytest
 
 from loopd import config
 from tests.harness.area import CHECKOUT
-from tests.harness.caller import Caller
 from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.wire import CallError
 from tests.harness.world import USER, World, make_world
@@ -99,7 +98,7 @@ def test_the_rule_lets_the_group_attach_and_open(area: Path) -> None:
     "command", [each for each in commands("busctl") if not re.search(r" h \d", each)]
 )
 def test_the_busctl_calls_without_an_fd_work(world: World, command: str) -> None:
-    caller: Caller = world.caller()
+    caller = world.caller()
     attached = caller.attach(world.image())
     kernel_name = attached.node.removeprefix("/dev/")
     command = command.replace("loop3_41", attached.path.rpartition("/")[2])

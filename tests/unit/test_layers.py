@@ -15,7 +15,7 @@ LAYERS = (
     ("output",),
     ("service", "client"),
     ("options", "bus", "introspection"),
-    ("manager",),
+    ("manager", "attaching"),
     ("registry", "monitor", "polkit", "wire"),
     ("device", "threads", "tasks", "config"),
     ("leases", "loopops", "overlap", "marker"),
