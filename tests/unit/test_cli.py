@@ -2,7 +2,9 @@
 """loopctl without a bus: its arguments, what it prints, how it ends."""
 
 import argparse
+import asyncio
 import errno
+import io
 import json
 import os
 import signal
@@ -18,8 +20,10 @@ from loopd.arguments import node_of, parse, parse_size
 from loopd.link import Unavailable
 from loopd.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
 from loopd.properties import FOREIGN, Partition, Properties
+from loopd.signals import Interrupted, Signals
 from loopd.wire import BusError
 from tests.harness.area import CHECKOUT
+from tests.harness.asynchronous import run_async
 
 # --- arguments ----------------------------------------------------------------------------------
 
@@ -415,3 +419,41 @@ def test_ctrl_c_is_told_by_the_exit_status(
     monkeypatch.setitem(cli._COMMANDS, "list", interrupt)
     assert cli.main(["list"]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "")
+
+
+def test_letters_that_the_locale_does_not_have_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show(*_: object) -> int:
+        print("größe")
+        return 0
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setitem(cli._COMMANDS, "list", show)
+    assert cli.main(["list"]) == 0
+    assert written.getvalue() == b"gr\\xf6\\xdfe\n"
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_so() -> None:
+    async def look() -> list[object]:
+        with Signals():
+            return [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hangup, termination = run_async(look())
+        assert hangup is signal.SIG_IGN
+        assert termination is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_second_signal_does_not_wait() -> None:
+    async def signalled() -> object:
+        with Signals() as signals:
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGTERM)
+                await signals.unless(asyncio.sleep(60))
+            return signal.getsignal(signal.SIGTERM)
+
+    assert run_async(signalled()) is signal.SIG_DFL

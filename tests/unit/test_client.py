@@ -211,6 +211,7 @@ class Bus:
         self.passed: list[os.stat_result] = []
         self.answers: dict[str, Callable[[], Any]] = {}
         self.called = asyncio.Event()
+        self.owner: str | None = LOOPD
 
     async def call_with_fds(
         self,
@@ -239,7 +240,11 @@ class Bus:
 
     async def call_bus(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
         assert member in ("AddMatch", "GetNameOwner")
-        return [LOOPD] if member == "GetNameOwner" else []
+        if member == "AddMatch":
+            return []
+        if self.owner is None:
+            raise errors.by_name("org.freedesktop.DBus.Error.NameHasNoOwner", "no owner")
+        return [self.owner]
 
     def close(self) -> None:
         pass
@@ -407,11 +412,12 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def ended_by(*signals: frame.Frame) -> Ended | None:
+def ended_by(*signals: frame.Frame, owner: str | None = LOOPD) -> Ended | None:
     """What a device that is attached ends by, when its client gets these signals."""
 
     async def wait() -> Ended | None:
         bus, watch = Bus(), Watch()
+        bus.owner = owner
         bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
         bus.answers["GetAll"] = lambda: [properties()]
         device = await client_of(bus, watch).attach(os.devnull)
@@ -440,6 +446,13 @@ def test_a_device_ends_when_it_is_detached_while_in_use() -> None:
 
 def test_a_device_ends_with_loopd() -> None:
     assert ended_by(owner_changed(BUS_NAME, NAME, "")) is Ended.DAEMON_LEFT
+
+
+def test_a_loopd_that_comes_later_is_heard() -> None:
+    arrival = owner_changed(BUS_NAME, NAME, ":1.8")
+    assert ended_by(removed(sender=":1.8"), owner=None) is None
+    assert ended_by(arrival, owner=None) is None
+    assert ended_by(arrival, removed(sender=":1.8"), owner=None) is Ended.DETACHED
 
 
 @pytest.mark.parametrize(
