@@ -451,8 +451,8 @@ def test_a_signal_that_was_ignored_at_the_start_stays_so() -> None:
 def test_the_second_signal_does_not_wait() -> None:
     async def signalled() -> object:
         with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(Interrupted):
-                os.kill(os.getpid(), signal.SIGTERM)
                 await signals.unless(asyncio.sleep(60))
             return signal.getsignal(signal.SIGTERM)
 
