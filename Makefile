@@ -90,7 +90,9 @@ install: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir))
-	install -m 644 loopd/*.py dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
+	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
+	umask 022; for package in loopd loopd/client loopd/cli; do \
+		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
 	# In the unit's sandbox nobody could keep what Python compiled.
 	umask 022; $(PYTHON) -m compileall -q $(if $(DESTDIR),-s $(DESTDIR)) $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)

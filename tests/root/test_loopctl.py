@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from loopd import blocking
-from loopd.watch import Ended
+from loopd.client import blocking
+from loopd.client.watch import Ended
 from tests.harness.area import CHECKOUT
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus

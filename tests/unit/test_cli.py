@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from loopd import __version__, cli, errors, output
-from loopd.arguments import node_of, parse, parse_size
-from loopd.link import Unavailable
-from loopd.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
-from loopd.properties import FOREIGN, Partition, Properties
-from loopd.signals import Interrupted, Signals
+from loopd import __version__, cli, errors
+from loopd.cli import output
+from loopd.cli.arguments import node_of, parse, parse_size
+from loopd.cli.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
+from loopd.cli.signals import Interrupted, Signals
+from loopd.client.link import Unavailable
+from loopd.client.properties import FOREIGN, Partition, Properties
 from loopd.wire import BusError
 from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from loopd import codec, errors, frame, image
-from loopd.client import Client
+from loopd import codec, errors, frame
+from loopd.client import Client, image
+from loopd.client.link import Link, Unavailable, make_options
+from loopd.client.properties import Partition, Properties
+from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
 from loopd.codec import Variant
 from loopd.fd import OwnedFd
-from loopd.link import Link, Unavailable, make_options
-from loopd.properties import Partition, Properties
-from loopd.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
 from loopd.wire import BUS_NAME, BusError
 from tests.harness.asynchronous import run_async
 

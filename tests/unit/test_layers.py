@@ -8,14 +8,15 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "loopd"
 
-# A module may import those of the rows below its own, and none beside it.
+# A module may import those of the rows below its own, and none beside it. A package is its
+# __init__.
 LAYERS = (
     ("__main__",),
     ("daemon", "cli"),
-    ("output",),
-    ("service", "client"),
-    ("options", "bus", "introspection"),
-    ("manager", "attaching"),
+    ("cli.arguments", "client.blocking"),
+    ("cli.outcome", "service", "client"),
+    ("cli.output", "options", "bus", "introspection", "client.link"),
+    ("manager", "attaching", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("registry", "monitor", "polkit", "wire"),
     ("device", "threads", "tasks", "config"),
     ("leases", "loopops", "overlap", "marker"),
@@ -23,23 +24,42 @@ LAYERS = (
     ("loopinfo",),
     ("access", "blockdev", "backing", "codec", "frame"),
     ("kernel", "errors", "fd"),
-    ("__init__",),
+    ("",),  # the package itself, which holds the version
 )
 RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def file_of(module: str) -> Path:
+    """Where a module's source is."""
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a source file, without the package's own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
 
 
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """The modules of ours that a module imports, and the top-level names of others."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    path = file_of(module)
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             others.add((node.module or "").partition(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            ours |= {name if name in RANK else "__init__" for name in names if name}
+            base = package[: len(package) - node.level + 1]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                inner = ".".join((*base, alias.name))
+                ours.add(inner if inner in RANK else ".".join(base))
     return ours, others
 
 
@@ -51,7 +71,9 @@ def test_imports_go_down_only(module: str) -> None:
     assert not upwards
 
 
-@pytest.mark.parametrize("module", ["kernel", "blockdev", "backing", "loopinfo", "loopdev", "loopops", "marker"])
+@pytest.mark.parametrize(
+    "module", ["kernel", "blockdev", "backing", "loopinfo", "loopdev", "loopops", "marker"]
+)
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
     ours, others = imports_of(module)
     assert "asyncio" not in others
@@ -78,7 +100,7 @@ def test_only_the_kernel_module_issues_ioctls() -> None:
         for module in MODULES
         if any(
             isinstance(node, ast.Attribute) and node.attr == "ioctl"
-            for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+            for node in ast.walk(ast.parse(file_of(module).read_text()))
         )
     ]
     assert users == ["kernel"]

@@ -131,7 +131,8 @@ def test_the_bus_going_away_is_told_once_and_ends_every_call() -> None:
             await call
         assert len(harness.lost) == 1
         with pytest.raises(wire.BusError):
-            harness.connection.emit("/a", "b.c", "D", "", [])
+            await harness.connection.call(":1.7", "/a", "b.c", "D", timeout=None)
+        harness.connection.emit("/a", "b.c", "D", "", [])  # for nobody, and no error
 
     story(body)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A typed client of loopd for asyncio programs; `loopd.blocking` is the same for all others.
+"""A typed client of loopd for asyncio programs; `loopd.client.blocking` is the same for all others.
 
     async with attach("disk.img") as device:
         print(device.node)
@@ -16,8 +16,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from . import errors, wire
-from .fd import OwnedFd
+from .. import errors, wire
+from ..fd import OwnedFd
 from .image import Path, open_file
 from .link import Link, Options, Unavailable, make_options, text
 from .properties import Properties

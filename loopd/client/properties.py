@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
-from .codec import Variant
-from .errors import Failed
+from ..codec import Variant
+from ..errors import Failed
 
 FOREIGN = 0xFFFFFFFF
 """The owner of a device that loopd did not attach."""

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Generator
 from enum import Enum
 
-from . import codec, errors, frame, wire
+from .. import codec, errors, frame, wire
 
 NAME = "org.example.Loop1"
 PATH = "/org/example/Loop1"

@@ -8,9 +8,9 @@ import errno
 import os
 from enum import IntEnum
 
-from . import errors
+from .. import errors
+from ..wire import BusError
 from .output import printable
-from .wire import BusError
 
 
 class ExitCode(IntEnum):

@@ -16,17 +16,17 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
+from ..client import Client, Device
+from ..client.image import name_file, open_file
+from ..client.properties import Properties
+from ..client.watch import Ended
+from ..errors import LoopError
+from ..fd import OwnedFd
+from ..wire import BusError
 from . import output
 from .arguments import node_of, parse
-from .client import Client, Device
-from .errors import LoopError
-from .fd import OwnedFd
-from .image import name_file, open_file
 from .outcome import SIGNALLED, ExitCode, RunExitCode, exit_code, sentence
-from .properties import Properties
 from .signals import Interrupted, Signals
-from .watch import Ended
-from .wire import BusError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # The terminal sends these to everyone in the foreground, and so to the command itself.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__
+from .. import __version__
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
 
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from . import client
-from .client import File, SupportsFileno
-from .fd import OwnedFd
+from .. import client
+from ..fd import OwnedFd
+from . import File, SupportsFileno
 from .properties import Properties
 from .watch import Ended
 

@@ -4,7 +4,7 @@
 import errno
 import os
 
-from .fd import OwnedFd
+from ..fd import OwnedFd
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 

@@ -10,8 +10,8 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
-from . import codec, errors, wire
-from .fd import OwnedFd
+from .. import codec, errors, wire
+from ..fd import OwnedFd
 from .watch import NAME, Ended, Watch
 
 _T = TypeVar("_T")
