@@ -214,6 +214,14 @@ class PolkitDouble:
         with self._changed:
             self._answers[action] = answer
 
+    def reset(self, default: Answer) -> None:
+        """Forget what was programmed and what was asked; answer everything by `default`."""
+        with self._changed:
+            self.default = default
+            self._answers.clear()
+            self.questions.clear()
+            self.cancelled.clear()
+
     def release(self, answer: Answer = Answer.ALLOW, question: Question | None = None) -> None:
         """Answer the hanging `question`, or all that hang, at last."""
         with self._changed:

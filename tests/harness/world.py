@@ -37,6 +37,7 @@ class World:
     files: Path
     idle_fds: dict[int, str]
     """The fds of the daemon while nobody asks anything of it."""
+    _answer: Answer = Answer.ALLOW
     _test: ExitStack = field(default_factory=ExitStack)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -86,8 +87,7 @@ class World:
         """Be a test's world, and find what it left behind."""
         process.logs.append(_Since(self.daemon.process.log))
         if isinstance(self.authority, PolkitDouble):
-            self.authority.questions.clear()
-            self.authority.cancelled.clear()
+            self.authority.reset(self._answer)
         with ExitStack() as self._test:
             yield self
         if self.daemon.process.status is None and self.bus.process.status is None:
