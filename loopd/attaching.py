@@ -16,7 +16,7 @@ from functools import partial
 from . import access, backing, kernel, loopdev, loopinfo, overlap
 from .access import ROOT, Caller
 from .config import Config
-from .device import Device
+from .device import ATTACHED, DETACHING, Device
 from .errors import Failed, NotSupported, TimedOut
 from .fd import OwnedFd
 from .leases import CONNECTION, Lease, Leases, Place, Quota
@@ -160,6 +160,7 @@ class Attaching:
             loop, status = await self._threads.run(
                 partial(_attach, file, backing_file, request, partial(self._claim, caller.uid))
             )
+            wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
             device = Device(
                 number=loop.number,
                 diskseq=loop.diskseq,
@@ -170,12 +171,14 @@ class Attaching:
                 owner=caller.uid,
                 loop=loop,
                 place=place.keep(),
+                state=ATTACHED if wanted else DETACHING,
                 attached_at=time.time_ns() // 1000,
             )
-            device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
-            self._leases.grant(device.lease)
+            if wanted:
+                device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
+                self._leases.grant(device.lease)
             self._registry.record(device)
-        if caller.client.gone or abandoned.is_set() or self._stopping:
+        if not wanted:
             # It ends as any other does: counted and marked until the kernel has let go of it.
             log.info("%s was attached for nobody", device.node)
             self._let_go(device)

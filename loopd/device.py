@@ -31,6 +31,8 @@ class Device:
     lease: Lease | None = None
     place: Place | None = None
     state: str = ATTACHED
+    ending: bool = False
+    """Whether its detach has begun."""
     attached_at: int = 0
     """Microseconds of CLOCK_REALTIME; 0 if nobody told."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -302,9 +302,21 @@ def loop_attribute(number: int, attribute: str) -> bytes:
     return (_SYS_BLOCK / f"loop{number}" / attribute).read_bytes().removesuffix(b"\n")
 
 
+def loop_binding(number: int) -> int | None:
+    """Which binding of a file this is; None if none is, not even one that waits for a last close.
+
+    It is the inode of the directory that sysfs makes for a binding and removes with it, so unlike
+    the diskseq it stays the same over LOOP_CHANGE_FD, and no two bindings have the same.
+    """
+    try:
+        return (_SYS_BLOCK / f"loop{number}" / "loop").stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
 def loop_bound(number: int) -> bool:
-    """Whether the kernel still has a file bound, also while it only waits for the last close."""
-    return (_SYS_BLOCK / f"loop{number}" / "loop").is_dir()
+    """Whether the kernel has a file bound, be it that it only waits for the last close."""
+    return loop_binding(number) is not None
 
 
 def loop_partitions(number: int) -> list[int]:

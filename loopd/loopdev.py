@@ -308,7 +308,7 @@ def _clear(loop_fd: int) -> None:
 def detach(device: LoopDevice) -> None:
     """Let go of a device: write back, remove partitions, clear, close.
 
-    The kernel finishes when the last opener is gone, which `kernel.loop_bound` tells. Nothing is
+    The kernel finishes when the last opener is gone, which `kernel.loop_binding` tells. Nothing is
     raised: autoclear and the closing of our fd end the device even where a step fails.
     """
     with closing(device):
@@ -333,18 +333,6 @@ def _tolerated(step: str, node: str) -> Iterator[None]:
         yield
     except OSError as exc:
         log.debug("cannot %s %s: %s", step, node, exc)
-
-
-def wait_until_unbound(number: int, timeout: float) -> bool:
-    """Wait until the kernel has let go of the file, at most `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = 0.0002
-    while kernel.loop_bound(number):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(pause)
-        pause = min(pause * 2, 0.01)
-    return True
 
 
 def remove(number: int) -> bool:

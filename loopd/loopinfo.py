@@ -22,6 +22,8 @@ def node(number: int) -> str:
 class Status:
     """How a bound loop device is set up now; sizes and offsets in bytes."""
 
+    binding: int
+    """Which binding it is, see `kernel.loop_binding`."""
     diskseq: int
     device_number: int
     backing_file: bytes
@@ -45,8 +47,12 @@ def status(number: int) -> Status:
     def number_in(attribute: str) -> int:
         return int(kernel.loop_attribute(number, attribute))
 
+    before = kernel.loop_binding(number)
+    if before is None:
+        raise NoSuchDevice(f"loop{number} has no file attached")
     try:
-        return Status(
+        told = Status(
+            binding=before,
             diskseq=number_in("diskseq"),
             device_number=os.makedev(*_numbers(number)),
             backing_file=kernel.loop_attribute(number, "loop/backing_file"),
@@ -61,6 +67,10 @@ def status(number: int) -> Status:
         )
     except OSError as exc:
         raise NoSuchDevice(f"loop{number} has no file attached") from exc
+    if kernel.loop_binding(number) != before:
+        # Half of it may be of the next one.
+        return status(number)
+    return told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,9 @@ class Manager:
         borrowed = device.loop.borrow() if device.loop else None
 
         def operate() -> _T:
-            with closing(borrowed or loopops.open_existing(device.number, device.diskseq)) as loop:
+            with closing(
+                borrowed or loopops.open_existing(device.number, device.status.diskseq)
+            ) as loop:
                 try:
                     return function(loop)
                 except OSError as exc:
@@ -257,8 +259,9 @@ class Manager:
 
     def let_go(self, device: Device) -> None:
         """Begin to detach; nothing to do if that has begun."""
-        if device.state == DETACHING:
+        if device.ending:
             return
+        device.ending = True
         device.state = DETACHING
         self._leases.end(device.path)
         device.lease = None
@@ -267,15 +270,18 @@ class Manager:
 
     async def _clear(self, device: Device) -> None:
         def clear() -> bool:
-            loop = device.loop or loopops.open_existing(device.number, device.diskseq)
+            loop = device.loop or loopops.open_existing(device.number, device.status.diskseq)
             loopdev.detach(loop)
-            return kernel.loop_bound(device.number)
+            # The number may be someone else's by now.
+            return kernel.loop_binding(device.number) == device.status.binding
 
         try:
             bound = await self._threads.run(clear)
         except (LoopError, OSError) as exc:
+            # Someone else's, which is as it was.
             log.warning("cannot detach %s: %s", device.node, exc)
-            bound = True
+            device.state, device.ending, bound = ATTACHED, False, True
+            self._registry.changed(device)
         if not bound:
             self._registry.forget(device)
         else:
@@ -288,7 +294,7 @@ class Manager:
         if device.place:
             device.place.free()
         if device.loop:
-            if device.state == ATTACHED:
+            if not device.ending:
                 # Behind our back, and our fds are still open.
                 self._tasks.start(self._threads.run(device.loop.close))
             device.loop.release(False)

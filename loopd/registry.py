@@ -93,7 +93,7 @@ class Registry:
     async def refresh(self, device: Device) -> None:
         """Take up what an operation of ours has changed, before its caller has the answer."""
         status = await self._threads.run(partial(_sight, device.number))
-        if status and self.knows(device):
+        if status and self.knows(device) and status.binding == device.status.binding:
             self._update(device, status)
 
     async def look_at_all(self) -> None:
@@ -132,12 +132,12 @@ class Registry:
                 await self._discover(number, seen)
         elif seen is None:
             self.forget(known)
-        elif seen.diskseq != known.diskseq and not known.managed:
+        elif seen.binding != known.status.binding:
+            # Unbound and bound anew before we looked.
             self.forget(known)
             self._looks[number] = True
         else:
-            # A raised diskseq on a device of ours is a CHANGE_FD by a client that has an fd: while
-            # we hold our own, nobody else can have the number.
+            # The diskseq may be another one, by a CHANGE_FD of somebody who has the device open.
             self._update(known, seen)
 
     def _update(self, device: Device, status: loopinfo.Status) -> None:
