@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which attachment is which, whatever its user does with an fd on it, and whoever comes next."""
+
+import fcntl
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loopd import kernel
+from tests.harness import loops
+from tests.harness.caller import RemoteFd
+from tests.harness.polkit import RULES_ALLOW_ALL
+from tests.harness.world import USER, World, make_world
+
+LOOP_CHANGE_FD = 0x4C06
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[World]:
+    with make_world(authority=RULES_ALLOW_ALL) as made:
+        yield made
+
+
+@pytest.fixture
+def world(shared: World) -> Iterator[World]:
+    with shared.test() as testing:
+        yield testing
+
+
+def change_file(device: RemoteFd, image: Path) -> None:
+    """Swap the file behind a read-only device, as its user can with an fd on it."""
+    device.evaluate(
+        "(lambda file: [fcntl.ioctl(fd, request, file), os.close(file)])(os.open(path, 0))",
+        request=LOOP_CHANGE_FD,
+        path=str(image),
+    )
+
+
+def test_a_binding_keeps_its_name_over_a_change_of_file_and_no_other_has_it(world: World) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image(), "r")
+    binding = kernel.loop_binding(attached.number)
+    assert binding is not None
+    device = caller.open_device(attached.path, "r")
+    change_file(device, world.image())
+    device.close()
+    loop = loops.look_at(attached.number)
+    assert loop
+    assert loop.diskseq > attached.diskseq
+    assert kernel.loop_binding(attached.number) == binding
+    assert caller.detach(attached.path)
+    assert kernel.loop_binding(attached.number) != binding
+
+
+def test_a_device_whose_file_was_changed_is_still_its_owners_counted_and_detached(
+    world: World,
+) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image(), "r")
+    device = caller.open_device(attached.path, "r")
+    change_file(device, world.image())
+    device.close()
+    told = caller.get_all(attached.path)
+    assert (told["Owner"], told["Diskseq"]) == (pwd.getpwnam(USER).pw_uid, attached.diskseq)
+    assert world.device_count() == 1
+    assert caller.detach(attached.path) is True
+    assert world.device_count() == 0
+    assert not loops.loop_is_bound(attached.number, attached.diskseq + 1)
+
+
+def test_a_device_that_others_hold_is_counted_until_they_close_it_whatever_they_do(
+    world: World,
+) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image(), "r")
+    device = caller.open_device(attached.path, "r")
+    assert caller.detach(attached.path) is False
+    change_file(device, world.image())
+    # loopd has looked: the change comes with an event, and the answer after the look.
+    assert caller.manager("GetDeviceByNode", "s", attached.node) == (attached.path,)
+    assert caller.get(attached.path, "State") == "detaching"
+    assert world.device_count() == 1
+    device.close()
+    caller.wait_signal("InterfacesRemoved", lambda each: each.args[0] == attached.path)
+    assert world.device_count() == 0
+
+
+def test_a_user_that_turned_autoclear_off_gets_no_more_fds_without_it(world: World) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image())
+    device = caller.open_device(attached.path, "rw")
+    info = kernel.loop_info64()
+    fd = device.fetch()
+    try:
+        fcntl.ioctl(fd, kernel.LOOP_GET_STATUS64, info)
+        info.lo_flags &= ~kernel.LO_FLAGS_AUTOCLEAR
+        kernel.loop_set_status64(fd, info)
+    finally:
+        os.close(fd)
+    assert kernel.loop_attribute(attached.number, "loop/autoclear") == b"0"
+    again = caller.open_device(attached.path, "r")
+    assert kernel.loop_attribute(attached.number, "loop/autoclear") == b"1"
+    for each in (device, again):
+        each.close()
+    assert caller.detach(attached.path)
