@@ -160,6 +160,8 @@ class Attaching:
             loop, status = await self._threads.run(
                 partial(_attach, file, backing_file, request, partial(self._claim, caller.uid))
             )
+            unrecorded = admitted.enter_context(ExitStack())
+            unrecorded.callback(self._drop, loop)
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
             device = Device(
                 number=loop.number,
@@ -170,7 +172,6 @@ class Attaching:
                 reference=request.reference,
                 owner=caller.uid,
                 loop=loop,
-                place=place.keep(),
                 state=ATTACHED if wanted else DETACHING,
                 attached_at=time.time_ns() // 1000,
             )
@@ -178,6 +179,8 @@ class Attaching:
                 device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
                 self._leases.grant(device.lease)
             self._registry.record(device)
+            device.place = place.keep()
+            unrecorded.pop_all()
         if not wanted:
             # It ends as any other does: counted and marked until the kernel has let go of it.
             log.info("%s was attached for nobody", device.node)
@@ -185,6 +188,10 @@ class Attaching:
             raise Failed("the attach was given up")
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
+
+    def _drop(self, loop: loopdev.LoopDevice) -> None:
+        """Detach what a failure has left bound and unrecorded."""
+        self._tasks.start(self._threads.run(partial(_undo, loop)))
 
     def _claim(self, uid: int, number: int) -> Callable[[bool], None]:
         """Take a number from the thread that is about to bind it."""
@@ -220,6 +227,10 @@ def _attach(
     try:
         return loop, loopinfo.status(loop.number)
     except BaseException:
-        loopdev.detach(loop)
-        loop.release(kernel.loop_bound(loop.number))
+        _undo(loop)
         raise
+
+
+def _undo(loop: loopdev.LoopDevice) -> None:
+    loopdev.detach(loop)
+    loop.release(kernel.loop_bound(loop.number))

@@ -120,7 +120,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         # What was last told of each device and of the manager, to tell what has changed.
         self._told: dict[str, Properties] = {}
-        self._changed: set[str] = set()
+        self._changed: dict[str, Target] = {}
         self.methods = self._table()
 
     def serve(self, manager: Manager, attaching: Attaching) -> None:
@@ -320,36 +320,35 @@ class Service:
         self._emit(
             PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [device.path, {DEVICE: told}]
         )
-        self._note(PATH)
+        self._note(Target(PATH))
 
     def device_changed(self, device: Device) -> None:
         """Tell, soon, what has changed about a device."""
-        self._note(device.path)
+        self._note(Target(device.path, device))
 
     def device_removed(self, device: Device) -> None:
         """Tell that a device is gone."""
         self.flush()  # its last changes come before its end
         self._told.pop(device.path, None)
         self._emit(PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", [device.path, [DEVICE]])
-        self._note(PATH)
+        self._note(Target(PATH))
 
-    def _note(self, path: str) -> None:
+    def _note(self, target: Target) -> None:
         if not self._changed:
             self._loop.call_soon(self.flush)
-        self._changed.add(path)
+        self._changed[target.path] = target
 
     def flush(self) -> None:
         """Tell what has changed since the last time: one signal an object, however much it was."""
-        changed, self._changed = self._changed, set()
-        for path in changed:
+        changed, self._changed = self._changed, {}
+        for path, target in changed.items():
             before = self._told.get(path)
             if before is None:
                 continue
-            device = self._registry.at(path)
-            now = self._told[path] = self._properties_of(Target(path, device))
+            now = self._told[path] = self._properties_of(target)
             different = {name: value for name, value in now.items() if value != before[name]}
             if different:
-                interface = DEVICE if device else MANAGER
+                interface = DEVICE if target.device else MANAGER
                 self._emit(
                     path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, different, []]
                 )
