@@ -133,7 +133,12 @@ def make_world(
         running = stack.enter_context(Daemon(bus, **daemon))
         with bus.connect() as client:
             _device_count(client)
-        yield World(bus=bus, authority=polkit, daemon=running, files=files, idle_fds=running.fds())
+        world = World(
+            bus=bus, authority=polkit, daemon=running, files=files, idle_fds=running.fds()
+        )
+        if isinstance(polkit, PolkitDouble):
+            world._answer = polkit.default
+        yield world
 
 
 def real_world(**options: Any) -> Any:
