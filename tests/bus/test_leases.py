@@ -143,6 +143,7 @@ def test_a_process_killed_right_after_asking_gets_nothing_that_stays(world: Worl
             caller.attach_begin(path, allow_overlap=True)
         caller.kill()
     world.wait_devices(0)
+    world.wait_idle_fds()  # what was being bound counts from when it is
     assert bound_files(world.files) == []
 
 
