@@ -141,6 +141,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     _notify("STOPPING=1")
     # The name first: whoever calls from now on starts the next loopd instead of losing a call.
     attaching.refuse()
+    authority.stop()
     await bus.release(NAME, _STOP_TIMEOUT)
     await manager.stop(_STOP_TIMEOUT)
     await bus.leave(_STOP_TIMEOUT)

@@ -16,6 +16,7 @@ from .access import ROOT, Action, Caller
 from .codec import Variant
 from .errors import (
     AccessDenied,
+    Failed,
     InteractiveAuthorizationRequired,
     LimitsExceeded,
     LoopError,
@@ -55,6 +56,12 @@ class Authority:
         self._questions: Counter[int] = Counter()
         self._cancellations = itertools.count(1)
         self._tasks = Tasks()
+        self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def stop(self) -> None:
+        """Take back every question, and ask no more."""
+        if not self._stopped.done():
+            self._stopped.set_result(None)
 
     async def require(self, caller: Caller, action: Action, details: Mapping[str, str]) -> None:
         """Return if the caller may; root always may.
@@ -112,12 +119,15 @@ class Authority:
                 timeout=None,
             )
         )
-        either: set[asyncio.Future[Any]] = {question, caller.client.left}
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {question, caller.client.left, self._stopped}
+        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not question.done():
+            question.add_done_callback(_forget)
             question.cancel()
             self._cancel(cancellation)
             caller.client.require_present()
+            if self._stopped.done():
+                raise Failed("loopd is stopping: try again")
             raise AccessDenied(f"polkit did not answer within {timeout:g} s")
         try:
             ((authorized, challenge, _),) = question.result()
@@ -144,3 +154,9 @@ class Authority:
                 log.debug("polkit did not take a question back: %s", exc)
 
         self._tasks.start(cancel())
+
+
+def _forget(question: "asyncio.Future[Any]") -> None:
+    """Take the exception of a question that nobody waits for."""
+    if not question.cancelled():
+        question.exception()
