@@ -8,6 +8,7 @@ started by a fixture `daemon_options` of its own.  In tests/bus what asks for `l
 a daemon, runs once under each D-Bus library; elsewhere the mark `both_libraries` does it.
 """
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -55,6 +56,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = wanted or metafunc.definition.get_closest_marker("both_libraries") is not None
     if wanted and "library" in metafunc.fixturenames:
         metafunc.parametrize("library", LIBRARIES, indirect=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the watch for leaks, which collects garbage around each test, what is here to stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
