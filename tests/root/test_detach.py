@@ -120,9 +120,9 @@ def test_true_means_gone_and_told(world: World) -> None:
     attached = caller.attach(world.image())
     assert caller.detach(attached.path) is True
     assert not is_bound(attached)
-    removed = [each for each in caller.signals if each.member == "InterfacesRemoved"]
-    assert [(each.path, each.args) for each in removed] == [
-        (MANAGER_PATH, (attached.path, [DEVICE]))
+    removed = [each for each in caller.signals if each.args[0] == attached.path]
+    assert [(each.member, each.path, each.args[1]) for each in removed][-1:] == [
+        ("InterfacesRemoved", MANAGER_PATH, [DEVICE])
     ]
     assert attached.path not in caller.managed_objects()
     assert error_of(caller.detach, attached.path).name == UNKNOWN_OBJECT
