@@ -17,7 +17,7 @@ from typing import Any
 from . import codec, frame, wire
 from .access import Caller, Client
 from .config import Limits
-from .errors import Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
+from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
 from .tasks import Tasks
 from .threads import Threads
@@ -119,13 +119,13 @@ class Bus:
             "RequestName", "su", [name, _REQUEST_NAME_DO_NOT_QUEUE]
         )
         if answer != _PRIMARY_OWNER:
-            raise wire.BusError(f"another process owns {name} already")
+            raise BusError(f"another process owns {name} already")
 
     async def release(self, name: str, timeout: float) -> None:
         """Give up a name, and answer the calls that came for it, for at most `timeout` seconds."""
         try:
             await self.connection.call_bus("ReleaseName", "s", [name], timeout=timeout)
-        except (LoopError, wire.BusError) as exc:
+        except (LoopError, BusError) as exc:
             log.debug("cannot release %s: %s", name, exc)
         await self._tasks.finish(timeout)
 
@@ -249,7 +249,7 @@ class Bus:
             self._answer_error(header, exc)
         except OSError as exc:
             self._answer_error(header, from_os_error(exc, method.name))
-        except wire.BusError as exc:
+        except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
         # Whatever else comes up is a bug of ours: the log has it whole, the caller none of it.
         except Exception:
@@ -289,5 +289,5 @@ class Bus:
             return
         try:
             self.connection.reply_error(header, error.dbus_name, str(error))
-        except wire.BusError as exc:
+        except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)

@@ -19,7 +19,7 @@ from .attaching import Attaching
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
-from .errors import LoopError
+from .errors import BusError, LoopError
 from .leases import Leases
 from .manager import Manager
 from .marker import Markers
@@ -47,7 +47,7 @@ def main() -> None:
         config = load(arguments.config)
         threads = Threads()
         status = asyncio.run(_run(config, arguments.runtime_directory, threads))
-    except (BadConfig, wire.BusError, LoopError) as exc:
+    except (BadConfig, BusError, LoopError) as exc:
         sys.exit(f"loopd: {exc}")
     except OSError as exc:
         sys.exit(f"loopd: cannot start: {exc}")

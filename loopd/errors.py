@@ -19,6 +19,10 @@ class LoopError(Exception):
     dbus_name: str
 
 
+class BusError(Exception):
+    """The bus cannot be reached or was lost: there is nobody to tell, or to be told by."""
+
+
 class Failed(LoopError):
     """Something went wrong inside the daemon; its log says what."""
 

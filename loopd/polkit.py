@@ -16,6 +16,7 @@ from .access import ROOT, Action, Caller
 from .codec import Variant
 from .errors import (
     AccessDenied,
+    BusError,
     Failed,
     InteractiveAuthorizationRequired,
     LimitsExceeded,
@@ -131,7 +132,7 @@ class Authority:
             raise AccessDenied(f"polkit did not answer within {timeout:g} s")
         try:
             ((authorized, challenge, _),) = question.result()
-        except (LoopError, ValueError, TypeError) as exc:
+        except (LoopError, BusError, ValueError, TypeError) as exc:
             log.warning("polkit could not be asked for %s: %s", action, exc)
             raise AccessDenied("polkit could not be asked, so the answer is no") from exc
         return authorized, challenge
@@ -150,7 +151,7 @@ class Authority:
                     [cancellation],
                     timeout=self._timeout,
                 )
-            except LoopError as exc:
+            except (LoopError, BusError) as exc:
                 log.debug("polkit did not take a question back: %s", exc)
 
         self._tasks.start(cancel())

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from .errors import LoopError
+from .errors import BusError, LoopError
 
 log = logging.getLogger(__name__)
 
@@ -35,5 +35,5 @@ class Tasks:
         self._running.discard(task)
         exc = None if task.cancelled() else task.exception()
         # The others are answers to whoever waits for the task.
-        if exc and not isinstance(exc, LoopError | OSError):
+        if exc and not isinstance(exc, LoopError | BusError | OSError):
             log.error("a background task failed", exc_info=exc)

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from . import codec, errors, frame
+from .errors import BusError
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,6 @@ _CONNECT_TIMEOUT = 10.0
 # What waits for a slow bus: all in all, and before it for one destination.
 _MAX_QUEUED = 16 << 20
 _MAX_QUEUED_PER_DESTINATION = 4 << 20
-
-
-class BusError(Exception):
-    """The bus cannot be reached or was lost."""
 
 
 @dataclass(slots=True)

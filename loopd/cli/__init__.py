@@ -20,9 +20,8 @@ from ..client import Client, Device
 from ..client.image import name_file, open_file
 from ..client.properties import Properties
 from ..client.watch import Ended
-from ..errors import LoopError
+from ..errors import BusError, LoopError
 from ..fd import OwnedFd
-from ..wire import BusError
 from . import output
 from .arguments import node_of, parse
 from .outcome import SIGNALLED, ExitCode, RunExitCode, exit_code, sentence

@@ -9,7 +9,7 @@ import os
 from enum import IntEnum
 
 from .. import errors
-from ..wire import BusError
+from ..errors import BusError
 from .output import printable
 
 

@@ -5,7 +5,7 @@
         print(device.node)
 
 A device lives as long as the connection that attached it. Errors are those of `loopd.errors`, and
-`wire.BusError` where there is nobody to talk to. The caller's own rights open the files.
+`errors.BusError` where there is nobody to talk to. The caller's own rights open the files.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Client:
         """Connect to the bus at `address`, the system bus if that is None.
 
         `interactive` lets polkit ask the user for a password, which can take minutes.
-        Raises wire.BusError. loopd is started by the first call that needs it.
+        Raises errors.BusError. loopd is started by the first call that needs it.
         """
         return cls(await Link.connect(address or wire.system_bus_address(), interactive))
 
@@ -209,7 +209,7 @@ class Device:
         Raises AccessDenied.
         """
         # What is out of reach goes with the connection, or has gone with loopd.
-        with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, wire.BusError):
+        with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
             return await self.detach(lazy=True)
         return True
 
@@ -271,7 +271,7 @@ class Device:
                 return Ended.DETACHED
             except Unavailable:
                 return Ended.DAEMON_LEFT
-            except wire.BusError:
+            except errors.BusError:
                 return Ended.BUS_LOST
             return await ended
 

@@ -31,7 +31,7 @@ _NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
 Options = dict[str, codec.Variant]
 
 
-class Unavailable(wire.BusError):
+class Unavailable(errors.BusError):
     """The bus is there, but loopd is not, and could not be started."""
 
 
@@ -48,7 +48,7 @@ class Link:
     async def connect(cls, address: str, interactive: bool) -> Self:
         """Connect to the bus; `interactive` allows polkit to ask somebody in every call.
 
-        Raises wire.BusError.
+        Raises errors.BusError.
         """
         sock = await _connected(address)
         watch = Watch()
@@ -95,7 +95,7 @@ class Link:
     ) -> tuple[list[Any], list[OwnedFd]]:
         """Call any method of loopd; returns the body and the fds, which are the caller's then.
 
-        Raises the error that loopd answers, TimedOut, Unavailable, wire.BusError.
+        Raises the error that loopd answers, TimedOut, Unavailable, errors.BusError.
         """
         try:
             return await self._connection.call_with_fds(

@@ -60,7 +60,7 @@ class Watch:
     async def subscribe(self, connection: wire.Connection) -> None:
         """Ask the bus for the signals; what came before has to be asked for.
 
-        Raises wire.BusError, TimedOut.
+        Raises errors.BusError, TimedOut.
         """
         async with self._subscribing:
             if self._subscribed:

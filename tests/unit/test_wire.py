@@ -127,10 +127,10 @@ def test_the_bus_going_away_is_told_once_and_ends_every_call() -> None:
         )
         await turn()
         harness.peer.socket.close()
-        with pytest.raises(wire.BusError):
+        with pytest.raises(errors.BusError):
             await call
         assert len(harness.lost) == 1
-        with pytest.raises(wire.BusError):
+        with pytest.raises(errors.BusError):
             await harness.connection.call(":1.7", "/a", "b.c", "D", timeout=None)
         harness.connection.emit("/a", "b.c", "D", "", [])  # for nobody, and no error
 
@@ -239,7 +239,7 @@ def test_reply_fds_are_with_the_peer_when_the_write_is_done() -> None:
     ],
 )
 def test_an_address_that_leads_nowhere_is_named(address: str, words: str) -> None:
-    with pytest.raises(wire.BusError, match=words):
+    with pytest.raises(errors.BusError, match=words):
         wire.connect(address)
 
 
