@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.harness.area import area
 from tests.harness.bus import LOOPD, POLKIT
 from tests.harness.caller import MANAGER_PATH, Attached, Caller, options
 from tests.harness.deadline import Deadline
+from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_plain, memfd
 from tests.harness.polkit import Answer, PolkitDouble, Question
 from tests.harness.process import Process
@@ -270,7 +272,7 @@ def test_answers_that_are_no_answers_mean_no(new_world: Callable[..., World]) ->
 
 
 def test_an_answer_from_somebody_else_is_no_answer(new_world: Callable[..., World]) -> None:
-    """The bus drops replies that were not asked of their sender; loopd does not rely on it."""
+    """The bus itself drops a reply that was not asked of its sender, which loopd relies on."""
     world = new_world(authority=Answer.HANG, config=SHORT)
     caller, liar = world.caller(), world.raw(OTHER)
     call = caller.attach_begin(world.image())
@@ -462,6 +464,29 @@ def test_a_foreign_device_needs_manage_others_and_nothing_else(
             assert loops.loop_is_bound(loop.number, loop.diskseq)
 
 
+def test_no_method_of_a_device_serves_another_user_without_a_yes(world: World) -> None:
+    """Whatever Introspect shows on a device, so that nothing new is forgotten."""
+    caller, other = world.caller(), world.caller(OTHER)
+    attached = caller.attach(world.image())
+    world.polkit.reset(Answer.DENY)
+    (xml,) = other.call(attached.path, f"{BUS}.Introspectable", "Introspect")
+    values = {"s": "r", "a{sv}": {}, "b": True, "u": 512}
+    before = caller.get_all(attached.path)
+    called = []
+    for interface in ElementTree.fromstring(xml).iter("interface"):
+        if interface.get("name") != f"{LOOPD}.Device":
+            continue
+        for method in interface.iter("method"):
+            kinds = [arg.get("type") for arg in method.iter("arg") if arg.get("direction") == "in"]
+            args = [values[str(kind)] for kind in kinds]
+            member = str(method.get("name"))
+            name = error_of(other.device, attached.path, member, "".join(map(str, kinds)), *args)
+            assert name == DENIED, member
+            called.append(member)
+    assert {"Detach", "Resize", "Open", "Sync"} <= {*called}
+    assert caller.get_all(attached.path) == before
+
+
 @pytest.mark.parametrize("member", BY_FD)
 @pytest.mark.parametrize("by", ["node", "file"])
 def test_an_fd_gives_no_more_rights_than_its_bearer_has(world: World, member: str, by: str) -> None:
@@ -580,6 +605,32 @@ def test_a_file_on_a_filesystem_that_cannot_be_seen_needs_the_stronger_action_al
         attached = caller.attach(fd)
         assert [question.action for question in world.polkit.questions] == [UNTRUSTED]
         caller.detach(attached.path)
+
+
+@pytest.mark.parametrize("kind", ["fuse", "fuse.loopd"])
+def test_a_file_on_fuse_needs_the_stronger_action_alone(world: World, kind: str) -> None:
+    caller = world.caller()
+    world.polkit.default = Answer.DENY
+    with Fuse(kind=kind) as fuse:
+        assert error_of(caller.attach, fuse.file) == UNTRUSTED_FILESYSTEM
+        question = only_question(world.polkit)
+        assert (question.action, question.details["filesystem"]) == (UNTRUSTED, kind)
+        world.polkit.on(UNTRUSTED, Answer.ALLOW)
+        attached = caller.attach(fuse.file)
+        assert [question.action for question in world.polkit.questions] == [UNTRUSTED] * 2
+        assert caller.detach(attached.path) is True
+
+
+def test_a_filesystem_that_the_administrator_trusts_needs_the_weaker_action(
+    new_world: Callable[..., World],
+) -> None:
+    world = new_world(authority=Answer.DENY, config='trusted_filesystems = ["fuse.loopd"]\n')
+    caller = world.caller()
+    world.polkit.on(ATTACH, Answer.ALLOW)
+    with Fuse(kind="fuse.loopd") as trusted, Fuse(kind="fuse") as other:
+        caller.detach(caller.attach(trusted.file).path)
+        assert error_of(caller.attach, other.file) == UNTRUSTED_FILESYSTEM
+    assert [question.action for question in world.polkit.questions] == [ATTACH, UNTRUSTED]
 
 
 def test_a_tmpfs_that_cannot_be_seen_is_known_by_its_seals(world: World) -> None:

@@ -22,6 +22,7 @@ from tests.harness.caller import (
     Call,
     Caller,
 )
+from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
 from tests.harness.images import memfd
 from tests.harness.polkit import Answer
@@ -411,6 +412,37 @@ def test_a_stop_leaves_a_device_in_use_to_its_last_close(new_world: Callable[...
     assert mark.exists()
     fd.close()
     loops.wait_unbound(attached.number, attached.diskseq)
+
+
+def test_a_second_daemon_gives_up_and_leaves_the_devices_of_the_first(
+    world: World, library: str
+) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image())
+    directory = world.daemon.runtime_directory
+    with Daemon(
+        world.bus, library=library, runtime_directory=directory, wait_ready=False
+    ) as second:
+        assert second.wait() > 0
+        assert LOOPD in second.log
+    assert is_bound(attached)
+    assert (directory / "unprivileged" / f"loop{attached.number}").exists()
+    assert caller.get(attached.path, "State") == "attached"
+
+
+def test_a_stop_during_the_binding_leaves_nothing_bound(
+    new_world: Callable[..., World], pause: Pause
+) -> None:
+    world = new_world(prelude=pause.prelude)
+    caller = world.caller()
+    call = caller.attach_begin(world.image())
+    number = pause.wait()
+    world.daemon.process.signal(signal.SIGTERM)
+    world.bus.wait_released(LOOPD)
+    pause.end()
+    assert world.daemon.wait() == 0
+    loops.wait_unbound(number)
+    fails(call)
 
 
 # The bus ends
