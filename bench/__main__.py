@@ -94,7 +94,8 @@ def library_pair(image: Path) -> tuple[float, float]:
         examined = backing.examine(file.fileno())
         device = loopdev.attach(file, examined, loopdev.AttachRequest())
         attached = time.perf_counter()
-        loopdev.detach(device)
+        if not loopdev.detach(device):
+            device.close()  # udev looks at it
         return attached - begun, time.perf_counter() - attached
 
 

@@ -232,5 +232,7 @@ def _attach(
 
 
 def _undo(loop: loopdev.LoopDevice) -> None:
-    loopdev.detach(loop)
+    if not loopdev.detach(loop):
+        # No client has ever had it, so nobody turns autoclear off.
+        loop.close()
     loop.release(kernel.loop_bound(loop.number))

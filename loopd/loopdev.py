@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from . import blockdev, kernel
@@ -76,6 +76,8 @@ class LoopDevice:
     """The backing file as the client passed it: the kernel tells its size to nobody else. None on
     a device that someone else attached."""
     diskseq: int
+    binding: int
+    """See `kernel.loop_binding`."""
     writable: bool
     release: Callable[[bool], None] = field(default=lambda _: None, repr=False)
     """To be called with whether the kernel still has the file bound, when we are done with it."""
@@ -224,6 +226,9 @@ def _bind(
         bound.callback(_clear, loop_fd.fileno())
         _verify(loop_fd.fileno(), request)
         diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
+        binding = kernel.loop_binding(number)
+        if binding is None:
+            raise _Taken(f"loop{number} was cleared by someone else")
         bound.pop_all()
         claimed.pop_all()
         return LoopDevice(
@@ -231,6 +236,7 @@ def _bind(
             fd=loop_fd.move(),
             file=OwnedFd(file_fd.release()),
             diskseq=diskseq,
+            binding=binding,
             writable=not request.read_only,
             release=release,
         )
@@ -305,25 +311,53 @@ def _clear(loop_fd: int) -> None:
 # --- detach -------------------------------------------------------------------------------------
 
 
-def detach(device: LoopDevice) -> None:
+def detach(device: LoopDevice) -> bool:
     """Let go of a device: write back, remove partitions, clear, close.
 
-    The kernel finishes when the last opener is gone, which `kernel.loop_binding` tells. Nothing is
-    raised: autoclear and the closing of our fd end the device even where a step fails.
+    Returns whether our fds are closed. They stay open while others have a device of ours open, and
+    `clear` has to be called again then. Closing earlier would leave the rest to autoclear, which
+    whoever has a writable fd can turn off; before Linux 6.11 the last opener could even unbind the
+    device, keep its fd and read the next image on the number. Nothing is raised.
     """
-    with closing(device):
-        loop_fd = device.fd.fileno()
-        # Before any lock: it takes as long as the dirty data needs.
-        with _tolerated("write back", device.node):
-            kernel.fsync(loop_fd)
-        # On our own fd, unlike at attach: the lock is to last through CLR_FD, and a second opener
-        # would make that a lazy one. Anyone who may read the device may hold its lock for ever.
-        if not blockdev.try_lock(loop_fd, fcntl.LOCK_EX, timeout=_DEVICE_LOCK_TIMEOUT):
-            log.debug("%s stays locked by someone else; clearing it without the lock", device.node)
-        with _tolerated("remove partitions", device.node):
-            blockdev.remove_partitions(loop_fd, device.number)
-        with _tolerated("clear", device.node):
-            kernel.loop_clr_fd(loop_fd)
+    # Before any lock: it takes as long as the dirty data needs.
+    with _tolerated("write back", device.node):
+        kernel.fsync(device.fd.fileno())
+    return clear(device)
+
+
+def clear(device: LoopDevice) -> bool:
+    """Clear and close a device if nobody else has it open, as `detach` does; whether that was so.
+
+    A device that somebody else attached is cleared once and closed: the kernel does the rest.
+    """
+    loop_fd = device.fd.fileno()
+    # On our own fd, unlike at attach: the lock is to last through CLR_FD, and a second opener would
+    # make that a lazy one. Anyone who may read the device may hold its lock for ever.
+    locked = blockdev.try_lock(loop_fd, fcntl.LOCK_EX, timeout=_DEVICE_LOCK_TIMEOUT)
+    if not locked:
+        log.debug("%s stays locked by someone else; clearing it without the lock", device.node)
+    with _tolerated("remove partitions", device.node):
+        blockdev.remove_partitions(loop_fd, device.number)
+    if not _clear_alone(device) and device.ours:
+        if locked:
+            # udev waits for it.
+            kernel.flock(loop_fd, fcntl.LOCK_UN)
+        return False
+    device.close()
+    return True
+
+
+def _clear_alone(device: LoopDevice) -> bool:
+    """Issue CLR_FD, and find out whether we were the only opener."""
+    with _tolerated("clear", device.node):
+        kernel.loop_clr_fd(device.fd.fileno())
+        # Before Linux 6.11 the only opener's call unbinds, and somebody else may have the number.
+        if kernel.loop_binding(device.number) == device.binding:
+            # From 6.11 on it leaves the binding to our close, lets nobody else in and takes no
+            # second CLR_FD. With other openers it only turns autoclear on, as often as we like.
+            kernel.loop_clr_fd(device.fd.fileno())
+            return False
+    return True
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 Reading only, and sysfs first: what asks the device itself may never return, and says so.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Status:
 def status(number: int) -> Status:
     """How a bound device is set up, from sysfs alone: no ioctl, so no filesystem is asked.
 
-    Raises NoSuchDevice if it is not bound.
+    Raises NoSuchDevice if it is not bound, OSError if sysfs cannot be read now.
     """
 
     def number_in(attribute: str) -> int:
@@ -55,7 +56,7 @@ def status(number: int) -> Status:
             binding=before,
             diskseq=number_in("diskseq"),
             device_number=os.makedev(*_numbers(number)),
-            backing_file=kernel.loop_attribute(number, "loop/backing_file"),
+            backing_file=_backing_file(number),
             offset=number_in("loop/offset"),
             size_limit=number_in("loop/sizelimit"),
             size=number_in("size") * 512,
@@ -65,12 +66,24 @@ def status(number: int) -> Status:
             autoclear=number_in("loop/autoclear") != 0,
             partition_scan=number_in("loop/partscan") != 0,
         )
-    except OSError as exc:
-        raise NoSuchDevice(f"loop{number} has no file attached") from exc
-    if kernel.loop_binding(number) != before:
-        # Half of it may be of the next one.
+    except OSError:
+        if kernel.loop_binding(number) == before:
+            raise
+        told = None
+    if told is None or kernel.loop_binding(number) != before:
+        # Gone meanwhile; half of what was read may be of the next one.
         return status(number)
     return told
+
+
+def _backing_file(number: int) -> bytes:
+    try:
+        return kernel.loop_attribute(number, "loop/backing_file")
+    except OSError as exc:
+        # Whoever owns a directory above the file can make its path too long for sysfs.
+        if exc.errno != errno.ENAMETOOLONG:
+            raise
+        return b""
 
 
 @dataclass(frozen=True, kw_only=True)

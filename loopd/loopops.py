@@ -14,7 +14,7 @@ from .fd import OwnedFd
 from .loopdev import LoopDevice
 
 
-def open_existing(number: int, diskseq: int) -> LoopDevice:
+def open_existing(number: int, binding: int) -> LoopDevice:
     """Open a device that someone else attached, for one operation; closing it changes nothing.
 
     Raises NoSuchDevice if another one has the number now.
@@ -29,14 +29,15 @@ def open_existing(number: int, diskseq: int) -> LoopDevice:
             writable = False
             fd = kernel.open_loop(number, os.O_RDONLY)
         with blockdev.opened(fd) as loop_fd:
-            if kernel.blkgetdiskseq(loop_fd.fileno()) != diskseq:
+            if kernel.loop_binding(number) != binding:
                 raise NoSuchDevice(f"loop{number} is another device now")
             writable = writable and kernel.loop_attribute(number, "ro") == b"0"
             return LoopDevice(
                 number=number,
                 fd=loop_fd.move(),
                 file=None,
-                diskseq=diskseq,
+                diskseq=kernel.blkgetdiskseq(loop_fd.fileno()),
+                binding=binding,
                 writable=writable,
             )
     except OSError as exc:

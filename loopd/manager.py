@@ -40,6 +40,8 @@ _T = TypeVar("_T")
 
 # How long Detach waits for udev and other short-lived openers.
 _DETACH_WAIT = 1.0
+# Seconds between the attempts to clear a device that others have open; the last one stays.
+_CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25)
 # From this version on a loop device is never unbound before its last close.
 _NEVER_UNBOUND_WHILE_OPEN = (6, 11)
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
@@ -216,7 +218,7 @@ class Manager:
 
         def operate() -> _T:
             with closing(
-                borrowed or loopops.open_existing(device.number, device.status.diskseq)
+                borrowed or loopops.open_existing(device.number, device.status.binding)
             ) as loop:
                 try:
                     return function(loop)
@@ -269,24 +271,30 @@ class Manager:
         self._tasks.start(self._clear(device))
 
     async def _clear(self, device: Device) -> None:
-        def clear() -> bool:
-            loop = device.loop or loopops.open_existing(device.number, device.status.diskseq)
-            loopdev.detach(loop)
-            # The number may be someone else's by now.
-            return kernel.loop_binding(device.number) == device.status.binding
+        def detach() -> tuple[loopdev.LoopDevice, bool]:
+            loop = device.loop or loopops.open_existing(device.number, device.status.binding)
+            return loop, loopdev.detach(loop)
 
         try:
-            bound = await self._threads.run(clear)
+            loop, cleared = await self._threads.run(detach)
         except (LoopError, OSError) as exc:
             # Someone else's, which is as it was.
             log.warning("cannot detach %s: %s", device.node, exc)
-            device.state, device.ending, bound = ATTACHED, False, True
+            device.state, device.ending = ATTACHED, False
             self._registry.changed(device)
-        if not bound:
+            return
+        pauses = iter(_CLEAR_PAUSES)
+        pause = 0.0
+        while not cleared:
+            # The kernel tells nobody when another opener closes.
+            pause = next(pauses, pause)
+            await asyncio.sleep(pause)
+            cleared = await self._threads.run(partial(loopdev.clear, loop))
+        if kernel.loop_binding(device.number) != device.status.binding:
             self._registry.forget(device)
-        else:
-            # Others have it open. The kernel tells when it is unbound; it may just have.
-            self._registry.look_at(device.number)
+        # Else an operation still under way has it open, or others have someone else's device. The
+        # kernel tells when it is unbound; it may just have.
+        self._registry.look_at(device.number)
 
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""

@@ -92,7 +92,11 @@ class Registry:
 
     async def refresh(self, device: Device) -> None:
         """Take up what an operation of ours has changed, before its caller has the answer."""
-        status = await self._threads.run(partial(_sight, device.number))
+        try:
+            status = await self._threads.run(partial(_sight, device.number))
+        except OSError as exc:
+            log.warning("cannot look at %s: %s", device.node, exc.strerror)
+            return
         if status and self.knows(device) and status.binding == device.status.binding:
             self._update(device, status)
 
@@ -114,7 +118,12 @@ class Registry:
             while self._looks[number]:
                 self._looks[number] = False
                 known = self._by_number.get(number)
-                seen = await self._threads.run(partial(_sight, number))
+                try:
+                    seen = await self._threads.run(partial(_sight, number))
+                except OSError as exc:
+                    # Not seeing a device does not mean that it is gone.
+                    log.warning("cannot look at loop%d: %s", number, exc.strerror)
+                    return
                 if self._by_number.get(number) is known:
                     await self._compare(number, known, seen)
                 else:

@@ -8,7 +8,6 @@ happen on the event loop in bounded slices; nothing here blocks after `connect`.
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import socket
@@ -76,7 +75,7 @@ class Connection:
         self._on_lost = on_lost
         self._close_fd = close_fd
         self._loop = asyncio.get_running_loop()
-        self._serials = itertools.cycle(range(1, 1 << 32))
+        self._serial = 0
         self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
         self._queue: deque[_Outgoing] = deque()
         self._queued: Counter[str] = Counter()
@@ -144,7 +143,7 @@ class Connection:
         fds: Sequence[int] = (),
     ) -> tuple[list[Any], list[OwnedFd]]:
         """As `call`, and return the reply's fds too, which the caller owns then."""
-        serial = next(self._serials)
+        serial = self._next_serial()
         message = codec.method_call(
             destination,
             path,
@@ -178,13 +177,13 @@ class Connection:
     ) -> asyncio.Future[None]:
         """Answer a call; the fds must stay open until the future is done."""
         message = codec.method_return(
-            to.sender, to.serial, signature, body, serial=next(self._serials), fds=fds
+            to.sender, to.serial, signature, body, serial=self._next_serial(), fds=fds
         )
         return self._send(message, to.sender)
 
     def reply_error(self, to: frame.Header, name: str, text: str) -> None:
         """Answer a call with an error."""
-        message = codec.error(to.sender, to.serial, name, text, serial=next(self._serials))
+        message = codec.error(to.sender, to.serial, name, text, serial=self._next_serial())
         self._send(message, to.sender)
 
     def emit(
@@ -193,7 +192,7 @@ class Connection:
         """Send a signal to everyone who listens; nobody does once the bus is lost."""
         if self._lost:
             return
-        message = codec.signal(path, interface, member, signature, body, serial=next(self._serials))
+        message = codec.signal(path, interface, member, signature, body, serial=self._next_serial())
         self._send(message, "")
 
     async def drain(self) -> None:
@@ -206,6 +205,10 @@ class Connection:
         if not self._lost:
             self._lost = True
             self._finish(BusError("the connection was closed"))
+
+    def _next_serial(self) -> int:
+        self._serial = self._serial % 0xFFFFFFFF + 1  # 0 is none
+        return self._serial
 
     def _send(self, message: codec.Message, destination: str) -> asyncio.Future[None]:
         written: asyncio.Future[None] = self._loop.create_future()
