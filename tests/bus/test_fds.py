@@ -290,6 +290,8 @@ def test_fds_of_a_signal_are_closed(world: World, client: RawClient, fd: int) ->
 def test_a_call_that_wants_no_reply_gets_none_and_its_fds_are_closed(
     world: World, client: RawClient, fd: int
 ) -> None:
+    log = world.bus.process.log
+    printed = len(log.text)
     flags = wire.NO_REPLY_EXPECTED
     serials = [
         client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [index, {}], fds=fds, flags=flags)
@@ -301,6 +303,11 @@ def test_a_call_that_wants_no_reply_gets_none_and_its_fds_are_closed(
     # dbus-daemon itself answers what its policy stops.
     answers = [each for each in client.received if each.reply_serial in serials]
     assert [each for each in answers if each.sender != BUS] == []
+    # It would not have let one through, but would have said so.
+    replies = ('type="method_return"', 'type="error"')
+    assert not [
+        line for line in log.text[printed:].splitlines() if any(it in line for it in replies)
+    ]
     still_serves(world, client, fd)
 
 
