@@ -129,6 +129,20 @@ def examine(fd: int) -> BackingFile:
     )
 
 
+def closes_quickly(fd: int) -> bool:
+    """Whether closing the fd is sure to end: a regular file of a local filesystem.
+
+    FUSE and network filesystems flush at a close, sockets may linger, terminals drain.
+    """
+    try:
+        identity = identify(fd)
+        if not stat.S_ISREG(identity.mode):
+            return False
+        return _seals(fd) is not None or _filesystem(fd, identity.device) in TRUSTED_FILESYSTEMS
+    except OSError:
+        return False
+
+
 def _seals(fd: int) -> int | None:
     """The seals of a memfd or of any file on tmpfs; None for every other file."""
     try:

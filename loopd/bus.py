@@ -281,8 +281,8 @@ class Bus:
                 await asyncio.wait([written])
         finally:
             for fd in fds:
-                # The last close of a device may do the kernel's work of a detach.
-                self._threads.close_fd(fd.release())
+                # Not with the clients' files: these never hang, and a device waits for them.
+                self._tasks.start(self._threads.run(fd.move().close))
 
     def _answer_error(self, header: frame.Header, error: LoopError) -> None:
         if header.flags & frame.NO_REPLY_EXPECTED:

@@ -9,8 +9,10 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +33,9 @@ from .threads import Threads
 
 log = logging.getLogger(__name__)
 
+# The device and its file; what calls under way carry, and what is being closed.
+_FDS_PER_DEVICE = 2
+_OTHER_FDS = 512
 # How long a stop waits for the kernel and for calls under way; autoclear does the rest.
 _STOP_TIMEOUT = 5.0
 
@@ -44,7 +49,7 @@ def main() -> None:
         stream=sys.stderr,
     )
     try:
-        config = load(arguments.config)
+        config = _fit(load(arguments.config))
         threads = Threads()
         status = asyncio.run(_run(config, arguments.runtime_directory, threads))
     except (BadConfig, BusError, LoopError) as exc:
@@ -57,6 +62,17 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _fit(config: Config) -> Config:
+    """Take as many open files as the system gives, and no more devices than they are enough for."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    devices = (files - _OTHER_FDS) // _FDS_PER_DEVICE
+    if devices >= config.limits.devices:
+        return config
+    log.warning("%d open files are enough for %d devices only", files, devices)
+    return replace(config, limits=replace(config.limits, devices=max(devices, 1)))
 
 
 def _parser() -> argparse.ArgumentParser:

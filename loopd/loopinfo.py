@@ -128,9 +128,14 @@ class Named:
 
 
 def named_by(fd: OwnedFd) -> Named:
-    """Find out what a passed fd is open on, in any mode; closes it, since it may be an opener."""
+    """Find out what a passed fd is open on, in any mode, and close it.
+
+    A block device at once, because it may be an opener in the way; a file in the owner's way.
+    """
     with fd:
         file = identify(fd.fileno())
+        if file.block_device:
+            os.close(fd.release())
     number = kernel.loop_of_block_device(*file.block_device) if file.block_device else None
     partition = number is not None and file.block_device != _numbers(number)
     return Named(number=number, partition=partition, file=file)

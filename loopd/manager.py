@@ -101,8 +101,7 @@ class Manager:
         file it is: the caller's own come first. Takes the fd over.
         Raises NoSuchDevice, Ambiguous.
         """
-        # Closed in the thread, and before anything else: it may be an opener of the device.
-        named = await self._in_thread(partial(loopinfo.named_by, OwnedFd(fd.release())))
+        named = await self._in_thread(partial(loopinfo.named_by, fd.move()))
         if named.number is not None:
             return self.device_by_node(f"loop{named.number}"), named.partition
         file = named.file

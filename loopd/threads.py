@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
+from .backing import closes_quickly
 from .errors import TimedOut
 
 log = logging.getLogger(__name__)
@@ -17,15 +18,17 @@ _T = TypeVar("_T")
 
 
 class Threads:
-    """Three bounded pools: calls into the kernel, closes of clients' files, device removals.
+    """Bounded pools: calls into the kernel, closes of clients' files, device removals.
 
     They are apart because each can be stuck for as long as somebody else likes: a call on a
-    hanging file, the flush of one, or a device that stays busy.
+    hanging file, the flush of one, or a device that stays busy. Files whose close is sure to end
+    do not wait behind those for which it is not.
     """
 
     def __init__(self) -> None:
         self._calls = ThreadPoolExecutor(64, "call")
-        self._closes = ThreadPoolExecutor(8, "close")
+        self._closes = ThreadPoolExecutor(4, "close")
+        self._slow_closes = ThreadPoolExecutor(256, "slow-close")
         self._removals = ThreadPoolExecutor(16, "removal")
         self._running: set[Future[Any]] = set()
 
@@ -52,7 +55,13 @@ class Threads:
 
     def close_fd(self, fd: int) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
-        self._submit(self._closes, partial(_close, fd))
+        self._submit(self._closes, partial(self._close, fd))
+
+    def _close(self, fd: int) -> None:
+        if closes_quickly(fd):
+            _close(fd)
+        else:
+            self._submit(self._slow_closes, partial(_close, fd))
 
     def remove(self, function: Callable[[int], bool], number: int) -> None:
         """Remove a loop device in nobody's way."""
@@ -66,6 +75,7 @@ class Threads:
         self._removals.shutdown(wait=False, cancel_futures=True)
         self._calls.shutdown(wait=False)
         self._closes.shutdown(wait=False)
+        self._slow_closes.shutdown(wait=False)
         return not wait(self._running.copy(), timeout).not_done
 
     def _submit(self, pool: ThreadPoolExecutor, function: Callable[[], _T]) -> Future[_T]:
