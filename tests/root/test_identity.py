@@ -106,3 +106,54 @@ def test_a_user_that_turned_autoclear_off_gets_no_more_fds_without_it(world: Wor
     for each in (device, again):
         each.close()
     assert caller.detach(attached.path)
+
+
+def test_a_user_that_turns_autoclear_off_while_its_device_goes_does_not_keep_it(
+    world: World,
+) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image())
+    device = caller.open_device(attached.path, "rw")
+    assert caller.detach(attached.path) is False
+    fd = device.fetch()
+    try:
+        info = kernel.loop_get_status64(fd)
+        info.lo_flags &= ~kernel.LO_FLAGS_AUTOCLEAR
+        kernel.loop_set_status64(fd, info)
+    finally:
+        os.close(fd)
+    caller.kill()
+    loops.wait_unbound(attached.number, attached.diskseq)
+    world.wait_devices(0)
+
+
+def test_a_path_that_sysfs_cannot_show_loses_nobody_a_device(world: World) -> None:
+    caller = world.caller()
+    top = world.new_path()
+    top.mkdir(mode=0o777)
+    top.chmod(0o777)
+    deep, names = top, ["d" * 200] * 18
+    for name in names:
+        deep /= name
+    deep.mkdir(parents=True)
+    image = deep / "image"
+    image.write_bytes(bytes(1 << 20))
+    image.chmod(0o666)
+    attached = caller.attach(image)
+    device = caller.open_device(attached.path, "rw")
+    # Only now the path is longer than a page.
+    longer = world.files / ("l" * 250)
+    longer.mkdir()
+    (longer / ("m" * 250)).mkdir()
+    top.rename(longer / ("m" * 250) / top.name)
+    with pytest.raises(OSError, match="File name too long"):
+        kernel.loop_attribute(attached.number, "loop/backing_file")
+    fd = device.fetch()
+    kernel.loop_set_capacity(fd)
+    os.close(fd)
+    assert caller.get(attached.path, "State") == "attached"
+    assert caller.resize(attached.path, size_limit=1 << 19) == 1 << 19
+    assert caller.get(attached.path, "BackingFile") == b"\0"
+    assert world.device_count() == 1
+    device.close()
+    assert caller.detach(attached.path) is True

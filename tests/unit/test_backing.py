@@ -182,3 +182,16 @@ def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
     names = {line.partition("(")[0] for line in calls}
     assert names == {"fcntl", "statx"}
     assert all("AT_STATX_DONT_SYNC" in line for line in calls if line.startswith("statx"))
+
+
+def test_only_local_files_are_sure_to_close_at_once(image: Path, opened: list[int]) -> None:
+    opened += [os.open(image, os.O_RDONLY), os.memfd_create("x")]
+    assert all(backing.closes_quickly(fd) for fd in opened)
+    others = [
+        socket.socket().detach(),
+        *os.pipe(),
+        os.open("/dev/null", os.O_RDWR),
+        os.open("/proc/self/maps", os.O_RDONLY),
+    ]
+    opened += others
+    assert not any(backing.closes_quickly(fd) for fd in others)

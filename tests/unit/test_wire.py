@@ -248,3 +248,14 @@ def test_the_environment_names_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wire.system_bus_address() == "unix:path=/somewhere"
     monkeypatch.delenv("DBUS_SYSTEM_BUS_ADDRESS")
     assert wire.system_bus_address() == "unix:path=/run/dbus/system_bus_socket"
+
+
+def test_serials_start_anew_after_the_last_and_are_never_0() -> None:
+    async def body(harness: Harness) -> None:
+        harness.connection._serial = 0xFFFFFFFE
+        for _ in range(3):
+            harness.connection.emit("/a", "b.c", "D", "", [])
+        seen = [one.header.serial for one in harness.peer.read() if one.header]
+        assert seen == [0xFFFFFFFF, 1, 2]
+
+    story(body)
