@@ -145,24 +145,30 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     )
     service.serve(manager, attaching)
 
-    await bus.start()
-    # Listening before looking, so that nothing falls between.
-    monitor = Monitor(registry.look_at)
-    await registry.look_at_all()
-    await bus.own(NAME)
-    log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
-    _notify("READY=1")
+    monitor = None
+    try:
+        await bus.start()
+        # Listening before looking, so that nothing falls between.
+        monitor = Monitor(registry.look_at)
+        await registry.look_at_all()
+        await bus.own(NAME)
+        await threads.run(markers.prune)
+        log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
+        _notify("READY=1")
 
-    status = await ended
-    _notify("STOPPING=1")
-    # The name first: whoever calls from now on starts the next loopd instead of losing a call.
-    attaching.refuse()
-    authority.stop()
-    await bus.release(NAME, _STOP_TIMEOUT)
-    await manager.stop(_STOP_TIMEOUT)
-    await bus.leave(_STOP_TIMEOUT)
-    monitor.close()
-    return status
+        status = await ended
+        _notify("STOPPING=1")
+        # The name first: whoever calls from now on starts the next loopd instead of losing a call.
+        attaching.refuse()
+        authority.stop()
+        await bus.release(NAME, _STOP_TIMEOUT)
+        await manager.stop(_STOP_TIMEOUT)
+        await bus.leave(_STOP_TIMEOUT)
+        return status
+    finally:
+        bus.connection.close()
+        if monitor:
+            monitor.close()
 
 
 def _notify(state: str) -> None:

@@ -25,15 +25,21 @@ class Markers:
         self._claims: dict[int, _Claim] = {}
 
     def prepare(self) -> None:
-        """Make the directory, and forget marks of devices that are not bound any more.
-
-        A daemon that was killed leaves its marks; the next user of the number may be root.
-        """
+        """Make the directory."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.glob("loop*"):
-            number = path.name.removeprefix("loop")
-            if not number.isdecimal() or not kernel.loop_bound(int(number)):
-                path.unlink(missing_ok=True)
+
+    def prune(self) -> None:
+        """Remove marks of devices that are neither bound nor about to be.
+
+        A daemon that was killed leaves its marks, and the next user of the number may be root. Only
+        who owns the name may do this: the marks may be another daemon's.
+        """
+        with self._lock:
+            for path in self._directory.glob("loop*"):
+                name = path.name.removeprefix("loop")
+                number = int(name) if name.isdecimal() else -1
+                if number not in self._claims and not kernel.loop_bound(number):
+                    path.unlink(missing_ok=True)
 
     def claim(self, number: int, *, unprivileged: bool) -> Release:
         """Say whose file loopN is about to hold; returns what to call when loopd is done with it.

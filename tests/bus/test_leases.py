@@ -298,7 +298,7 @@ def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
         wait_noticed(world, caller)
         pause.end()
         node = f"/dev/loop{number}"
-        world.daemon.wait_fds(lambda fds: node not in fds.values(), "loopd to undo the binding")
+        world.wait_devices(1)  # known, and on its way out
         with world.bus.connect() as client:
             # What comes after that has time to happen.
             for _ in range(20):

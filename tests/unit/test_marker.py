@@ -78,11 +78,17 @@ def test_an_unbound_number_that_is_about_to_be_bound_keeps_its_mark(
     assert marks(tmp_path) == {"loop7"}
 
 
-def test_at_start_only_marks_of_bound_devices_stay(tmp_path: Path, bound: set[int]) -> None:
+def test_left_over_marks_go_and_those_of_bound_and_claimed_devices_stay(
+    tmp_path: Path, bound: set[int]
+) -> None:
     directory = tmp_path / "unprivileged"
     directory.mkdir()
     for name in ("loop3", "loop4", "loopx"):
         (directory / name).touch()
     bound.add(3)
-    Markers(tmp_path).prepare()
-    assert marks(tmp_path) == {"loop3"}
+    markers = Markers(tmp_path)
+    markers.prepare()
+    markers.claim(5, unprivileged=True)
+    assert marks(tmp_path) == {"loop3", "loop4", "loop5", "loopx"}
+    markers.prune()
+    assert marks(tmp_path) == {"loop3", "loop5"}
