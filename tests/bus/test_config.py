@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The administrator's file in a running daemon: its mistakes stop the start, its settings hold."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import loops
+from tests.harness.area import CHECKOUT, area
+from tests.harness.bus import LOOPD, PrivateBus
+from tests.harness.caller import MANAGER, MANAGER_PATH, Attached
+from tests.harness.daemon import Daemon
+from tests.harness.polkit import Answer
+from tests.harness.wire import CallError
+from tests.harness.world import World
+
+SIZE = 64 * 1024
+
+
+def refused(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[str, str]:
+    """Return the name and the text of the error."""
+    with pytest.raises(CallError) as caught:
+        call(*args, **named)
+    return caught.value.name, caught.value.message
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ("unknown = 1", "unknown", "there is no such setting"),
+        ("[limits]\nunknown = 1", "limits: unknown", "there is no such setting"),
+        ("[limits]\ndevices = 'many'", "limits: devices", "has to be a whole number"),
+        ("[limits]\ndevices = 0", "limits: devices", "has to be at least 1"),
+        ("[limits]\ncalls = -1", "limits: calls", "has to be at least 1"),
+        ("limits = []", "limits", "has to be a table"),
+        ("direct_io = 'no'", "direct_io", "has to be true or false"),
+        ("trusted_filesystems = 'nfs4'", "trusted_filesystems", "has to be a list of strings"),
+        ("[deadlines]\noperation = 0", "deadlines: operation", "has to be at least 1"),
+        ("[deadlines]\noperation = 1.5", "deadlines: operation", "has to be a whole number"),
+    ],
+)
+def test_a_mistake_stops_the_start_with_file_key_and_reason(
+    tmp_path: Path, text: str, key: str, reason: str
+) -> None:
+    path = tmp_path / "loopd.toml"
+    path.write_text(text)
+    done = start(path)
+    assert done.returncode == 1
+    assert done.stderr == f"loopd: {path}: {key}: {reason}\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("content", [b"direct_io", b"\xff\xfe", b"a = 1\na = 2\n", b"[limits\n"])
+def test_a_file_that_is_no_toml_stops_the_start(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "loopd.toml"
+    path.write_bytes(content)
+    done = start(path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"loopd: {path}: ")
+    assert done.stderr.count("\n") == 1
+    assert len(done.stderr) > len(f"loopd: {path}: \n")
+
+
+def start(config: Path) -> subprocess.CompletedProcess[str]:
+    """Start loopd where there is no bus, which it says if the file does not stop it before."""
+    environment = os.environ | {
+        "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={config.parent}/none",
+        "PYTHONPATH": str(CHECKOUT),
+    }
+    command = [sys.executable, "-m", "loopd", "--config", str(config)]
+    command += ["--runtime-directory", str(config.parent / "run")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_is_no_start_on_the_bus(bus: PrivateBus, library: str | None) -> None:
+    with Daemon(bus, library=library, config="wrong = true", wait_ready=False) as daemon:
+        assert daemon.wait() == 1
+        assert daemon.log == f"loopd: {daemon.config_path}: wrong: there is no such setting\n"
+        with bus.connect() as client:
+            assert client.owner_of(LOOPD) is None
+
+
+def test_an_empty_file_and_none_at_all_are_the_defaults(new_world: Callable[..., World]) -> None:
+    for arguments in ([], ["--config", "/none/loopd.toml"]):
+        world = new_world(config="", arguments=arguments)
+        caller = world.caller()
+        assert caller.get(MANAGER_PATH, "MaxDevicesPerUser", MANAGER) == 32
+        assert caller.get(MANAGER_PATH, "MaxDevices", MANAGER) == 1024
+
+
+# Settings
+
+
+def test_limits_take_effect(new_world: Callable[..., World]) -> None:
+    world = new_world(config="[limits]\ndevices_per_user = 1\ncalls_per_connection = 2\n")
+    caller = world.caller()
+    assert caller.get(MANAGER_PATH, "MaxDevicesPerUser", MANAGER) == 1
+    assert caller.get(MANAGER_PATH, "MaxDevices", MANAGER) == 1024
+    caller.attach(world.image(SIZE))
+    name, text = refused(caller.attach, world.image(SIZE))
+    assert name.endswith(".LimitsExceeded")
+    assert " 1 loop devices" in text
+    world.polkit.reset(Answer.HANG)
+    calls = [caller.attach_begin(world.image(SIZE)) for _ in range(2)]
+    world.polkit.wait_question(count=2)
+    name, text = refused(caller.manager, "ListDevices")
+    assert name.endswith(".LimitsExceeded")
+    assert "2 calls of this connection" in text
+    world.polkit.release(Answer.DENY)
+    for call in calls:
+        refused(call.end)
+
+
+def test_direct_io_can_be_off_unless_asked_for(new_world: Callable[..., World]) -> None:
+    usual, off = new_world(), new_world(config="direct_io = false")
+
+    def uses(world: World, **options: Any) -> bool:
+        caller = world.caller()
+        attached = caller.attach(world.image(SIZE), **options)
+        sysfs = Path(f"/sys/block/loop{attached.number}/loop/dio").read_text() == "1\n"
+        assert caller.get(attached.path, "DirectIO") is sysfs
+        return sysfs
+
+    possible = uses(usual, direct_io=True)
+    assert uses(usual) is possible
+    assert uses(off, direct_io=True) is possible
+    assert uses(off) is False
+    assert uses(usual, direct_io=False) is False
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_polkit_has_as_long_as_its_deadline_says(
+    new_world: Callable[..., World], interactive: bool
+) -> None:
+    """The other deadline is one that the test would not live to see."""
+    short = "interactive_authorization" if interactive else "authorization"
+    long = "authorization" if interactive else "interactive_authorization"
+    world = new_world(config=f"[deadlines]\n{short} = 1\n{long} = 3600\n", authority=Answer.HANG)
+    caller = world.caller()
+    name, text = refused(caller.attach, world.image(SIZE), interactive=interactive)
+    assert name.endswith(".AccessDenied")
+    assert "within 1 s" in text
+    world.polkit.wait_cancelled(world.polkit.questions[0])
+
+
+GATED = """
+import fcntl
+from loopd import kernel
+wrapped = kernel.{function}
+def gated(*arguments):
+    with open({gate!r}) as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)
+    return wrapped(*arguments)
+kernel.{function} = gated
+"""
+
+
+class Gate:
+    """Stops a function of loopd's kernel module until it is opened."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "gate"
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+    def before(self, function: str) -> str:
+        """Return the prelude of a daemon."""
+        return GATED.format(function=function, gate=str(self._path))
+
+    def close(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    with area("gate") as directory:
+        gate = Gate(directory)
+        yield gate
+        os.close(gate._fd)
+
+
+DEADLINES = "[deadlines]\noperation = 1\n"
+TIMED_OUT = f"{MANAGER}.Error.TimedOut"
+
+
+def test_an_operation_has_as_long_as_its_deadline_says(
+    new_world: Callable[..., World], gate: Gate
+) -> None:
+    world = new_world(config=DEADLINES, prelude=gate.before("fsync"))
+    caller = world.caller()
+    attached = caller.attach(world.image(SIZE))
+    gate.close()
+    name, text = refused(caller.device, attached.path, "Sync", "a{sv}", {})
+    assert name == TIMED_OUT
+    assert "within 1 s" in text
+    # Nothing else waits for it.
+    assert caller.resize(attached.path) == SIZE
+    gate.open()
+    assert caller.device(attached.path, "Sync", "a{sv}", {}) == ()
+    assert caller.detach(attached.path) is True
+
+
+def test_an_attach_that_takes_too_long_is_undone_in_the_end(
+    new_world: Callable[..., World], gate: Gate
+) -> None:
+    world = new_world(config=DEADLINES, prelude=gate.before("loop_configure"))
+    caller = world.caller()
+    image = world.image(SIZE)
+    gate.close()
+    name, text = refused(caller.attach, image)
+    assert name == TIMED_OUT
+    assert "within 1 s" in text
+    gate.open()
+    # It holds its place and its bytes until it is over.
+    world.wait_idle_fds()
+    world.wait_devices(0)
+    assert str(image) not in {each.backing_file for each in loops.bound_loops().values()}
+    assert isinstance(caller.attach(image), Attached)
