@@ -186,17 +186,14 @@ def test_the_path_of_a_device_has_its_number_and_diskseq(world: World) -> None:
     assert len(paths) == 3
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_name_of_no_node_is_an_invalid_argument(world: World) -> None:
+    caller = world.caller()
+    for name in (
         *("", "loop", "/dev/", "/dev/sda", "loop-1", "loop+1", "loop1p1", "loop1 ", "loop1\n"),
         *("loop01", "/dev//loop1", "dev/loop1", "../dev/loop1", "loop\N{ARABIC-INDIC DIGIT ONE}"),
-    ],
-)
-def test_a_name_of_no_node_is_an_invalid_argument(world: World, name: str) -> None:
-    with pytest.raises(CallError) as caught:
-        world.raw().call(MANAGER_PATH, MANAGER, "GetDeviceByNode", "s", [name])
-    assert caught.value.name == f"{BUS}.Error.InvalidArgs"
+    ):
+        error = error_of(caller, MANAGER_PATH, MANAGER, "GetDeviceByNode", "s", name)
+        assert error == "InvalidArgs", name
 
 
 def test_a_node_without_a_file_is_no_device(world: World) -> None:
