@@ -2,6 +2,7 @@
 """A device lasts as long as the connection that asked for it, whatever ends which of the two."""
 
 import os
+import pwd
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -288,7 +289,7 @@ def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
 ) -> None:
     """udev opens what it has heard of, and may do so while the client dies."""
     world = new_world(prelude=pause.prelude)
-    caller = world.caller()
+    caller, watcher = world.caller(), world.caller(OTHER)
     caller.attach_begin(world.image())
     number = pause.wait()
     mark = world.daemon.runtime_directory / "unprivileged" / f"loop{number}"
@@ -298,17 +299,15 @@ def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
         wait_noticed(world, caller)
         pause.end()
         node = f"/dev/loop{number}"
-        world.wait_devices(1)  # known, and on its way out
-        with world.bus.connect() as client:
-            # What comes after that has time to happen.
-            for _ in range(20):
-                client.call(MANAGER_PATH, MANAGER, "ListDevices")
-            devices = client.call(MANAGER_PATH, MANAGER, "ListDevices").body[0]
+        watcher.wait_signal("InterfacesAdded", lambda it: it.args[1][DEVICE]["Node"] == node)
+        # What comes after that has time to happen.
+        for _ in range(20):
+            (devices,) = watcher.manager("ListDevices")
         assert loops.loop_is_bound(number)
         assert mark.exists()
         assert world.device_count() == 1
-        owners = [row[4] for row in devices if row[1] == node]
-        assert 0xFFFFFFFF not in owners, "it passes for a stranger's device"
+        ((owner, lifetime),) = [row[4:] for row in devices if row[1] == node]
+        assert (owner, lifetime) == (pwd.getpwnam(USER).pw_uid, "")
     finally:
         os.close(opener)
     loops.wait_unbound(number)
