@@ -278,6 +278,16 @@ def test_a_device_in_use_does_not_shrink_or_move(
     assert owner.resize(attached.path, mapping) < MIB
 
 
+def test_a_device_in_use_does_not_move_even_if_it_keeps_its_size(
+    world: World, owner: Caller
+) -> None:
+    attached = owner.attach(world.image(), offset=8192, size_limit=8192)
+    with exclusively_open(attached):
+        for mapping in ({"offset": 0}, {"offset": 4096, "size-limit": 65536}):
+            assert error_of(owner, attached, mapping).name == DEVICE_BUSY
+        assert owner.resize(attached.path, offset=0, force=True) == 8192
+
+
 def test_a_device_in_use_does_not_follow_a_shrunk_file(world: World, owner: Caller) -> None:
     image = world.image()
     attached = owner.attach(image)
