@@ -104,7 +104,16 @@ class Attaching:
             place = self._quota.take(caller.uid)
             self._binding.add(mapping)
             binding = self._tasks.start(
-                self._bind(caller, file.move(), backing_file, request, mapping, place, abandoned)
+                self._bind(
+                    caller,
+                    file.move(),
+                    backing_file,
+                    request,
+                    mapping,
+                    place,
+                    abandoned,
+                    may_hang=not trusted,
+                )
             )
         timeout = self._config.deadlines.operation
         await asyncio.wait([binding], timeout=timeout)
@@ -153,12 +162,21 @@ class Attaching:
         mapping: Mapping,
         place: Place,
         abandoned: asyncio.Event,
+        *,
+        may_hang: bool,
     ) -> Device:
         """Attach in a thread and record it, or undo it if nobody waits for it any more."""
         with place, ExitStack() as admitted:
             admitted.callback(self._binding.discard, mapping)
             loop, status = await self._threads.run(
-                partial(_attach, file, backing_file, request, partial(self._claim, caller.uid))
+                partial(
+                    _attach,
+                    file,
+                    backing_file,
+                    request,
+                    partial(self._claim, caller.uid),
+                    may_hang,
+                )
             )
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, loop)
@@ -222,8 +240,9 @@ def _attach(
     backing_file: backing.BackingFile,
     request: loopdev.AttachRequest,
     claim: loopdev.Claim,
+    may_hang: bool,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
-    loop = loopdev.attach(file, backing_file, request, claim)
+    loop = loopdev.attach(file, backing_file, request, claim, may_hang=may_hang)
     try:
         return loop, loopinfo.status(loop.number)
     except BaseException:

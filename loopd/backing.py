@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import kernel
-from .errors import UnsupportedFile
+from .errors import UnsupportedFile, UntrustedFilesystem
 
 # Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
 TRUSTED_FILESYSTEMS = frozenset(
@@ -85,8 +85,17 @@ class BackingFile:
 
 
 def identify(fd: int) -> FileIdentity:
-    """Say which file an fd is open on, in whatever mode, O_PATH too."""
-    buf = kernel.statx(fd)
+    """Say which file an fd is open on, in whatever mode, O_PATH too.
+
+    Raises UntrustedFilesystem where not even root may look.
+    """
+    try:
+        buf = kernel.statx(fd)
+    except PermissionError as exc:
+        raise UntrustedFilesystem(
+            "the file's filesystem does not let loopd look at it, as FUSE does unless it is "
+            "mounted with allow_root or allow_other: copy the file to a local disk"
+        ) from exc
     is_block = stat.S_ISBLK(buf.stx_mode)
     return FileIdentity(
         mode=buf.stx_mode,
@@ -139,7 +148,7 @@ def closes_quickly(fd: int) -> bool:
         if not stat.S_ISREG(identity.mode):
             return False
         return _seals(fd) is not None or _filesystem(fd, identity.device) in TRUSTED_FILESYSTEMS
-    except OSError:
+    except (OSError, UntrustedFilesystem):
         return False
 
 
@@ -172,5 +181,6 @@ def filesystem_in(mountinfo: bytes, fdinfo: bytes, device: int) -> str:
         rb"^\d+ \d+ %d:%d .*? - (\S+) " % (os.major(device), os.minor(device)),
     ):
         if found := re.search(pattern, mountinfo, re.MULTILINE):
-            return found[1].decode(errors="replace")
+            # What follows a dot is the subtype that a FUSE server chose for itself.
+            return found[1].partition(b".")[0].decode(errors="replace")
     return ""

@@ -70,7 +70,7 @@ def in_use(number: int) -> bool:
 
 
 def remove_partitions(loop_fd: int, number: int) -> int:
-    """Remove all partition devices and return how many there were.
+    """Remove all partition devices that are not in use and return how many there were.
 
     Partitions added by BLKPG can outlive the binding, and the next image on the number would be
     read through them.
@@ -80,7 +80,8 @@ def remove_partitions(loop_fd: int, number: int) -> int:
         try:
             kernel.blkpg_del_partition(loop_fd, partition)
         except OSError as exc:
-            if exc.errno != errno.ENXIO:  # the kernel has dropped it meanwhile
+            # The kernel has dropped it meanwhile, or somebody has it open.
+            if exc.errno not in (errno.ENXIO, errno.EBUSY):
                 raise
     return len(numbers)
 

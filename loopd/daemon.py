@@ -68,11 +68,11 @@ def _fit(config: Config) -> Config:
     """Take as many open files as the system gives, and no more devices than they are enough for."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    devices = (files - _OTHER_FDS) // _FDS_PER_DEVICE
+    devices = max((files - _OTHER_FDS) // _FDS_PER_DEVICE, 1)
     if devices >= config.limits.devices:
         return config
     log.warning("%d open files are enough for %d devices only", files, devices)
-    return replace(config, limits=replace(config.limits, devices=max(devices, 1)))
+    return replace(config, limits=replace(config.limits, devices=devices))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import os
 import platform
+import re
 from pathlib import Path
 
 LOOP_MAJOR = 7
@@ -340,5 +341,5 @@ def loop_of_block_device(major: int, minor: int) -> int | None:
 
 def release() -> tuple[int, int]:
     """The running kernel's version, major and minor."""
-    major, minor = platform.release().split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdecimal()))
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(found[1]), int(found[2])) if found else (0, 0)

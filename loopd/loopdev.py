@@ -101,9 +101,11 @@ class LoopDevice:
 
     def close(self) -> None:
         """Let go of our fds; the file last, whose filesystem may make its close wait."""
-        self.fd.close()
-        if self.file is not None:
-            self.file.close()
+        for fd in (self.fd, self.file):
+            if fd is not None:
+                # The fd is gone whatever close(2) says; what it says is about the file's data.
+                with _tolerated("close", self.node):
+                    fd.close()
 
     @property
     def node(self) -> str:
@@ -143,22 +145,27 @@ def attach(
     file: BackingFile,
     request: AttachRequest,
     claim: Claim = lambda _: lambda _: None,
+    *,
+    may_hang: bool = False,
 ) -> LoopDevice:
     """Bind a file to a free loop device, retrying while others race us.
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
     is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device
-    carries autoclear: it goes when the last opener, us included, is gone.
+    carries autoclear: it goes when the last opener, us included, is gone. With `may_hang` no lock
+    is held while the file's filesystem is asked, and a number of its own is taken.
 
     Raises InvalidArgs for options that do not fit the file, NotSupported, DeviceBusy when 64
     attempts found no free device, and OSError.
     """
     with file_fd, _open_control() as control_fd:
         check_request(file, request, kernel.statx(file_fd.fileno(), 0).stx_size)
-        fresh = False
+        fresh = may_hang
         for pause in blockdev.retry_pauses(ATTEMPTS):
             try:
-                return _bind_free_device(control_fd.fileno(), file_fd, request, claim, fresh)
+                return _bind_free_device(
+                    control_fd.fileno(), file_fd, request, claim, may_hang, fresh
+                )
             except _DirectIORefused:
                 # From scratch: some kernels answer I/O errors on a device where it failed.
                 log.debug("attach: direct I/O refused; trying again without")
@@ -167,7 +174,7 @@ def attach(
             except _Retry as exc:
                 log.debug("attach: %s; trying again", exc)
                 # A device that someone keeps locked is offered by GET_FREE again and again.
-                fresh = isinstance(exc, _Taken)
+                fresh = may_hang or isinstance(exc, _Taken)
             time.sleep(pause)
     raise DeviceBusy(f"no loop device came free in {ATTEMPTS} attempts: try again later")
 
@@ -186,17 +193,18 @@ def _bind_free_device(
     file_fd: OwnedFd,
     request: AttachRequest,
     claim: Claim,
+    may_hang: bool,
     fresh: bool,
 ) -> LoopDevice:
     # Lock order: loop-control first, the device second. Nothing is waited for with the first held.
-    with ExitStack() as locks:
+    with ExitStack() as allocating:
         if _allocation.acquire(timeout=_CONTROL_LOCK_TIMEOUT):
-            locks.callback(_allocation.release)
-        locks.enter_context(blockdev.control_locked(control_fd, timeout=_CONTROL_LOCK_TIMEOUT))
+            allocating.callback(_allocation.release)
+        allocating.enter_context(blockdev.control_locked(control_fd, timeout=_CONTROL_LOCK_TIMEOUT))
         number = (
             kernel.loop_ctl_add(control_fd, -1) if fresh else kernel.loop_ctl_get_free(control_fd)
         )
-        return _bind(number, file_fd, request, claim)
+        return _bind(number, file_fd, request, claim, may_hang, allocating)
 
 
 def _bind(
@@ -204,6 +212,8 @@ def _bind(
     file_fd: OwnedFd,
     request: AttachRequest,
     claim: Claim,
+    may_hang: bool,
+    allocating: ExitStack,
 ) -> LoopDevice:
     # The ends of these blocks undo, last first: the lock's fd goes before CLR_FD, which would be
     # lazy with two openers, and the claim lasts until the device is closed.
@@ -216,19 +226,28 @@ def _bind(
     ):
         if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX):
             raise _Taken(f"loop{number} is locked by someone else")
-        if _is_bound(loop_fd.fileno()):
+        # By sysfs: asking the device would ask the filesystem of whoever has bound it since.
+        if kernel.loop_bound(number):
             raise _Taken(f"loop{number} is bound already")
         if count := blockdev.remove_partitions(loop_fd.fileno(), number):
             raise _StalePartitions(f"loop{number} had {count} partitions of a former life")
+        if may_hang:
+            # LOOP_CONFIGURE asks the file's filesystem: only this attach is to wait for it.
+            allocating.close()
         release = claim(number)
-        claimed.callback(lambda: release(kernel.loop_bound(number)))
-        _configure(loop_fd.fileno(), file_fd.fileno(), request)
+        try:
+            _configure(loop_fd.fileno(), file_fd.fileno(), request)
+        except BaseException:
+            # Whoever was faster has it, and udev has waited for our lock.
+            release(False)
+            raise
         bound.callback(_clear, loop_fd.fileno())
-        _verify(loop_fd.fileno(), request)
-        diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
         binding = kernel.loop_binding(number)
+        claimed.callback(lambda: release(_still(number, binding)))
         if binding is None:
             raise _Taken(f"loop{number} was cleared by someone else")
+        _verify(number, loop_fd.fileno(), request)
+        diskseq = _diskseq(loop_fd.fileno())
         bound.pop_all()
         claimed.pop_all()
         return LoopDevice(
@@ -242,6 +261,19 @@ def _bind(
         )
 
 
+def _diskseq(loop_fd: int) -> int:
+    try:
+        return kernel.blkgetdiskseq(loop_fd)
+    except OSError as exc:
+        if exc.errno in (errno.EINVAL, errno.ENOTTY):  # loop(4) says the former of what it lacks
+            raise NotSupported("loopd needs Linux 5.15, which numbers attachments") from exc
+        raise
+
+
+def _still(number: int, binding: int | None) -> bool:
+    return binding is not None and kernel.loop_binding(number) == binding
+
+
 def _open_free(number: int, flags: int) -> OwnedFd:
     try:
         return blockdev.opened(kernel.open_loop(number, flags))
@@ -250,16 +282,6 @@ def _open_free(number: int, flags: int) -> OwnedFd:
         if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
             raise _Taken(f"loop{number} vanished") from exc
         raise
-
-
-def _is_bound(loop_fd: int) -> bool:
-    try:
-        kernel.loop_get_status64(loop_fd)
-    except OSError as exc:
-        if exc.errno != errno.ENXIO:
-            raise
-        return False
-    return True
 
 
 def _configure(loop_fd: int, file_fd: int, request: AttachRequest) -> None:
@@ -286,13 +308,13 @@ def _configure(loop_fd: int, file_fd: int, request: AttachRequest) -> None:
         raise
 
 
-def _verify(loop_fd: int, request: AttachRequest) -> None:
+def _verify(number: int, loop_fd: int, request: AttachRequest) -> None:
     """Make sure that the kernel did what LOOP_CONFIGURE said; Linux 5.8 itself forgets parts."""
     if kernel.blksszget(loop_fd) != request.sector_size:
         raise NotSupported("this kernel's LOOP_CONFIGURE does not set the sector size")
     if request.size_limit and kernel.blkgetsize64(loop_fd) != request.size_limit:
         raise NotSupported("this kernel's LOOP_CONFIGURE does not set the size limit")
-    direct_io = bool(kernel.loop_get_status64(loop_fd).lo_flags & kernel.LO_FLAGS_DIRECT_IO)
+    direct_io = kernel.loop_attribute(number, "loop/dio") == b"1"
     if request.direct_io and not direct_io:
         raise _DirectIORefused
     if direct_io and not request.direct_io:
@@ -340,8 +362,8 @@ def clear(device: LoopDevice) -> bool:
         blockdev.remove_partitions(loop_fd, device.number)
     if not _clear_alone(device) and device.ours:
         if locked:
-            # udev waits for it.
-            kernel.flock(loop_fd, fcntl.LOCK_UN)
+            with _tolerated("unlock", device.node):  # udev waits for it
+                kernel.flock(loop_fd, fcntl.LOCK_UN)
         return False
     device.close()
     return True

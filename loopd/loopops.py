@@ -113,8 +113,9 @@ def open_node(device: LoopDevice, *, writable: bool) -> OwnedFd:
     ) as fd:
         if kernel.blkgetdiskseq(fd.fileno()) != kernel.blkgetdiskseq(device.fd.fileno()):
             raise NoSuchDevice(f"{device.node} is another device now")
-        info = kernel.loop_get_status64(device.fd.fileno())
-        if device.ours and not info.lo_flags & kernel.LO_FLAGS_AUTOCLEAR:
+        # By sysfs first: asking the device asks its file's filesystem.
+        if device.ours and kernel.loop_attribute(device.number, "loop/autoclear") != b"1":
+            info = kernel.loop_get_status64(device.fd.fileno())
             info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
             kernel.loop_set_status64(device.fd.fileno(), info)
         return fd.move()

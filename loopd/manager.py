@@ -10,12 +10,12 @@ import errno
 import logging
 import re
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from . import access, blockdev, kernel, loopdev, loopinfo, loopops
+from . import access, blockdev, kernel, loopdev, loopinfo, loopops, overlap
 from .access import ROOT, Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
@@ -42,6 +42,8 @@ _T = TypeVar("_T")
 _DETACH_WAIT = 1.0
 # Seconds between the attempts to clear a device that others have open; the last one stays.
 _CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25)
+# Past the end of any file.
+_ANY_END = 1 << 64
 # From this version on a loop device is never unbound before its last close.
 _NEVER_UNBOUND_WHILE_OPEN = (6, 11)
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
@@ -125,6 +127,7 @@ class Manager:
         """Change offset and limit, or take up the file's size; returns the new size in bytes."""
         await self._require(caller, Operation.RESIZE, device)
         size = await self._with_loop(
+            caller,
             device,
             partial(
                 loopops.resize,
@@ -132,9 +135,26 @@ class Manager:
                 size_limit=options.size_limit,
                 force=options.force,
             ),
+            admit=partial(self._require_no_overlap, device, options),
         )
         await self._registry.refresh(device)
         return size
+
+    def _require_no_overlap(self, device: Device, options: ResizeOptions) -> None:
+        """Raise Overlap if the device would grow or move into what another one maps."""
+        now = device.mapping
+        start = device.status.offset if options.offset is None else options.offset
+        limit = device.status.size_limit if options.size_limit is None else options.size_limit
+        then = replace(now, start=start, end=start + limit if limit else _ANY_END)
+        overlap.require_none(
+            then,
+            bound=(
+                (other.node, other.mapping)
+                for other in self._registry
+                if other is not device and not now.conflicts_with(other.mapping)
+            ),
+            binding=(),
+        )
 
     async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
         """As `resize`, on what the fd names."""
@@ -146,7 +166,7 @@ class Manager:
     async def sync(self, caller: Caller, device: Device) -> None:
         """Write back what is dirty; the caller sees the error."""
         await self._require(caller, Operation.SYNC, device)
-        await self._with_loop(device, loopops.sync)
+        await self._with_loop(caller, device, loopops.sync)
 
     async def open(self, caller: Caller, device: Device, writable: bool) -> OwnedFd:
         """A new fd on the device's node."""
@@ -155,14 +175,13 @@ class Manager:
             raise NotSupported("before Linux 6.11 only root may be given a device's fd")
         await self._require(caller, Operation.OPEN, device)
         fd = await self._with_loop(
-            device, partial(loopops.open_node, writable=writable), late=OwnedFd.close
+            caller, device, partial(loopops.open_node, writable=writable), late=OwnedFd.close
         )
-        try:
+        with ExitStack() as failed:
+            failed.callback(lambda: self._tasks.start(self._threads.run(fd.close)))
             caller.client.require_present()
             self._require_attached(device)
-        except LoopError:
-            fd.close()
-            raise
+            failed.pop_all()
         return fd
 
     async def detach(self, caller: Caller, device: Device, *, lazy: bool = False) -> bool:
@@ -206,19 +225,27 @@ class Manager:
 
     async def _with_loop(
         self,
+        caller: Caller,
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
-        late: Callable[[_T], object] = lambda result: None,
+        late: Callable[[_T], object] = lambda _: None,
+        admit: Callable[[], None] = lambda: None,
     ) -> _T:
         """Run a function on the device in a thread, whatever becomes of the device meanwhile."""
-        self._require_attached(device)
-        # Borrowed here, where nothing can come between the check and the copy of the fd.
-        borrowed = device.loop.borrow() if device.loop else None
+        timeout = self._config.deadlines.operation
+        # Whoever has an fd of a device can put a file behind it that hangs.
+        give_back = await self._threads.turn(caller.uid, timeout)
+        with ExitStack() as failed:
+            failed.callback(give_back)
+            caller.client.require_present()
+            self._require_attached(device)
+            admit()
+            # Borrowed here, where nothing can come between the check and the copy of the fd.
+            borrowed = device.loop.borrow() if device.loop else None
+            failed.pop_all()
 
         def operate() -> _T:
-            with closing(
-                borrowed or loopops.open_existing(device.number, device.status.binding)
-            ) as loop:
+            with closing(borrowed or loopops.open_existing(device.number, binding)) as loop:
                 try:
                     return function(loop)
                 except OSError as exc:
@@ -226,10 +253,11 @@ class Manager:
                         raise NoSuchDevice(f"{device.node} is gone") from exc
                     raise
 
-        return await self._in_thread(operate, late)
+        binding = device.status.binding
+        return await self._threads.run(operate, timeout=timeout, late=late, ended=give_back)
 
     async def _in_thread(
-        self, function: Callable[[], _T], late: Callable[[_T], object] = lambda result: None
+        self, function: Callable[[], _T], late: Callable[[_T], object] = lambda _: None
     ) -> _T:
         return await self._threads.run(
             function, timeout=self._config.deadlines.operation, late=late
@@ -279,6 +307,8 @@ class Manager:
         except (LoopError, OSError) as exc:
             # Someone else's, which is as it was.
             log.warning("cannot detach %s: %s", device.node, exc)
+            if device.loop:
+                raise
             device.state, device.ending = ATTACHED, False
             self._registry.changed(device)
             return

@@ -50,11 +50,11 @@ class Markers:
         """
         claim = _Claim()
         with self._lock:
-            self._claims[number] = claim
             if unprivileged:
                 self._path(number).touch()
             else:
                 self._path(number).unlink(missing_ok=True)
+            self._claims[number] = claim
 
         def release(still_bound: bool) -> None:
             claim.over = True
@@ -67,8 +67,9 @@ class Markers:
         """Note that the kernel has no file bound to loopN."""
         with self._lock:
             claim = self._claims.get(number)
-            if claim and claim.over:
-                del self._claims[number]
+            if claim is None or claim.over:
+                # Without a claim it is a mark that a former daemon left on a bound device.
+                self._claims.pop(number, None)
                 self._path(number).unlink(missing_ok=True)
 
     def claimed(self, number: int) -> bool:

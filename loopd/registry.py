@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # How long a foreign device is asked for what sysfs does not show.
 _FOREIGN_TIMEOUT = 2.0
+# When a device is looked at again that could not be seen, for want of memory or fds.
+_LOOK_AGAIN = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Registry:
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
         self._tasks = Tasks()
+        self._loop = asyncio.get_running_loop()
 
     def __iter__(self) -> Iterator[Device]:
         return iter([*self._devices.values()])
@@ -93,7 +96,7 @@ class Registry:
     async def refresh(self, device: Device) -> None:
         """Take up what an operation of ours has changed, before its caller has the answer."""
         try:
-            status = await self._threads.run(partial(_sight, device.number))
+            status = await self._threads.look(partial(_sight, device.number))
         except OSError as exc:
             log.warning("cannot look at %s: %s", device.node, exc.strerror)
             return
@@ -102,7 +105,7 @@ class Registry:
 
     async def look_at_all(self) -> None:
         """Look at every loop device there is, and return when that is done."""
-        numbers = await self._threads.run(kernel.loop_numbers)
+        numbers = await self._threads.look(kernel.loop_numbers)
         await asyncio.gather(*(self._look(number) for number in {*numbers, *self._by_number}))
 
     def look_at(self, number: int | None) -> None:
@@ -119,10 +122,11 @@ class Registry:
                 self._looks[number] = False
                 known = self._by_number.get(number)
                 try:
-                    seen = await self._threads.run(partial(_sight, number))
+                    seen = await self._threads.look(partial(_sight, number))
                 except OSError as exc:
                     # Not seeing a device does not mean that it is gone.
                     log.warning("cannot look at loop%d: %s", number, exc.strerror)
+                    self._loop.call_later(_LOOK_AGAIN, self.look_at, number)
                     return
                 if self._by_number.get(number) is known:
                     await self._compare(number, known, seen)

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+# Operations on devices that one user may have in threads at a time.
+_TURNS = 6
+
 
 class Threads:
     """Bounded pools: calls into the kernel, closes of clients' files, device removals.
@@ -27,9 +30,11 @@ class Threads:
 
     def __init__(self) -> None:
         self._calls = ThreadPoolExecutor(64, "call")
+        self._looks = ThreadPoolExecutor(8, "look")
         self._closes = ThreadPoolExecutor(4, "close")
         self._slow_closes = ThreadPoolExecutor(256, "slow-close")
         self._removals = ThreadPoolExecutor(16, "removal")
+        self._turns: dict[int, asyncio.Semaphore] = {}
         self._running: set[Future[Any]] = set()
 
     async def run(
@@ -37,21 +42,42 @@ class Threads:
         function: Callable[[], _T],
         *,
         timeout: float | None = None,
-        late: Callable[[_T], object] = lambda result: None,
+        late: Callable[[_T], object] = lambda _: None,
+        ended: Callable[[], object] = lambda: None,
     ) -> _T:
         """Call a function in a thread and wait for it, at most `timeout` seconds.
 
         The thread goes on when the time is over, and `late` gets what it returns then, in that
-        thread. Raises TimedOut.
+        thread. `ended` is called when the thread is free again. Raises TimedOut.
         """
         future = self._submit(self._calls, function)
         waited = asyncio.wrap_future(future)
+        waited.add_done_callback(lambda _: ended())
         await asyncio.wait([waited], timeout=timeout)
         if waited.done():
             return waited.result()
         waited.add_done_callback(_note_late)
         future.add_done_callback(lambda done: done.exception() or late(done.result()))
         raise TimedOut(f"the kernel did not finish within {timeout:g} s")
+
+    async def look(self, function: Callable[[], _T]) -> _T:
+        """Call a function that only reads sysfs, and so waits for nobody, in a thread."""
+        return await asyncio.wrap_future(self._submit(self._looks, function))
+
+    async def turn(self, uid: int, timeout: float) -> Callable[[], None]:
+        """Wait for a user's turn to have a thread, and return what gives it back.
+
+        What a user can make hang for ever takes that user's own threads and nobody else's.
+        Raises TimedOut.
+        """
+        turns = self._turns.setdefault(uid, asyncio.Semaphore(_TURNS))
+        try:
+            await asyncio.wait_for(turns.acquire(), timeout)
+        except TimeoutError as exc:
+            raise TimedOut(
+                f"other operations of this user did not end within {timeout:g} s"
+            ) from exc
+        return turns.release
 
     def close_fd(self, fd: int) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
@@ -74,6 +100,7 @@ class Threads:
         """
         self._removals.shutdown(wait=False, cancel_futures=True)
         self._calls.shutdown(wait=False)
+        self._looks.shutdown(wait=False)
         self._closes.shutdown(wait=False)
         self._slow_closes.shutdown(wait=False)
         return not wait(self._running.copy(), timeout).not_done

@@ -144,8 +144,8 @@ MOUNTINFO = (
     [
         (b"22", (8, 1), "ext4"),
         (b"30", (0, 40), "btrfs"),  # a subvolume's number stands in no mount
-        (b"31", (0, 50), "fuse.sshfs"),
-        (b"31", (8, 1), "fuse.sshfs"),  # the mount counts, not the number
+        (b"31", (0, 50), "fuse"),  # the rest is the server's choice
+        (b"31", (8, 1), "fuse"),  # the mount counts, not the number
         (b"99", (8, 1), "ext4"),  # a mount that only the client sees, of a device that we do
         (b"99", (0, 77), ""),
         (b"2", (0, 77), ""),  # no prefix of a number is the number
