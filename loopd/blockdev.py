@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # How often a lock is tried again. Its usual other holder is udev, for the milliseconds of a probe.
 _LOCK_INTERVAL = 0.001
+# Asking whether a device is in use is a use for an instant, and somebody else may be asking.
+_IN_USE_ATTEMPTS = 5
 
 
 def opened(fd: int) -> OwnedFd:
@@ -60,13 +62,17 @@ def control_locked(control_fd: int, *, timeout: float) -> Iterator[None]:
 
 def in_use(number: int) -> bool:
     """Whether the device or a partition of it is mounted or otherwise exclusively open."""
-    try:
-        opened(kernel.open_loop(number, os.O_RDONLY | os.O_EXCL)).close()
-    except OSError as exc:
-        if exc.errno != errno.EBUSY:
-            raise
-        return True
-    return False
+    for attempt in range(_IN_USE_ATTEMPTS):
+        if attempt:
+            time.sleep(_LOCK_INTERVAL)
+        try:
+            opened(kernel.open_loop(number, os.O_RDONLY | os.O_EXCL)).close()
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                raise
+        else:
+            return False
+    return True
 
 
 def remove_partitions(loop_fd: int, number: int) -> int:

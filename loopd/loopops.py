@@ -32,11 +32,12 @@ def open_existing(number: int, binding: int) -> LoopDevice:
             if kernel.loop_binding(number) != binding:
                 raise NoSuchDevice(f"loop{number} is another device now")
             writable = writable and kernel.loop_attribute(number, "ro") == b"0"
+            diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
             return LoopDevice(
                 number=number,
                 fd=loop_fd.move(),
                 file=None,
-                diskseq=kernel.blkgetdiskseq(loop_fd.fileno()),
+                diskseq=diskseq,
                 binding=binding,
                 writable=writable,
             )
