@@ -162,7 +162,10 @@ def test_a_mark_that_a_killed_loopd_left_on_a_used_device_goes_with_the_device(a
         fd = caller.open_device(attached.path, "r").fetch()
         try:
             world.daemon.kill()
-            with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as following:
+            with (
+                make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as following,
+                following.test(),
+            ):
                 watcher = following.caller(None)
                 assert mark.exists()
                 caller.kill()
