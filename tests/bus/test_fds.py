@@ -172,7 +172,7 @@ def test_a_device_method_takes_no_handle_in_its_options(
 ) -> None:
     reply = client.call(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
     path, node, _ = reply.body
-    fds = world.daemon.wait_fds(
+    fds = world.wait_fds(
         lambda fds: len(fds) == len(world.idle_fds) + 2 and node in fds.values(),
         f"loopd to have {node} and the file more than when idle",
     )
@@ -187,7 +187,7 @@ def test_a_device_method_takes_no_handle_in_its_options(
     args = [*before, {"lazy": Variant("h", 0)}]
     serial = client.send(path, DEVICE, member, signature, args, fds=[fd])
     assert refusal(client, serial) == ((DENIED, True) if polices else (INVALID, False))
-    world.daemon.wait_fds(lambda now: now == fds, f"the fds {fds}")
+    world.wait_fds(lambda now: now == fds, f"loopd to have the fds {fds} still")
     assert client.call(path, DEVICE, "Detach", "a{sv}", [{}]).body == (True,)
 
 
