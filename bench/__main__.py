@@ -17,6 +17,7 @@ from pathlib import Path
 
 from loopd import backing, kernel, loopdev
 from loopd.fd import OwnedFd
+from loopd.request import AttachRequest
 from tests.harness import images
 from tests.harness.area import area
 from tests.harness.bus import PrivateBus
@@ -92,7 +93,7 @@ def library_pair(image: Path) -> tuple[float, float]:
     with OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC)) as file:
         begun = time.perf_counter()
         examined = backing.examine(file.fileno())
-        device = loopdev.attach(file, examined, loopdev.AttachRequest())
+        device = loopdev.attach(file, examined, AttachRequest())
         attached = time.perf_counter()
         if not loopdev.detach(device):
             device.close()  # udev looks at it

@@ -24,6 +24,7 @@ from .marker import Markers
 from .overlap import Mapping
 from .polkit import Authority
 from .registry import Registry
+from .request import AttachRequest
 from .tasks import Tasks
 from .threads import Threads
 
@@ -87,7 +88,7 @@ class Attaching:
             if trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
-                loopdev.check_request(backing_file, request, backing_file.identity.size)
+                request.check(backing_file, backing_file.identity.size)
             await self._require_attach(caller, backing_file, request, trusted)
             caller.client.require_present()
             if self._stopping:
@@ -122,9 +123,9 @@ class Attaching:
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return binding.result()
 
-    def _request(self, file: backing.BackingFile, options: AttachOptions) -> loopdev.AttachRequest:
+    def _request(self, file: backing.BackingFile, options: AttachOptions) -> AttachRequest:
         read_only, direct_io = options.read_only, options.direct_io
-        return loopdev.AttachRequest(
+        return AttachRequest(
             # A sealed memfd is writable by its mode: saying nothing does not mean read-only.
             read_only=not (file.writable or file.sealed) if read_only is None else read_only,
             offset=options.offset,
@@ -138,7 +139,7 @@ class Attaching:
         self,
         caller: Caller,
         file: backing.BackingFile,
-        request: loopdev.AttachRequest,
+        request: AttachRequest,
         trusted: bool,
     ) -> None:
         details = {
@@ -158,7 +159,7 @@ class Attaching:
         caller: Caller,
         file: OwnedFd,
         backing_file: backing.BackingFile,
-        request: loopdev.AttachRequest,
+        request: AttachRequest,
         mapping: Mapping,
         place: Place,
         abandoned: asyncio.Event,
@@ -223,7 +224,7 @@ class Attaching:
         return undo
 
 
-def _mapping(file: backing.BackingFile, request: loopdev.AttachRequest) -> Mapping:
+def _mapping(file: backing.BackingFile, request: AttachRequest) -> Mapping:
     """The bytes that the device would map."""
     size = request.size_limit or max(file.identity.size - request.offset, 0)
     return Mapping(
@@ -238,7 +239,7 @@ def _mapping(file: backing.BackingFile, request: loopdev.AttachRequest) -> Mappi
 def _attach(
     file: OwnedFd,
     backing_file: backing.BackingFile,
-    request: loopdev.AttachRequest,
+    request: AttachRequest,
     claim: loopdev.Claim,
     may_hang: bool,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:

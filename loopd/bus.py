@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 from . import codec, frame, wire
-from .access import Caller, Client
+from .access import ROOT, Caller, Client
 from .config import Limits
 from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
@@ -188,6 +188,8 @@ class Bus:
             )
         if self._calls >= self._limits.calls:
             raise LimitsExceeded("too many calls are under way: try again later")
+        if session.client:
+            self._require_room(session.client)
         method, target = self._find(header.path, header.interface, header.member)
         if header.signature != method.in_signature:
             raise InvalidArgs(
@@ -227,6 +229,11 @@ class Bus:
             arguments[place] = OwnedFd(fds[arguments[place]], self._threads.close_fd)
         return arguments
 
+    def _require_room(self, client: Client) -> None:
+        """Raise LimitsExceeded if the user has too many calls under way; root is not bound."""
+        if client.uid != ROOT and self._calls_of_user[client.uid] >= self._limits.calls_per_user:
+            raise LimitsExceeded("too many calls of this user are under way: try again later")
+
     async def _serve(
         self,
         session: _Session,
@@ -238,8 +245,7 @@ class Bus:
         uid = None
         try:
             client = await self._identify(session)
-            if self._calls_of_user[client.uid] >= self._limits.calls_per_user and client.uid:
-                raise LimitsExceeded("too many calls of this user are under way: try again later")
+            self._require_room(client)
             uid = client.uid
             self._calls_of_user[uid] += 1
             interactive = bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, wire
+from . import __version__, codec, dial, wire
 from .attaching import Attaching
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
@@ -109,7 +109,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     markers = Markers(runtime_directory)
     await threads.run(markers.prepare)
-    socket = await threads.run(partial(wire.connect, wire.system_bus_address()))
+    socket = await threads.run(partial(dial.connect, dial.system_bus_address()))
 
     def removed(device: Device) -> None:
         manager.device_gone(device)

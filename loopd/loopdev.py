@@ -20,6 +20,7 @@ from .backing import BackingFile
 from .errors import DeviceBusy, InvalidArgs, NotSupported
 from .fd import OwnedFd
 from .loopinfo import node
+from .request import AttachRequest
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +48,6 @@ class _StalePartitions(_Retry):
 
 class _DirectIORefused(_Retry):
     """The kernel bound the file, but not in direct I/O mode."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttachRequest:
-    """What a loop device is to be; sizes and offsets in bytes."""
-
-    read_only: bool = False
-    offset: int = 0
-    size_limit: int = 0
-    """0 means to the end of the file."""
-    sector_size: int = 512
-    direct_io: bool = True
-    reference: bytes = b""
-    """The free-form name, lo_file_name."""
 
 
 Claim = Callable[[int], Callable[[bool], None]]
@@ -116,30 +103,6 @@ class LoopDevice:
 # --- attach -------------------------------------------------------------------------------------
 
 
-def check_request(file: BackingFile, request: AttachRequest, size: int) -> None:
-    """Refuse what the kernel would take and round, clamp or fail later; `size` is the file's.
-
-    Raises InvalidArgs naming the option.
-    """
-    if not request.read_only and file.sealed:
-        raise InvalidArgs("read-only: the memfd is sealed against writing, so it must be true")
-    if not request.read_only and not file.writable:
-        raise InvalidArgs("read-only: the file is open for reading only, so it cannot be false")
-    if request.offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
-    if request.offset >= size:
-        raise InvalidArgs(f"offset: not inside the file, which has {size} bytes")
-    sector_size = request.sector_size
-    if sector_size < 512 or sector_size & (sector_size - 1):
-        raise InvalidArgs("sector-size: not a power of two from 512")
-    if request.size_limit % sector_size:
-        raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
-    if request.size_limit > size - request.offset:
-        raise InvalidArgs(f"size-limit: reaches past the end of the file, which has {size} bytes")
-    if size - request.offset < sector_size:
-        raise InvalidArgs("offset: less than one sector of the file is left after it")
-
-
 def attach(
     file_fd: OwnedFd,
     file: BackingFile,
@@ -159,7 +122,7 @@ def attach(
     attempts found no free device, and OSError.
     """
     with file_fd, _open_control() as control_fd:
-        check_request(file, request, kernel.statx(file_fd.fileno(), 0).stx_size)
+        request.check(file, kernel.statx(file_fd.fileno(), 0).stx_size)
         fresh = may_hang
         for pause in blockdev.retry_pauses(ATTEMPTS):
             try:

@@ -3,11 +3,10 @@
 
 Ours, on top of the library's codec, because the libraries' own connections take a full socket for
 a lost one, leave received fds open and read for as long as others send. Reading and writing
-happen on the event loop in bounded slices; nothing here blocks after `connect`.
+happen on the event loop in bounded slices; nothing here blocks.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -17,7 +16,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from . import codec, errors, frame
 from .errors import BusError
@@ -27,12 +25,10 @@ log = logging.getLogger(__name__)
 
 BUS_NAME = "org.freedesktop.DBus"
 BUS_PATH = "/org/freedesktop/DBus"
-SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 
 _CHUNK = 65536
 _MAX_FDS = 253  # SCM_MAX_FD
 _SLICE = 0.005  # seconds of reading before others get their turn
-_CONNECT_TIMEOUT = 10.0
 # What waits for a slow bus: all in all, and before it for one destination.
 _MAX_QUEUED = 16 << 20
 _MAX_QUEUED_PER_DESTINATION = 4 << 20
@@ -44,11 +40,6 @@ class _Outgoing:
     fds: Sequence[int]
     destination: str
     written: asyncio.Future[None]
-
-
-def system_bus_address() -> str:
-    """Where the system bus is, as libdbus finds it."""
-    return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS
 
 
 class Connection:
@@ -367,49 +358,3 @@ class Connection:
             if not outgoing.written.done():
                 outgoing.written.cancel()
         self._queue.clear()
-
-
-def connect(address: str) -> socket.socket:
-    """Connect and authenticate, fds allowed; blocks for as long as the bus needs, at most 10 s.
-
-    `address` is a D-Bus server address, several separated by ";". Raises BusError.
-    """
-    problem = f"no address of a bus that can be used: {address!r}"
-    for part in filter(None, address.split(";")):
-        transport, _, rest = part.partition(":")
-        keys = dict(pair.split("=", 1) for pair in rest.split(",") if "=" in pair)
-        if transport != "unix" or not (keys.get("path") or keys.get("abstract")):
-            continue
-        if "path" in keys:
-            where = unquote_to_bytes(keys["path"])
-        else:
-            where = b"\0" + unquote_to_bytes(keys["abstract"])
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            sock.settimeout(_CONNECT_TIMEOUT)
-            sock.connect(where)
-            _authenticate(sock)
-            sock.setblocking(False)
-        except (OSError, BusError) as exc:
-            sock.close()
-            reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
-            problem = f"cannot connect to the bus at {part}: {reason}"
-            continue
-        return sock
-    raise BusError(problem)
-
-
-def _authenticate(sock: socket.socket) -> None:
-    # All at once, as sd-bus does: after BEGIN the bus says nothing before we do.
-    uid = str(os.geteuid()).encode().hex()
-    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n".encode())
-    answer = b""
-    while answer.count(b"\r\n") < 2:
-        data = sock.recv(512)
-        if not data or len(answer) > 4096:
-            raise BusError("the bus ended the authentication")
-        answer += data
-    if not answer.startswith(b"OK ") or b"\r\nAGREE_UNIX_FD" not in answer:
-        with contextlib.suppress(UnicodeDecodeError):
-            raise BusError(f"the bus refused the authentication: {answer.decode().strip()}")
-        raise BusError("the bus refused the authentication")

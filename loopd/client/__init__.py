@@ -16,7 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from .. import errors, wire
+from .. import dial, errors
 from ..fd import OwnedFd
 from .image import Path, open_file
 from .link import Link, Options, Unavailable, make_options, text
@@ -48,7 +48,7 @@ class Client:
         `interactive` lets polkit ask the user for a password, which can take minutes.
         Raises errors.BusError. loopd is started by the first call that needs it.
         """
-        return cls(await Link.connect(address or wire.system_bus_address(), interactive))
+        return cls(await Link.connect(address or dial.system_bus_address(), interactive))
 
     def close(self) -> None:
         """Leave the bus; whatever was attached over this connection is detached."""

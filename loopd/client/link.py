@@ -10,7 +10,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
-from .. import codec, errors, wire
+from .. import codec, dial, errors, wire
 from ..fd import OwnedFd
 from .watch import NAME, Ended, Watch
 
@@ -183,7 +183,7 @@ async def _connected(address: str) -> socket.socket:
             late.result().close()
 
     loop = asyncio.get_running_loop()
-    connecting = loop.run_in_executor(None, wire.connect, address)
+    connecting = loop.run_in_executor(None, dial.connect, address)
     try:
         return await asyncio.shield(connecting)
     except asyncio.CancelledError:

@@ -17,11 +17,11 @@ LAYERS = (
     ("cli.outcome", "service", "client"),
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("manager", "attaching", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("registry", "monitor", "polkit", "wire"),
+    ("registry", "monitor", "polkit", "wire", "dial"),
     ("device", "threads", "tasks", "config"),
     ("leases", "loopops", "overlap", "marker"),
     ("loopdev",),
-    ("loopinfo",),
+    ("loopinfo", "request"),
     ("access", "blockdev", "backing", "codec", "frame"),
     ("kernel", "errors", "fd"),
     ("",),  # the package itself, which holds the version

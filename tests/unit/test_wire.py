@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopd import codec, errors, frame, wire
+from loopd import codec, dial, errors, frame, wire
 
 
 class Peer:
@@ -240,14 +240,14 @@ def test_reply_fds_are_with_the_peer_when_the_write_is_done() -> None:
 )
 def test_an_address_that_leads_nowhere_is_named(address: str, words: str) -> None:
     with pytest.raises(errors.BusError, match=words):
-        wire.connect(address)
+        dial.connect(address)
 
 
 def test_the_environment_names_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/somewhere")
-    assert wire.system_bus_address() == "unix:path=/somewhere"
+    assert dial.system_bus_address() == "unix:path=/somewhere"
     monkeypatch.delenv("DBUS_SYSTEM_BUS_ADDRESS")
-    assert wire.system_bus_address() == "unix:path=/run/dbus/system_bus_socket"
+    assert dial.system_bus_address() == "unix:path=/run/dbus/system_bus_socket"
 
 
 def test_serials_start_anew_after_the_last_and_are_never_0() -> None:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where the system bus is, and how to be let in: the part of a connection that blocks."""
+
+import contextlib
+import os
+import socket
+from urllib.parse import unquote_to_bytes
+
+from .errors import BusError
+
+SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+
+_CONNECT_TIMEOUT = 10.0
+
+
+def system_bus_address() -> str:
+    """Where the system bus is, as libdbus finds it."""
+    return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS
+
+
+def connect(address: str) -> socket.socket:
+    """Connect and authenticate, fds allowed; blocks for as long as the bus needs, at most 10 s.
+
+    `address` is a D-Bus server address, several separated by ";". Raises BusError.
+    """
+    problem = f"no address of a bus that can be used: {address!r}"
+    for part in filter(None, address.split(";")):
+        transport, _, rest = part.partition(":")
+        keys = dict(pair.split("=", 1) for pair in rest.split(",") if "=" in pair)
+        if transport != "unix" or not (keys.get("path") or keys.get("abstract")):
+            continue
+        if "path" in keys:
+            where = unquote_to_bytes(keys["path"])
+        else:
+            where = b"\0" + unquote_to_bytes(keys["abstract"])
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(_CONNECT_TIMEOUT)
+            sock.connect(where)
+            _authenticate(sock)
+            sock.setblocking(False)
+        except (OSError, BusError) as exc:
+            sock.close()
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+            problem = f"cannot connect to the bus at {part}: {reason}"
+            continue
+        return sock
+    raise BusError(problem)
+
+
+def _authenticate(sock: socket.socket) -> None:
+    # All at once, as sd-bus does: after BEGIN the bus says nothing before we do.
+    uid = str(os.geteuid()).encode().hex()
+    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n".encode())
+    answer = b""
+    while answer.count(b"\r\n") < 2:
+        data = sock.recv(512)
+        if not data or len(answer) > 4096:
+            raise BusError("the bus ended the authentication")
+        answer += data
+    if not answer.startswith(b"OK ") or b"\r\nAGREE_UNIX_FD" not in answer:
+        with contextlib.suppress(UnicodeDecodeError):
+            raise BusError(f"the bus refused the authentication: {answer.decode().strip()}")
+        raise BusError("the bus refused the authentication")

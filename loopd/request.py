@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a loop device is to be, and whether the file allows it: pure."""
+
+from dataclasses import dataclass
+
+from .backing import BackingFile
+from .errors import InvalidArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachRequest:
+    """What a loop device is to be; sizes and offsets in bytes."""
+
+    read_only: bool = False
+    offset: int = 0
+    size_limit: int = 0
+    """0 means to the end of the file."""
+    sector_size: int = 512
+    direct_io: bool = True
+    reference: bytes = b""
+    """The free-form name, lo_file_name."""
+
+    def check(self, file: BackingFile, size: int) -> None:
+        """Refuse what the kernel would take and round, clamp or fail later; `size` is the file's.
+
+        Raises InvalidArgs naming the option.
+        """
+        if not self.read_only and file.sealed:
+            raise InvalidArgs("read-only: the memfd is sealed against writing, so it must be true")
+        if not self.read_only and not file.writable:
+            raise InvalidArgs("read-only: the file is open for reading only, so it cannot be false")
+        if self.offset % 512:
+            raise InvalidArgs("offset: not a multiple of 512")
+        if self.offset >= size:
+            raise InvalidArgs(f"offset: not inside the file, which has {size} bytes")
+        sector_size = self.sector_size
+        if sector_size < 512 or sector_size & (sector_size - 1):
+            raise InvalidArgs("sector-size: not a power of two from 512")
+        if self.size_limit % sector_size:
+            raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
+        if self.size_limit > size - self.offset:
+            raise InvalidArgs(
+                f"size-limit: reaches past the end of the file, which has {size} bytes"
+            )
+        if size - self.offset < sector_size:
+            raise InvalidArgs("offset: less than one sector of the file is left after it")
