@@ -483,35 +483,3 @@ def test_an_unbound_loop_device_is_no_device(world: World) -> None:
         lambda: root.manager("GetDeviceByNode", "s", attached.node),
     ):
         assert error_of(call).name == f"{ERROR}NoSuchDevice"
-
-
-# By the name of a node
-
-
-def test_a_device_is_found_by_its_node(world: World) -> None:
-    caller, other = world.caller(), world.caller(OTHER)
-    attached = caller.attach(world.image())
-    for name in (attached.node, attached.node.removeprefix("/dev/")):
-        assert other.manager("GetDeviceByNode", "s", name) == (attached.path,)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        *("", "/", "{}", "loop", "/dev/", "/dev/loop", "/dev/loop{}p1", "loop{}p1", "Loop{}"),
-        *("/dev/../dev/loop{}", "//dev/loop{}", "dev/loop{}", " loop{}", "loop{} ", "loop{}\n"),
-        *("loop+{}", "loop-{}", "loop0{}", "/dev/loop00{}", "loop{}.0", "loop{}_", "/dev/sda"),
-        *("loop٣", "loop²", "loop99999999999999999999999", "/dev/loop{}/", "loop" + "9" * 60_000),
-    ],
-)
-def test_what_is_no_name_of_a_node_is_refused(world: World, form: str) -> None:
-    caller = world.caller()
-    attached = caller.attach(world.image())
-    error = error_of(caller.manager, "GetDeviceByNode", "s", form.format(attached.number))
-    assert error.name == INVALID
-
-
-@pytest.mark.parametrize("name", ["loop1048575", "/dev/loop999999"])
-def test_a_node_that_is_not_there_is_no_device(world: World, name: str) -> None:
-    error = error_of(world.caller().manager, "GetDeviceByNode", "s", name)
-    assert error.name == f"{ERROR}NoSuchDevice"
