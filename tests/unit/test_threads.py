@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What hangs in a thread hangs there alone."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from loopd import threads as module
+from loopd.errors import TimedOut
+from loopd.threads import Threads
+
+
+@contextmanager
+def hanging() -> Iterator[Callable[[], str]]:
+    """A function that returns when the block ends."""
+    end = threading.Event()
+
+    def hang() -> str:
+        end.wait(20)
+        return "late"
+
+    try:
+        yield hang
+    finally:
+        end.set()
+
+
+def story(body: Callable[[Threads], Awaitable[None]]) -> None:
+    """Run a test's coroutine with pools of its own."""
+
+    async def run() -> None:
+        threads = Threads()
+        try:
+            await asyncio.wait_for(body(threads), 20)
+        finally:
+            assert threads.stop(20)
+
+    asyncio.run(run())
+
+
+def test_a_result_and_an_error_come_back() -> None:
+    async def body(threads: Threads) -> None:
+        assert await threads.run(lambda: 7) == 7
+        with pytest.raises(ZeroDivisionError):
+            await threads.run(lambda: 1 // 0)
+
+    story(body)
+
+
+def test_what_takes_too_long_is_left_and_its_late_result_handed_over() -> None:
+    async def body(threads: Threads) -> None:
+        results: list[str] = []
+        ended = asyncio.Event()
+        with hanging() as hang:
+            with pytest.raises(TimedOut):
+                await threads.run(hang, timeout=0.01, late=results.append, ended=ended.set)
+            assert not ended.is_set()
+        await ended.wait()
+        assert results == ["late"]
+
+    story(body)
+
+
+def test_a_user_who_hangs_all_its_turns_waits_for_itself_and_nobody_else_does() -> None:
+    async def body(threads: Threads) -> None:
+        with hanging() as hang:
+            for _ in range(module._TURNS):
+                give_back = await threads.turn(1000, 1)
+                with pytest.raises(TimedOut):
+                    await threads.run(hang, timeout=0.001, ended=give_back)
+            with pytest.raises(TimedOut):
+                await threads.turn(1000, 0.01)
+            other = await threads.turn(1001, 0.01)
+            assert await threads.run(lambda: "served", timeout=5, ended=other) == "served"
+        # The threads are free again, and so are the turns.
+        for _ in range(module._TURNS):
+            await threads.turn(1000, 5)
+
+    story(body)
+
+
+def test_looks_at_sysfs_do_not_wait_behind_what_hangs() -> None:
+    async def body(threads: Threads) -> None:
+        with hanging() as hang:
+            stuck = [asyncio.ensure_future(threads.run(hang)) for _ in range(80)]
+            assert await threads.look(lambda: "seen") == "seen"
+        assert set(await asyncio.gather(*stuck)) == {"late"}
+
+    story(body)
+
+
+def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(threads: Threads) -> None:
+        slow, closed = [*os.pipe(), *os.pipe(), *os.pipe()], threading.Event()
+        quick = os.memfd_create("quick")
+        close = os.close
+        with hanging() as hang:
+
+            def closing(fd: int) -> None:
+                if fd in slow:
+                    hang()
+                close(fd)
+                if fd == quick:
+                    closed.set()
+
+            monkeypatch.setattr(module.os, "close", closing)
+            for fd in slow:
+                threads.close_fd(fd)
+            threads.close_fd(quick)
+            assert await asyncio.to_thread(closed.wait, 10)
+
+    story(body)
+    monkeypatch.undo()
+
+
+def test_a_stop_says_that_something_hangs() -> None:
+    async def run() -> None:
+        threads = Threads()
+        with hanging() as hang:
+            with pytest.raises(TimedOut):
+                await threads.run(hang, timeout=0.001)
+            assert threads.stop(0.01) is False
+
+    asyncio.run(run())
