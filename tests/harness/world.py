@@ -165,8 +165,13 @@ def make_world(
 
 
 def _lasting(fds: dict[int, str]) -> dict[int, str]:
-    """Leave out what a loopd without devices opens for a glance at somebody else's."""
-    return {fd: it for fd, it in fds.items() if not it.startswith(("/dev/loop", "/sys/", "/proc/"))}
+    """Leave out what a loopd without devices opens for a glance: at others' devices, at its marks."""
+    return {
+        fd: target
+        for fd, target in fds.items()
+        if not target.startswith(("/dev/loop", "/sys/", "/proc/"))
+        and not target.endswith("/unprivileged")
+    }
 
 
 def real_world(**options: Any) -> Any:

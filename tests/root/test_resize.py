@@ -381,6 +381,30 @@ def test_a_file_of_which_nothing_is_left_is_not_taken_up(
         assert error_of(owner, attached, mapping).name == INVALID_ARGS
 
 
+def test_a_device_does_not_grow_or_move_into_what_another_one_writes(
+    world: World, owner: Caller
+) -> None:
+    image = world.image(4 * MIB)
+    first = owner.attach(image, size_limit=MIB)
+    second = owner.attach(image, offset=2 * MIB)
+    before = sysfs(first)
+    for wrong in ({"size_limit": 3 * MIB}, {"size_limit": 0}, {"offset": 3 * MIB}):
+        with pytest.raises(CallError, match=r"Error\.Overlap"):
+            owner.resize(first.path, **wrong)
+        assert sysfs(first) == before
+    assert owner.resize(first.path, size_limit=2 * MIB) == 2 * MIB
+    owner.detach(second.path)
+    assert owner.resize(first.path, size_limit=0) == 4 * MIB
+
+
+def test_devices_that_were_let_overlap_can_still_be_resized(world: World, owner: Caller) -> None:
+    image = world.image(2 * MIB)
+    first = owner.attach(image)
+    owner.attach(image, allow_overlap=True)
+    assert owner.resize(first.path, size_limit=MIB) == MIB
+    assert owner.resize(first.path, size_limit=0) == 2 * MIB
+
+
 def test_another_user_may_not_resize(world: World, owner: Caller) -> None:
     image = world.image(mode=0o666)
     attached = owner.attach(image)
