@@ -165,7 +165,7 @@ def make_world(
 
 
 def _lasting(fds: dict[int, str]) -> dict[int, str]:
-    """Leave out what a loopd without devices opens for a glance: at others' devices, at its marks."""
+    """Leave out what an idle loopd opens for a glance, at others' devices or at its marks."""
     return {
         fd: target
         for fd, target in fds.items()
