@@ -11,6 +11,7 @@ a daemon, runs once under each D-Bus library; elsewhere the mark `both_libraries
 import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +36,12 @@ hypothesis.settings.load_profile(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register our marks, and become the parent of orphans."""
+    """Register our marks, become the parent of orphans, and let children hear every signal."""
+    # A shell that runs the tests in the background has them ignored, which children inherit.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            # Not for us either; but what is handled is at its default in a child.
+            signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "both_libraries: runs under each D-Bus library")
     leaks.adopt_orphans()
 
