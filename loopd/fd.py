@@ -30,11 +30,6 @@ class OwnedFd:
             raise ValueError("the file descriptor is closed or has moved")
         return self._fd
 
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed or moved away."""
-        return self._fd < 0
-
     def move(self) -> OwnedFd:
         """Give the fd to a new owner and keep nothing."""
         return OwnedFd(self.release(), self._close)

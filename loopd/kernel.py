@@ -16,7 +16,6 @@ from pathlib import Path
 LOOP_MAJOR = 7
 
 # include/uapi/linux/loop.h
-LOOP_SET_FD = 0x4C00
 LOOP_CLR_FD = 0x4C01
 LOOP_SET_STATUS64 = 0x4C04
 LOOP_GET_STATUS64 = 0x4C05
@@ -30,7 +29,6 @@ LOOP_CTL_GET_FREE = 0x4C82
 LO_NAME_SIZE = 64
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
-LO_FLAGS_PARTSCAN = 8
 LO_FLAGS_DIRECT_IO = 16
 
 # include/uapi/linux/fs.h and blkpg.h

@@ -197,16 +197,16 @@ def _bind(
         if may_hang:
             # LOOP_CONFIGURE asks the file's filesystem: only this attach is to wait for it.
             allocating.close()
-        release = claim(number)
+        release, binding = claim(number), None
         try:
             _configure(loop_fd.fileno(), file_fd.fileno(), request)
         except BaseException:
             # Whoever was faster has it, and udev has waited for our lock.
             release(False)
             raise
-        bound.callback(_clear, loop_fd.fileno())
-        binding = kernel.loop_binding(number)
         claimed.callback(lambda: release(_still(number, binding)))
+        bound.callback(_clear, number, loop_fd.fileno())
+        binding = kernel.loop_binding(number)
         if binding is None:
             raise _Taken(f"loop{number} was cleared by someone else")
         _verify(number, loop_fd.fileno(), request)
@@ -285,12 +285,10 @@ def _verify(number: int, loop_fd: int, request: AttachRequest) -> None:
         kernel.loop_set_direct_io(loop_fd, False)
 
 
-def _clear(loop_fd: int) -> None:
+def _clear(number: int, loop_fd: int) -> None:
     """Undo a binding that nobody has seen; autoclear finishes what this cannot."""
-    try:
+    with _tolerated("clear half-made", node(number)):
         kernel.loop_clr_fd(loop_fd)
-    except OSError as exc:
-        log.debug("cannot clear a half-made loop device: %s", exc)
 
 
 # --- detach -------------------------------------------------------------------------------------
@@ -347,7 +345,7 @@ def _clear_alone(device: LoopDevice) -> bool:
 
 @contextmanager
 def _tolerated(step: str, node: str) -> Iterator[None]:
-    """Log an OSError of a step of detach, and go on."""
+    """Log an OSError of a step of undoing, and go on."""
     try:
         yield
     except OSError as exc:

@@ -43,7 +43,7 @@ class _Outgoing:
 
 
 class Connection:
-    """One connection, which knows its unique name once `hello` has returned.
+    """One connection, to be used once `hello` has returned.
 
     `on_call` and `on_signal` get frames and return at once; fds they do not take out of
     `frame.fds` are closed by `close_fd`. `on_lost` is called once when the bus is gone.
@@ -71,14 +71,13 @@ class Connection:
         self._queue: deque[_Outgoing] = deque()
         self._queued: Counter[str] = Counter()
         self._lost = False
-        self.unique_name = ""
         self._loop.add_reader(sock, self._readable)
 
     # --- outgoing -------------------------------------------------------------------------------
 
     async def hello(self) -> None:
-        """Say hello to the bus and learn the unique name."""
-        (self.unique_name,) = await self.call_bus("Hello", "", [])
+        """Say hello to the bus, which serves nobody before that."""
+        await self.call_bus("Hello", "", [])
 
     async def call_bus(
         self, member: str, signature: str, body: Sequence[Any], *, timeout: float = 10.0
