@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from loopd import backing, kernel, loopdev
+from loopd import backing, kernel, loopdev, uapi
 from loopd.fd import OwnedFd
 from loopd.request import AttachRequest
 from tests.harness import images
@@ -76,8 +76,8 @@ def raw_pair(image: Path) -> tuple[float, float]:
     begun = time.perf_counter()
     number = kernel.loop_ctl_get_free(control)
     loop = kernel.open_loop(number, os.O_RDWR)
-    config = kernel.loop_config(fd=file, block_size=512)
-    config.info.lo_flags = kernel.LO_FLAGS_AUTOCLEAR
+    config = uapi.loop_config(fd=file, block_size=512)
+    config.info.lo_flags = uapi.LO_FLAGS_AUTOCLEAR
     kernel.loop_configure(loop, config)
     attached = time.perf_counter()
     kernel.loop_clr_fd(loop)

@@ -84,9 +84,16 @@ class Operation(Enum):
     RESIZE = "Resize"
     OPEN = "Open"
     SYNC = "Sync"
+    SET_AUTOCLEAR = "SetAutoclear"
+    SET_DIRECT_IO = "SetDirectIO"
+    SET_REFERENCE = "SetReference"
+    SET_SECTOR_SIZE = "SetSectorSize"
+    RESCAN_PARTITIONS = "RescanPartitions"
+    LOCK = "Lock"
 
 
 _FREE: frozenset[Action] = frozenset()
+_KEEP = frozenset({Action.KEEP})
 _OPEN_DEVICE = frozenset({Action.OPEN_DEVICE})
 _MANAGE_OTHERS = frozenset({Action.MANAGE_OTHERS})
 
@@ -97,6 +104,12 @@ _TABLE: dict[Operation, tuple[Needed, Needed, Needed]] = {
     Operation.RESIZE: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.OPEN: (_OPEN_DEVICE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.SYNC: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.SET_AUTOCLEAR: (_KEEP, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.SET_DIRECT_IO: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.SET_REFERENCE: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.SET_SECTOR_SIZE: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.RESCAN_PARTITIONS: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.LOCK: (_FREE, AccessDenied, NotSupported),
 }
 
 
@@ -120,13 +133,15 @@ def needed_for(operation: Operation, relation: Relation) -> frozenset[Action]:
     raise needed(f"only the owner may call {operation.value} on this device")
 
 
-def needed_to_attach(*, block_device: bool, trusted: bool) -> frozenset[Action]:
+def needed_to_attach(*, block_device: bool, trusted: bool, wants_number: bool) -> frozenset[Action]:
     """The actions for Attach, the weaker ones that are implied left out."""
     needed = {Action.ATTACH}
     if block_device:
         needed.add(Action.ATTACH_BLOCK_DEVICE)
     if not trusted:
         needed.add(Action.ATTACH_UNTRUSTED_FILESYSTEM)
+    if wants_number:
+        needed.add(Action.MANAGE_OTHERS)
     return strongest(needed)
 
 

@@ -6,6 +6,7 @@ on a task goes through to the end, and undoes what nobody waits for any more.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -15,16 +16,19 @@ from functools import partial
 
 from . import access, backing, kernel, loopdev, loopinfo, overlap
 from .access import ROOT, Caller
+from .blockdev import Lock
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
-from .errors import Failed, NotSupported, TimedOut
+from .errors import Failed, TimedOut
 from .fd import OwnedFd
 from .leases import CONNECTION, Lease, Leases, Place, Quota
+from .locks import Locks
+from .loopinfo import Status
 from .marker import Markers
 from .overlap import Mapping
 from .polkit import Authority
 from .registry import Registry
-from .request import AttachRequest
+from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 from .tasks import Tasks
 from .threads import Threads
 
@@ -38,10 +42,23 @@ class AttachOptions:
     read_only: bool | None = None
     offset: int = 0
     size_limit: int = 0
-    sector_size: int = 512
+    sector_size: int | None = None
+    probe_sector_size: bool = False
+    """Whether the sector size is to be found from the partition table."""
+    partition_scan: bool = False
     direct_io: bool | None = None
     reference: bytes = b""
+    lock: Lock = Lock.NONE
     allow_overlap: bool = False
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """A file that is being bound, for somebody who may give up waiting."""
+
+    task: asyncio.Task[Device]
+    abandoned: asyncio.Event
 
 
 class Attaching:
@@ -55,6 +72,7 @@ class Attaching:
         markers: Markers,
         registry: Registry,
         leases: Leases,
+        locks: Locks,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -63,10 +81,12 @@ class Attaching:
         self._markers = markers
         self._registry = registry
         self._leases = leases
+        self._locks = locks
         self._let_go = let_go
         self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
         self._quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
         self._binding: set[Mapping] = set()
+        self._counter = itertools.count(1)
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
@@ -81,58 +101,59 @@ class Attaching:
             backing_file = await self._threads.run(
                 partial(backing.examine, file.fileno()), timeout=self._config.deadlines.operation
             )
-            if backing_file.identity.block_device:
-                raise NotSupported("block devices cannot be attached yet: pass a regular file")
-            request = self._request(backing_file, options)
-            trusted = backing_file.filesystem in self._trusted
+            block = await self._status_of_block(backing_file)
+            request = self._request(backing_file, options, block)
+            # What is behind a block device is the kernel's, wherever its node is.
+            trusted = bool(block) or backing_file.filesystem in self._trusted
             if trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
-                request.check(backing_file, backing_file.identity.size)
+                request.check(backing_file, backing_file.size)
             await self._require_attach(caller, backing_file, request, trusted)
             caller.client.require_present()
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
-            mapping = _mapping(backing_file, request)
-            if not options.allow_overlap:
-                overlap.require_none(
-                    mapping,
-                    bound=((device.node, device.mapping) for device in self._registry),
-                    binding=self._binding,
-                )
-            # From here on a task of its own goes through to the end, whatever the caller does.
-            abandoned = asyncio.Event()
-            place = self._quota.take(caller.uid)
-            self._binding.add(mapping)
-            binding = self._tasks.start(
-                self._bind(
-                    caller,
-                    file.move(),
-                    backing_file,
-                    request,
-                    mapping,
-                    place,
-                    abandoned,
-                    may_hang=not trusted,
-                )
+            if block and not _needs_loop_device(options, request, block):
+                return self._hold(caller, file, backing_file, block)
+            binding = self._admit(
+                caller, file, backing_file, request, options.allow_overlap, may_hang=not trusted
             )
         timeout = self._config.deadlines.operation
-        await asyncio.wait([binding], timeout=timeout)
-        if not binding.done():
-            abandoned.set()
+        await asyncio.wait([binding.task], timeout=timeout)
+        if not binding.task.done():
+            binding.abandoned.set()
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
-        return binding.result()
+        return binding.task.result()
 
-    def _request(self, file: backing.BackingFile, options: AttachOptions) -> AttachRequest:
+    async def _status_of_block(self, file: backing.BackingFile) -> Status | None:
+        """How a block device is that was passed; None if it is a file."""
+        block = file.identity.block
+        if block is None:
+            return None
+        return await self._threads.look(
+            partial(loopinfo.block_status, block.number, read_only=not file.writable)
+        )
+
+    def _request(
+        self, file: backing.BackingFile, options: AttachOptions, block: Status | None
+    ) -> AttachRequest:
         read_only, direct_io = options.read_only, options.direct_io
+        sector_size = options.sector_size
+        if sector_size is None and block:
+            sector_size = block.sector_size
+        elif sector_size is None and not options.probe_sector_size:
+            sector_size = DEFAULT_SECTOR_SIZE
         return AttachRequest(
             # A sealed memfd is writable by its mode: saying nothing does not mean read-only.
             read_only=not (file.writable or file.sealed) if read_only is None else read_only,
             offset=options.offset,
             size_limit=options.size_limit,
-            sector_size=options.sector_size,
+            sector_size=sector_size,
+            partition_scan=options.partition_scan,
             direct_io=self._config.direct_io if direct_io is None else direct_io,
             reference=options.reference,
+            lock=options.lock,
+            number=options.number,
         )
 
     async def _require_attach(
@@ -145,14 +166,86 @@ class Attaching:
         details = {
             "read-only": str(request.read_only).lower(),
             "lifetime": CONNECTION,
-            "filesystem": file.filesystem or "unknown",
-            "size": str(file.identity.size),
+            "filesystem": file.filesystem or ("none" if file.identity.block else "unknown"),
+            "size": str(file.size),
         }
+        if request.number is not None:
+            details["device"] = loopinfo.node(request.number)
         for action in access.needed_to_attach(
-            block_device=file.identity.block_device is not None,
+            block_device=file.identity.block is not None,
             trusted=trusted,
+            wants_number=request.number is not None,
         ):
             await self._authority.require(caller, action, details)
+
+    # --- block devices that need no loop device -------------------------------------------------
+
+    def _hold(
+        self, caller: Caller, fd: OwnedFd, file: backing.BackingFile, status: Status
+    ) -> Device:
+        """Record a block device as its own: nothing is bound, and nothing will be cleared."""
+        with self._quota.take(caller.uid) as place:
+            device = Device(
+                number=None,
+                name=status.backing_file.removeprefix(b"/dev/").decode().replace("/", "!"),
+                diskseq=status.diskseq,
+                which=next(self._counter),
+                status=status,
+                file=file.identity,
+                owner=caller.uid,
+                attached_at=_now(),
+            )
+            device.held = fd.move()
+            device.place = place.keep()
+        self._grant(device, caller)
+        self._registry.record(device)
+        return device
+
+    def _grant(self, device: Device, caller: Caller) -> None:
+        device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
+        self._leases.grant(device.lease)
+
+    # --- all others -----------------------------------------------------------------------------
+
+    def _admit(
+        self,
+        caller: Caller,
+        file: OwnedFd,
+        backing_file: backing.BackingFile,
+        request: AttachRequest,
+        allow_overlap: bool,
+        *,
+        may_hang: bool,
+    ) -> "_Binding":
+        """Check overlap and quota, and begin to bind; from here on a task goes to the end."""
+        size = request.size_limit or max(backing_file.size - request.offset, 0)
+        mapping = Mapping.of(
+            backing_file.identity, request.offset, size, writable=not request.read_only
+        )
+        if not allow_overlap:
+            overlap.require_none(
+                mapping,
+                bound=(
+                    (device.node, device.mapping) for device in self._registry if device.mapping
+                ),
+                binding=self._binding,
+            )
+        abandoned = asyncio.Event()
+        place = self._quota.take(caller.uid)
+        self._binding.add(mapping)
+        task = self._tasks.start(
+            self._bind(
+                caller,
+                file.move(),
+                backing_file,
+                request,
+                mapping,
+                place,
+                abandoned,
+                may_hang=may_hang,
+            )
+        )
+        return _Binding(task, abandoned)
 
     async def _bind(
         self,
@@ -184,19 +277,20 @@ class Attaching:
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
             device = Device(
                 number=loop.number,
+                name=f"loop{loop.number}",
                 diskseq=loop.diskseq,
                 status=status,
-                backing_device=backing_file.identity.device,
-                backing_inode=backing_file.identity.inode,
+                file=backing_file.identity,
                 reference=request.reference,
                 owner=caller.uid,
                 loop=loop,
                 state=ATTACHED if wanted else DETACHING,
-                attached_at=time.time_ns() // 1000,
+                attached_at=_now(),
             )
             if wanted:
-                device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
-                self._leases.grant(device.lease)
+                self._grant(device, caller)
+                if loop.lock:
+                    self._locks.note(device, caller.client, request.lock)
             self._registry.record(device)
             device.place = place.keep()
             unrecorded.pop_all()
@@ -224,15 +318,21 @@ class Attaching:
         return undo
 
 
-def _mapping(file: backing.BackingFile, request: AttachRequest) -> Mapping:
-    """The bytes that the device would map."""
-    size = request.size_limit or max(file.identity.size - request.offset, 0)
-    return Mapping(
-        device=file.identity.device,
-        inode=file.identity.inode,
-        start=request.offset,
-        end=request.offset + size,
-        writable=not request.read_only,
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _needs_loop_device(options: AttachOptions, request: AttachRequest, block: Status) -> bool:
+    """Whether anything is asked for that a block device does not offer by itself."""
+    return bool(
+        request.offset
+        or request.size_limit
+        or request.sector_size != block.sector_size
+        or (request.partition_scan and not block.partition_scan)
+        or (options.read_only and not block.read_only)
+        or request.reference
+        or request.lock is not Lock.NONE
+        or request.number is not None
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import kernel
 from .errors import UnsupportedFile, UntrustedFilesystem
+from .uapi import statx_buf
 
 # Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
 TRUSTED_FILESYSTEMS = frozenset(
@@ -56,19 +57,33 @@ _ALLOWED_FLAGS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileIdentity:
-    """What an open file is, without asking its filesystem."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Which block device a file is; numbers as os.makedev makes them."""
 
-    mode: int
+    number: int
+    disk: int
+    """The whole disk that it is, or is a partition of."""
+    start: int
+    """Where on the disk it begins, in bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileIdentity:
+    """Which file a file is, whatever it is called."""
+
     device: int
     """st_dev"""
     inode: int
     """st_ino"""
-    size: int
-    """In bytes, as far as known without asking."""
-    block_device: tuple[int, int] | None
-    """Major and minor, if the file is a block device node."""
+    block: Block | None = None
+    """If it is a block device, this is what it is; there may be many nodes of one."""
+
+    def is_same_as(self, other: "FileIdentity") -> bool:
+        """Whether both are one file, or one block device."""
+        if self.block and other.block:
+            return self.block.number == other.block.number
+        return (self.device, self.inode) == (other.device, other.inode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +91,14 @@ class BackingFile:
     """A file that loopd may put behind a loop device."""
 
     identity: FileIdentity
+    size: int
+    """In bytes, as far as known without asking."""
     writable: bool
     """Open for reading and writing, and not sealed against it."""
     sealed: bool
     """A memfd that nobody can write to any more."""
     filesystem: str
-    """The type as in mountinfo; empty where no mount of it can be seen."""
+    """The type as in mountinfo; empty for a block device, and where no mount can be seen."""
 
 
 def identify(fd: int) -> FileIdentity:
@@ -89,21 +106,44 @@ def identify(fd: int) -> FileIdentity:
 
     Raises UntrustedFilesystem where not even root may look.
     """
+    return _identity(_look(fd))
+
+
+def size(fd: int) -> int:
+    """The size in bytes of a file or block device; asks the file's filesystem, which may hang."""
+    buf = kernel.statx(fd, 0)
+    return kernel.blkgetsize64(fd) if stat.S_ISBLK(buf.stx_mode) else buf.stx_size
+
+
+def _look(fd: int) -> statx_buf:
     try:
-        buf = kernel.statx(fd)
+        return kernel.statx(fd)
     except PermissionError as exc:
         raise UntrustedFilesystem(
             "the file's filesystem does not let loopd look at it, as FUSE does unless it is "
             "mounted with allow_root or allow_other: copy the file to a local disk"
         ) from exc
+
+
+def _identity(buf: statx_buf) -> FileIdentity:
     is_block = stat.S_ISBLK(buf.stx_mode)
     return FileIdentity(
-        mode=buf.stx_mode,
         device=os.makedev(buf.stx_dev_major, buf.stx_dev_minor),
         inode=buf.stx_ino,
-        size=buf.stx_size,
-        block_device=(buf.stx_rdev_major, buf.stx_rdev_minor) if is_block else None,
+        block=block(buf.stx_rdev_major, buf.stx_rdev_minor) if is_block else None,
     )
+
+
+def block(major: int, minor: int) -> Block:
+    """Which disk a block device is, or is a partition of, and where."""
+    number = os.makedev(major, minor)
+    try:
+        start = int(kernel.block_attribute(major, minor, "start"))
+        disk_major, _, disk_minor = kernel.block_attribute(major, minor, "../dev").partition(b":")
+    except FileNotFoundError:
+        return Block(number=number, disk=number, start=0)  # no partition
+    disk = os.makedev(int(disk_major), int(disk_minor))
+    return Block(number=number, disk=disk, start=start * 512)
 
 
 def examine(fd: int) -> BackingFile:
@@ -122,16 +162,26 @@ def examine(fd: int) -> BackingFile:
         raise UnsupportedFile("the file is open with O_APPEND: open it without")
     if unknown := flags & ~_ALLOWED_FLAGS:
         raise UnsupportedFile(f"the file is open with flags ({unknown:#o}) that are not allowed")
-    identity = identify(fd)
-    if not (stat.S_ISREG(identity.mode) or identity.block_device):
+    buf = _look(fd)
+    identity = _identity(buf)
+    if identity.block:
+        return BackingFile(
+            identity=identity,
+            size=kernel.blkgetsize64(fd),
+            writable=access == os.O_RDWR,
+            sealed=False,
+            filesystem="",
+        )
+    if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
     seals = _seals(fd)
     filesystem = "tmpfs" if seals is not None else _filesystem(fd, identity.device)
-    if filesystem in _PSEUDO_FILESYSTEMS and not identity.block_device:
+    if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
     return BackingFile(
         identity=identity,
+        size=buf.stx_size,
         writable=access == os.O_RDWR and not sealed,
         sealed=sealed,
         filesystem=filesystem,
@@ -144,11 +194,12 @@ def closes_quickly(fd: int) -> bool:
     FUSE and network filesystems flush at a close, sockets may linger, terminals drain.
     """
     try:
-        identity = identify(fd)
-        if not stat.S_ISREG(identity.mode):
+        buf = kernel.statx(fd)
+        if not stat.S_ISREG(buf.stx_mode):
             return False
-        return _seals(fd) is not None or _filesystem(fd, identity.device) in TRUSTED_FILESYSTEMS
-    except (OSError, UntrustedFilesystem):
+        device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
+        return _seals(fd) is not None or _filesystem(fd, device) in TRUSTED_FILESYSTEMS
+    except OSError:
         return False
 
 

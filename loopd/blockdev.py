@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Block device chores around loop devices: BSD locks with deadlines, leftover partitions, pauses.
+"""Block device chores around loop devices: BSD locks with deadlines, sector sizes, pauses.
 
 Synchronous, for threads. No lock here is ever waited for without a deadline: whoever has the
 device open, for reading too, can hold its lock for ever.
@@ -8,26 +8,55 @@ device open, for reading too, can hold its lock for ever.
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import random
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 
 from . import kernel
+from .errors import InvalidArgs
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
 
 # How often a lock is tried again. Its usual other holder is udev, for the milliseconds of a probe.
 _LOCK_INTERVAL = 0.001
+# The sector sizes that a GPT may be written for.
+SECTOR_SIZES = (512, 1024, 2048, 4096)
+# Signature, revision, length of the header, (checksum, reserved,) the sector it is in.
+_GPT_HEADER = struct.Struct("<8sII8xQ")
+_GPT_HEADER_LENGTH = 92
+# Up to Linux 5.16; later it means nothing.
+_GENHD_FL_NO_PART_SCAN = 0x0200
 # Asking whether a device is in use is a use for an instant, and somebody else may be asking.
 _IN_USE_ATTEMPTS = 5
+_AGAIN_ATTEMPTS = 64
 
 
 def opened(fd: int) -> OwnedFd:
     """Own an fd of a device."""
     return OwnedFd(fd, kernel.close)
+
+
+class Lock(StrEnum):
+    """The BSD lock on a device; udev and other allocators keep off while it is taken."""
+
+    NONE = "none"
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+    @property
+    def operation(self) -> int:
+        """Its flock(2) operation."""
+        return {
+            Lock.NONE: fcntl.LOCK_UN,
+            Lock.SHARED: fcntl.LOCK_SH,
+            Lock.EXCLUSIVE: fcntl.LOCK_EX,
+        }[self]
 
 
 def try_lock(fd: int, operation: int, *, timeout: float = 0) -> bool:
@@ -60,36 +89,112 @@ def control_locked(control_fd: int, *, timeout: float) -> Iterator[None]:
             kernel.flock(control_fd, fcntl.LOCK_UN)
 
 
-def in_use(number: int) -> bool:
-    """Whether the device or a partition of it is mounted or otherwise exclusively open."""
+def in_use(number: int, partition: int | None = None) -> bool:
+    """Whether a device or a partition of it, or just that one, is mounted or exclusively open."""
+    flags = os.O_RDONLY | os.O_EXCL
     for attempt in range(_IN_USE_ATTEMPTS):
         if attempt:
             time.sleep(_LOCK_INTERVAL)
         try:
-            opened(kernel.open_loop(number, os.O_RDONLY | os.O_EXCL)).close()
+            if partition is None:
+                fd = kernel.open_loop(number, flags)
+            else:
+                fd = kernel.open_partition(number, partition, flags)
         except OSError as exc:
             if exc.errno != errno.EBUSY:
                 raise
         else:
+            kernel.close(fd)
             return False
     return True
 
 
-def remove_partitions(loop_fd: int, number: int) -> int:
-    """Remove all partition devices that are not in use and return how many there were.
+def patiently(call: Callable[[], None]) -> None:
+    """Make a call again while it says EAGAIN, 64 times at most.
 
-    Partitions added by BLKPG can outlive the binding, and the next image on the number would be
-    read through them.
+    Since Linux 5.0 a device whose cache is in use says so to whoever would change its offset or
+    its sector size: udev's probe usually, and those who probe without heeding the lock. The pauses
+    are of 10 to 250 ms, as in systemd's loop-util. Raises OSError.
     """
-    numbers = kernel.loop_partitions(number)
-    for partition in numbers:
+    for attempt in range(1, _AGAIN_ATTEMPTS + 1):
         try:
-            kernel.blkpg_del_partition(loop_fd, partition)
+            call()
         except OSError as exc:
-            # The kernel has dropped it meanwhile, or somebody has it open.
-            if exc.errno not in (errno.ENXIO, errno.EBUSY):
+            if exc.errno != errno.EAGAIN or attempt == _AGAIN_ATTEMPTS:
                 raise
-    return len(numbers)
+        else:
+            return
+        time.sleep(0.010 + random.uniform(0, 0.240 * attempt / _AGAIN_ATTEMPTS))
+
+
+def probe_sector_size(fd: int, start: int = 0) -> int | None:
+    """The sector size in bytes for which the image has a GPT; None if it has none.
+
+    `start` is where in the file the image begins. A GPT header stands in the second sector, so its
+    place tells the size, as in systemd's dissect-image. Reads nothing else of the image.
+    Raises InvalidArgs if there are headers for more than one size.
+    """
+    # In whole pages, whatever the alignment that an fd opened with O_DIRECT asks for.
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    begin = start - first
+    length = -(-(begin + 2 * SECTOR_SIZES[-1]) // mmap.PAGESIZE) * mmap.PAGESIZE
+    with mmap.mmap(-1, length) as buffer:
+        count = kernel.preadv(fd, buffer, first)
+        image = buffer[begin:count]
+    found = [size for size in SECTOR_SIZES if _is_gpt_header(image[size : size + _GPT_HEADER.size])]
+    if len(found) > 1:
+        sizes = " and ".join(map(str, found))
+        raise InvalidArgs(f"sector-size: the file has partition tables for {sizes}: say which")
+    return found[0] if found else None
+
+
+def _is_gpt_header(data: bytes) -> bool:
+    if len(data) < _GPT_HEADER.size:
+        return False
+    signature, revision, size, own_sector = _GPT_HEADER.unpack(data)
+    return bool(
+        signature == b"EFI PART"
+        and revision == 0x00010000
+        and _GPT_HEADER_LENGTH <= size <= SECTOR_SIZES[-1]
+        and own_sector == 1
+    )
+
+
+def scans_partitions(attribute: Callable[[str], bytes]) -> bool:
+    """Whether the kernel makes partition devices on a disk; `attribute` reads its sysfs.
+
+    Since Linux 6.10 it says so itself. Before, a flag and a count tell; what a loop device was told
+    is not enough, because Linux 5.8 forgets it.
+    """
+    try:
+        return attribute("partscan") == b"1"
+    except FileNotFoundError:
+        pass
+    try:
+        return (
+            int(attribute("ext_range")) > 1
+            and not int(attribute("capability"), 16) & _GENHD_FL_NO_PART_SCAN
+        )
+    except FileNotFoundError:
+        return False  # a partition
+
+
+def mirror_discard_limit(number: int, backing: int) -> None:
+    """Let a loop device over the block device `backing` discard no more at once than that does.
+
+    Else its users are told that it can what the device below cannot. After systemd's loop-util.
+    Where sysfs cannot be written, as in the unit's sandbox, it is done without.
+    """
+    major, minor = os.major(backing), os.minor(backing)
+    for place in ("queue", "../queue"):  # a partition's is that of its disk
+        try:
+            limit = kernel.block_attribute(major, minor, f"{place}/discard_max_bytes")
+            kernel.set_loop_attribute(number, "queue/discard_max_bytes", limit)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            log.debug("cannot limit discards on loop%d: %s", number, exc.strerror)
+        return
 
 
 def retry_pauses(attempts: int) -> Iterator[float]:

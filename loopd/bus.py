@@ -121,6 +121,24 @@ class Bus:
         if answer != _PRIMARY_OWNER:
             raise BusError(f"another process owns {name} already")
 
+    def emit(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: list[Any],
+        *,
+        uid: int | None = None,
+    ) -> None:
+        """Send a signal to everyone, or to the connections of one user that have called us."""
+        if uid is None:
+            self.connection.emit(path, interface, member, signature, body)
+            return
+        for name, session in self._sessions.items():
+            if session.client and session.client.uid == uid:
+                self.connection.emit(path, interface, member, signature, body, destination=name)
+
     async def release(self, name: str, timeout: float) -> None:
         """Give up a name, and answer the calls that came for it, for at most `timeout` seconds."""
         try:

@@ -141,11 +141,19 @@ def error(destination: str, reply_serial: int, name: str, text: str, *, serial: 
 
 
 def signal(
-    path: str, interface: str, member: str, signature: str, body: Sequence[Any], *, serial: int
+    path: str,
+    interface: str,
+    member: str,
+    signature: str,
+    body: Sequence[Any],
+    *,
+    serial: int,
+    destination: str = "",
 ) -> Message:
-    """A signal to everyone who listens."""
+    """A signal to everyone who listens, or to one destination."""
     return Message(
         message_type=MessageType.SIGNAL,
+        destination=destination or None,
         path=path,
         interface=interface,
         member=member,

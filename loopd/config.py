@@ -34,6 +34,8 @@ class Deadlines:
     interactive_authorization: int = 300
     operation: int = 20
     """One operation on a device; D-Bus libraries wait 25 s for an answer."""
+    exclusive_lock: int = 120
+    """How long a device stays locked exclusively, but by root; udev gives up after 180 s."""
 
 
 @dataclass(frozen=True, kw_only=True)

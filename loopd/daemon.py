@@ -17,24 +17,27 @@ from functools import partial
 from pathlib import Path
 
 from . import __version__, codec, dial, wire
+from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
 from .errors import BusError, LoopError
 from .leases import Leases
+from .locks import Locks
 from .manager import Manager
 from .marker import Markers
-from .monitor import Monitor
+from .monitor import Monitor, loop_numbers
+from .operations import Operations
 from .polkit import Authority
 from .registry import Listeners, Registry
-from .service import NAME, Service
+from .service import Service
 from .threads import Threads
 
 log = logging.getLogger(__name__)
 
-# The device and its file; what calls under way carry, and what is being closed.
-_FDS_PER_DEVICE = 2
+# The device, its file and its lock; what calls under way carry, and what is being closed.
+_FDS_PER_DEVICE = 3
 _OTHER_FDS = 512
 # How long a stop waits for the kernel and for calls under way; autoclear does the rest.
 _STOP_TIMEOUT = 5.0
@@ -111,24 +114,31 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     await threads.run(markers.prepare)
     socket = await threads.run(partial(dial.connect, dial.system_bus_address()))
 
+    # Each part gets the calls it may make of the ones above it, which are made further down.
+    announcer: Announcer
+    bus: Bus
+    manager: Manager
+
     def removed(device: Device) -> None:
         manager.device_gone(device)
-        service.device_removed(device)
+        announcer.removed(device)
 
-    # Each part gets the calls it may make of the ones above it, which are made further down.
     listeners = Listeners(
-        added=lambda device: service.device_added(device),
-        changed=lambda device: service.device_changed(device),
+        added=lambda device: announcer.added(device),
+        changed=lambda device: announcer.changed(device),
         removed=removed,
     )
-    registry = Registry(threads, markers, listeners)
-    service = Service(registry, config.limits, emit=lambda *signal: bus.connection.emit(*signal))
+    registry = Registry(threads, markers, listeners, loop_numbers)
+    announcer = Announcer(
+        registry, config.limits, emit=lambda *signal, uid: bus.emit(*signal, uid=uid)
+    )
+    service = Service(registry, announcer)
     bus = Bus(
         partial(wire.Connection, socket),
         config.limits,
         threads,
         find=service.find,
-        before_reply=service.flush,
+        before_reply=announcer.flush,
         client_left=lambda client: manager.client_left(client),
         on_lost=partial(end, 1),
     )
@@ -139,17 +149,20 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         max_questions=config.limits.questions_per_user,
     )
     leases = Leases()
-    manager = Manager(config, threads, authority, registry, leases)
+    locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
+    manager = Manager(config, threads, authority, registry, leases, locks)
+    operations = Operations(manager, registry, locks, threads)
     attaching = Attaching(
-        config, threads, authority, markers, registry, leases, let_go=manager.let_go
+        config, threads, authority, markers, registry, leases, locks, let_go=manager.let_go
     )
-    service.serve(manager, attaching)
+    service.serve(manager, operations, attaching)
+    announcer.start()
 
     monitor = None
     try:
         await bus.start()
         # Listening before looking, so that nothing falls between.
-        monitor = Monitor(registry.look_at)
+        monitor = Monitor(registry.look_at, registry.look_at_private)
         await registry.look_at_all()
         await bus.own(NAME)
         await threads.run(markers.prune)

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One bound loop device as the manager knows it: ours with a lease, or someone else's without."""
+"""One device as the manager knows it: a loop device, ours or someone else's, or a block device.
+
+A block device that needs no loop device is one of a client's own: nobody else sees it.
+"""
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 
 from .access import NOBODY
+from .backing import FileIdentity
+from .blockdev import Lock
+from .fd import OwnedFd
 from .leases import Lease, Place
 from .loopdev import LoopDevice
-from .loopinfo import Status, node
+from .loopinfo import Status
 from .overlap import Mapping
 
 ATTACHED = "attached"
@@ -18,34 +25,48 @@ DETACHING = "detaching"
 class Device:
     """A device from attach, or from when it was first seen, until the kernel lets go of it."""
 
-    number: int
+    number: int | None
+    """The loop number; None if it is a block device that needs no loop device."""
+    name: str
+    """The kernel's name, such as loop3."""
     diskseq: int
     """As it was at attach: it names the attachment, and the object."""
+    which: int | None = None
+    """Tells apart the attachments of a block device."""
     status: Status
-    backing_device: int = 0
-    backing_inode: int = 0
+    file: FileIdentity | None = None
+    """The backing file, as far as known."""
     reference: bytes = b""
     owner: int = NOBODY
     loop: LoopDevice | None = None
-    """Our hold on it; None on a foreign one."""
+    """Our hold on a loop device; None on a foreign one."""
+    held: OwnedFd | None = None
+    """Our hold on a block device that needs no loop device."""
     lease: Lease | None = None
     place: Place | None = None
+    lock: Lock = Lock.NONE
+    """The BSD lock that we hold."""
     state: str = ATTACHED
     ending: bool = False
     """Whether its detach has begun."""
     attached_at: int = 0
     """Microseconds of CLOCK_REALTIME; 0 if nobody told."""
+    operating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One operation at a time: each reads, changes and writes all of the device's settings."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def path(self) -> str:
+    def __post_init__(self) -> None:
+        self.path = object_path(self.name, self.diskseq, self.which)
         """The object path."""
-        return object_path(self.number, self.diskseq)
 
     @property
     def node(self) -> str:
         """The device node."""
-        return node(self.number)
+        return f"/dev/{self.name.replace('!', '/')}"  # sysfs has no slashes
+
+    def partition_node(self, partition: int) -> str:
+        """The device node of a partition, by the kernel's way to name them."""
+        return f"{self.node}{'p' if self.node[-1].isdecimal() else ''}{partition}"
 
     @property
     def managed(self) -> bool:
@@ -53,16 +74,21 @@ class Device:
         return self.owner != NOBODY
 
     @property
-    def mapping(self) -> Mapping:
-        """The bytes of its file that it maps."""
+    def private(self) -> bool:
+        """Whether nobody but its owner sees it."""
+        return self.number is None
+
+    def seen_by(self, uid: int) -> bool:
+        """Whether a user sees it."""
+        return not self.private or uid == self.owner
+
+    @property
+    def mapping(self) -> Mapping | None:
+        """The bytes of its file that it maps, as far as known."""
         status = self.status
-        return Mapping(
-            device=self.backing_device,
-            inode=self.backing_inode,
-            start=status.offset,
-            end=status.offset + status.size,
-            writable=not status.read_only,
-        )
+        if self.file is None or self.private:
+            return None
+        return Mapping.of(self.file, status.offset, status.size, writable=not status.read_only)
 
     @property
     def lifetime(self) -> str:
@@ -73,6 +99,9 @@ class Device:
 PREFIX = "/org/example/Loop1/device/"
 
 
-def object_path(number: int, diskseq: int) -> str:
-    """The object path of an attachment; the kernel name needs no escaping."""
-    return f"{PREFIX}loop{number}_{diskseq}"
+def object_path(name: str, diskseq: int, which: int | None = None) -> str:
+    """The object path of an attachment."""
+    # As systemd makes bus labels; a kernel name begins with a letter.
+    label = re.sub("[^0-9A-Za-z]", lambda found: f"_{ord(found[0]):02x}", name)
+    path = f"{PREFIX}{label}_{diskseq}"
+    return path if which is None else f"{path}_{which}"

@@ -1,155 +1,62 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's side of loop(4): constants, structs, one function per call, OSError untouched.
+"""The kernel's side of loop(4): one function per call and per place in sysfs, OSError untouched.
 
-Names are the kernel's own. Nothing here retries, waits, logs or decides. This module is the only
-seam of the tests below the bus: a scripted kernel replaces its functions.
+Nothing here retries, waits, logs or decides. This module is the only seam of the tests below the
+bus: a scripted kernel replaces its functions.
 """
 
-import contextlib
 import ctypes
+import errno
 import fcntl
+import mmap
 import os
 import platform
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-LOOP_MAJOR = 7
-
-# include/uapi/linux/loop.h
-LOOP_CLR_FD = 0x4C01
-LOOP_SET_STATUS64 = 0x4C04
-LOOP_GET_STATUS64 = 0x4C05
-LOOP_SET_CAPACITY = 0x4C07
-LOOP_SET_DIRECT_IO = 0x4C08
-LOOP_CONFIGURE = 0x4C0A
-LOOP_CTL_ADD = 0x4C80
-LOOP_CTL_REMOVE = 0x4C81
-LOOP_CTL_GET_FREE = 0x4C82
-
-LO_NAME_SIZE = 64
-LO_FLAGS_READ_ONLY = 1
-LO_FLAGS_AUTOCLEAR = 4
-LO_FLAGS_DIRECT_IO = 16
-
-# include/uapi/linux/fs.h and blkpg.h
-BLKSSZGET = 0x1268
-BLKPG = 0x1269
-BLKGETSIZE64 = 0x80081272
-BLKGETDISKSEQ = 0x80081280
-BLKPG_DEL_PARTITION = 2
-
-# include/uapi/linux/stat.h and fcntl.h
-AT_EMPTY_PATH = 0x1000
-AT_STATX_DONT_SYNC = 0x4000
-STATX_BASIC_STATS = 0x7FF
+from .uapi import (
+    AT_EMPTY_PATH,
+    AT_STATX_DONT_SYNC,
+    BLKFLSBUF,
+    BLKGETDISKSEQ,
+    BLKGETSIZE64,
+    BLKPG,
+    BLKPG_ADD_PARTITION,
+    BLKPG_DEL_PARTITION,
+    BLKPG_RESIZE_PARTITION,
+    BLKSSZGET,
+    LOOP_CLR_FD,
+    LOOP_CONFIGURE,
+    LOOP_CTL_ADD,
+    LOOP_CTL_GET_FREE,
+    LOOP_CTL_REMOVE,
+    LOOP_GET_STATUS64,
+    LOOP_MAJOR,
+    LOOP_SET_BLOCK_SIZE,
+    LOOP_SET_CAPACITY,
+    LOOP_SET_DIRECT_IO,
+    LOOP_SET_FD,
+    LOOP_SET_STATUS64,
+    STATX_BASIC_STATS,
+    blkpg_ioctl_arg,
+    blkpg_partition,
+    loop_config,
+    loop_info64,
+    statx_buf,
+)
 
 _DEV = Path("/dev")
 _SYS_BLOCK = Path("/sys/block")
 _SYS_DEV_BLOCK = Path("/sys/dev/block")
 
 
-class loop_info64(ctypes.Structure):  # noqa: N801  the kernel's name
-    """struct loop_info64."""
+class PartitionExtent(NamedTuple):
+    """A partition device: its number, and where it is on the disk in bytes."""
 
-    lo_device: int
-    lo_inode: int
-    lo_rdevice: int
-    lo_offset: int
-    lo_sizelimit: int
-    lo_number: int
-    lo_flags: int
-    lo_file_name: bytes
-    _fields_ = (
-        ("lo_device", ctypes.c_uint64),
-        ("lo_inode", ctypes.c_uint64),
-        ("lo_rdevice", ctypes.c_uint64),
-        ("lo_offset", ctypes.c_uint64),
-        ("lo_sizelimit", ctypes.c_uint64),
-        ("lo_number", ctypes.c_uint32),
-        ("lo_encrypt_type", ctypes.c_uint32),
-        ("lo_encrypt_key_size", ctypes.c_uint32),
-        ("lo_flags", ctypes.c_uint32),
-        ("lo_file_name", ctypes.c_char * LO_NAME_SIZE),
-        ("lo_crypt_name", ctypes.c_char * LO_NAME_SIZE),
-        ("lo_encrypt_key", ctypes.c_uint8 * 32),
-        ("lo_init", ctypes.c_uint64 * 2),
-    )
-
-
-class loop_config(ctypes.Structure):  # noqa: N801  the kernel's name
-    """struct loop_config, the argument of LOOP_CONFIGURE."""
-
-    fd: int
-    block_size: int
-    info: loop_info64
-    _fields_ = (
-        ("fd", ctypes.c_uint32),
-        ("block_size", ctypes.c_uint32),
-        ("info", loop_info64),
-        ("reserved", ctypes.c_uint64 * 8),
-    )
-
-
-class _blkpg_partition(ctypes.Structure):  # noqa: N801  the kernel's name
-    _fields_ = (
-        ("start", ctypes.c_longlong),
-        ("length", ctypes.c_longlong),
-        ("pno", ctypes.c_int),
-        ("devname", ctypes.c_char * 64),
-        ("volname", ctypes.c_char * 64),
-    )
-
-
-class _blkpg_ioctl_arg(ctypes.Structure):  # noqa: N801  the kernel's name
-    _fields_ = (
-        ("op", ctypes.c_int),
-        ("flags", ctypes.c_int),
-        ("datalen", ctypes.c_int),
-        ("data", ctypes.POINTER(_blkpg_partition)),
-    )
-
-
-class _statx_timestamp(ctypes.Structure):  # noqa: N801  the kernel's name
-    _fields_ = (
-        ("tv_sec", ctypes.c_int64),
-        ("tv_nsec", ctypes.c_uint32),
-        ("__reserved", ctypes.c_int32),
-    )
-
-
-class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
-    """struct statx."""
-
-    stx_mode: int
-    stx_ino: int
-    stx_size: int
-    stx_rdev_major: int
-    stx_rdev_minor: int
-    stx_dev_major: int
-    stx_dev_minor: int
-    _fields_ = (
-        ("stx_mask", ctypes.c_uint32),
-        ("stx_blksize", ctypes.c_uint32),
-        ("stx_attributes", ctypes.c_uint64),
-        ("stx_nlink", ctypes.c_uint32),
-        ("stx_uid", ctypes.c_uint32),
-        ("stx_gid", ctypes.c_uint32),
-        ("stx_mode", ctypes.c_uint16),
-        ("__spare0", ctypes.c_uint16),
-        ("stx_ino", ctypes.c_uint64),
-        ("stx_size", ctypes.c_uint64),
-        ("stx_blocks", ctypes.c_uint64),
-        ("stx_attributes_mask", ctypes.c_uint64),
-        ("stx_atime", _statx_timestamp),
-        ("stx_btime", _statx_timestamp),
-        ("stx_ctime", _statx_timestamp),
-        ("stx_mtime", _statx_timestamp),
-        ("stx_rdev_major", ctypes.c_uint32),
-        ("stx_rdev_minor", ctypes.c_uint32),
-        ("stx_dev_major", ctypes.c_uint32),
-        ("stx_dev_minor", ctypes.c_uint32),
-        ("__spare2", ctypes.c_uint64 * 14),
-    )
+    number: int
+    start: int
+    size: int
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -168,6 +75,11 @@ def statx(fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return buf
+
+
+def preadv(fd: int, buffer: mmap.mmap, offset: int) -> int:
+    """Read into a buffer, which has to suit the file's alignment where that is open O_DIRECT."""
+    return os.preadv(fd, [buffer], offset)
 
 
 def fsync(fd: int) -> None:
@@ -218,9 +130,22 @@ def loop_ctl_remove(control_fd: int, number: int) -> None:
 
 def open_loop(number: int, flags: int) -> int:
     """Open /dev/loopN without becoming a terminal's or a child's."""
-    return os.open(
-        _DEV / f"loop{number}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
-    )
+    return _open_node(f"loop{number}", flags)
+
+
+def open_partition(number: int, partition: int, flags: int) -> int:
+    """Open /dev/loopNpM in the same way."""
+    return _open_node(f"loop{number}p{partition}", flags)
+
+
+def partition_node_exists(number: int, partition: int) -> bool:
+    """Whether there is a /dev/loopNpM."""
+    return (_DEV / f"loop{number}p{partition}").exists()
+
+
+def loop_set_fd(loop_fd: int, file_fd: int) -> None:
+    """Bind a backing file; the rest is set by calls that follow."""
+    fcntl.ioctl(loop_fd, LOOP_SET_FD, file_fd)
 
 
 def loop_configure(loop_fd: int, config: loop_config) -> None:
@@ -255,6 +180,18 @@ def loop_set_direct_io(loop_fd: int, enable: bool) -> None:
     fcntl.ioctl(loop_fd, LOOP_SET_DIRECT_IO, int(enable))
 
 
+def loop_set_block_size(loop_fd: int, size: int) -> None:
+    """Set the logical sector size in bytes."""
+    fcntl.ioctl(loop_fd, LOOP_SET_BLOCK_SIZE, size)
+
+
+def _open_node(name: str, flags: int) -> int:
+    return os.open(_DEV / name, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
+
+
+# --- any block device ---------------------------------------------------------------------------
+
+
 def blkgetdiskseq(block_fd: int) -> int:
     """The sequence number of what is in the drive (Linux 5.15)."""
     return _get_u64(block_fd, BLKGETDISKSEQ)
@@ -272,11 +209,30 @@ def blksszget(block_fd: int) -> int:
     return value.value
 
 
+def blkflsbuf(block_fd: int) -> None:
+    """Write back and drop what is cached of the device."""
+    fcntl.ioctl(block_fd, BLKFLSBUF, 0)
+
+
+def blkpg_add_partition(block_fd: int, number: int, start: int, length: int) -> None:
+    """Make a partition device; start and length in bytes."""
+    _blkpg(block_fd, BLKPG_ADD_PARTITION, number, start, length)
+
+
 def blkpg_del_partition(block_fd: int, number: int) -> None:
     """Remove a partition device."""
-    partition = _blkpg_partition(pno=number)
-    argument = _blkpg_ioctl_arg(
-        op=BLKPG_DEL_PARTITION, datalen=ctypes.sizeof(partition), data=ctypes.pointer(partition)
+    _blkpg(block_fd, BLKPG_DEL_PARTITION, number)
+
+
+def blkpg_resize_partition(block_fd: int, number: int, start: int, length: int) -> None:
+    """Give a partition device another length; the start, in bytes, has to be the one it has."""
+    _blkpg(block_fd, BLKPG_RESIZE_PARTITION, number, start, length)
+
+
+def _blkpg(block_fd: int, operation: int, number: int, start: int = 0, length: int = 0) -> None:
+    partition = blkpg_partition(pno=number, start=start, length=length)
+    argument = blkpg_ioctl_arg(
+        op=operation, datalen=ctypes.sizeof(partition), data=ctypes.pointer(partition)
     )
     fcntl.ioctl(block_fd, BLKPG, argument)
 
@@ -288,12 +244,6 @@ def _get_u64(fd: int, request: int) -> int:
 
 
 # --- sysfs --------------------------------------------------------------------------------------
-
-
-def loop_numbers() -> list[int]:
-    """The numbers of all loop devices that exist, bound or not."""
-    names = (path.name.removeprefix("loop") for path in _SYS_BLOCK.glob("loop*"))
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def loop_attribute(number: int, attribute: str) -> bytes:
@@ -318,13 +268,37 @@ def loop_bound(number: int) -> bool:
     return loop_binding(number) is not None
 
 
-def loop_partitions(number: int) -> list[int]:
-    """The numbers of the partition devices that exist."""
-    numbers = []
-    for path in (_SYS_BLOCK / f"loop{number}").glob(f"loop{number}p*"):
-        with contextlib.suppress(FileNotFoundError):
-            numbers.append(int((path / "partition").read_bytes()))
-    return sorted(numbers)
+def set_loop_attribute(number: int, attribute: str, value: bytes) -> None:
+    """Write a sysfs attribute such as "queue/discard_max_bytes"."""
+    (_SYS_BLOCK / f"loop{number}" / attribute).write_bytes(value)
+
+
+def loop_partitions(number: int) -> list[PartitionExtent]:
+    """The partition devices of a loop device, by number, whatever is bound to it."""
+    return _partitions(_SYS_BLOCK / f"loop{number}")
+
+
+def _partitions(disk: Path) -> list[PartitionExtent]:
+    found = []
+    try:
+        names = os.listdir(disk)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if not name.startswith(disk.name):
+            continue
+        try:
+            number, start, size = (
+                int((disk / name / attribute).read_bytes())
+                for attribute in ("partition", "start", "size")
+            )
+        except OSError as exc:
+            # Removed between look and read; any other reason would hide one that is there.
+            if exc.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            continue
+        found.append(PartitionExtent(number, start * 512, size * 512))
+    return sorted(found)
 
 
 def loop_of_block_device(major: int, minor: int) -> int | None:
@@ -335,6 +309,21 @@ def loop_of_block_device(major: int, minor: int) -> int | None:
     name = path.parent.name if (path / "partition").exists() else path.name
     number = name.removeprefix("loop")
     return int(number) if name.startswith("loop") and number.isdecimal() else None
+
+
+def block_name(major: int, minor: int) -> str:
+    """The kernel's name of a block device, such as sda1."""
+    return (_SYS_DEV_BLOCK / f"{major}:{minor}").resolve(strict=True).name
+
+
+def block_attribute(major: int, minor: int, attribute: str) -> bytes:
+    """A sysfs attribute of a block device such as "size" or "../dev", as `loop_attribute`."""
+    return (_SYS_DEV_BLOCK / f"{major}:{minor}" / attribute).read_bytes().removesuffix(b"\n")
+
+
+def block_partitions(major: int, minor: int) -> list[PartitionExtent]:
+    """The partition devices of a block device, by number."""
+    return _partitions((_SYS_DEV_BLOCK / f"{major}:{minor}").resolve())
 
 
 def release() -> tuple[int, int]:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
-from . import blockdev, kernel
+from . import backing, blockdev, kernel, loopinfo, partition
 from .backing import BackingFile
-from .errors import DeviceBusy, InvalidArgs, NotSupported
+from .binding import DirectIORefused, Driver, Retry, StalePartitions, Taken
+from .blockdev import Lock
+from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
 from .loopinfo import node
-from .request import AttachRequest
+from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +35,7 @@ _DEVICE_LOCK_TIMEOUT = 0.25
 # Our own threads queue here fairly instead of polling loop-control's lock against each other.
 _allocation = threading.Lock()
 
-
-class _Retry(Exception):
-    """This attempt led nowhere, another may."""
-
-
-class _Taken(_Retry):
-    """Someone else bound, locked or removed the device between our calls."""
-
-
-class _StalePartitions(_Retry):
-    """The unbound device had partitions of a former life; they are removed now."""
-
-
-class _DirectIORefused(_Retry):
-    """The kernel bound the file, but not in direct I/O mode."""
-
+THIS_KERNEL = Driver()
 
 Claim = Callable[[int], Callable[[bool], None]]
 
@@ -66,6 +53,8 @@ class LoopDevice:
     binding: int
     """See `kernel.loop_binding`."""
     writable: bool
+    lock: OwnedFd | None = None
+    """A second fd on the device, which holds a BSD lock: its close makes udev look again."""
     release: Callable[[bool], None] = field(default=lambda _: None, repr=False)
     """To be called with whether the kernel still has the file bound, when we are done with it."""
 
@@ -81,14 +70,19 @@ class LoopDevice:
         and no further openers, so a detach in between is finished by the last of them.
         """
         with blockdev.opened(kernel.dup(self.fd.fileno())) as fd:
-            file = None
-            if self.file is not None:
-                file = OwnedFd(kernel.dup(self.file.fileno()))
-            return replace(self, fd=fd.move(), file=file)
+            file, lock = (
+                None if each is None else OwnedFd(kernel.dup(each.fileno()), kernel.close)
+                for each in (self.file, self.lock)
+            )
+            return replace(self, fd=fd.move(), file=file, lock=lock)
 
     def close(self) -> None:
-        """Let go of our fds; the file last, whose filesystem may make its close wait."""
-        for fd in (self.fd, self.file):
+        """Let go of our fds; the file last, whose filesystem may make its close wait.
+
+        This clears nothing: a device of ours goes with its last opener, by autoclear, another's
+        stays.
+        """
+        for fd in (self.lock, self.fd, self.file):
             if fd is not None:
                 # The fd is gone whatever close(2) says; what it says is about the file's data.
                 with _tolerated("close", self.node):
@@ -110,35 +104,44 @@ def attach(
     claim: Claim = lambda _: lambda _: None,
     *,
     may_hang: bool = False,
+    driver: Driver = THIS_KERNEL,
 ) -> LoopDevice:
     """Bind a file to a free loop device, retrying while others race us.
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
     is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device
     carries autoclear: it goes when the last opener, us included, is gone. With `may_hang` no lock
-    is held while the file's filesystem is asked, and a number of its own is taken.
+    is held while the file's filesystem is asked, and a number of its own is taken. With
+    `request.partition_scan` the partitions' nodes are there when it returns.
 
-    Raises InvalidArgs for options that do not fit the file, NotSupported, DeviceBusy when 64
-    attempts found no free device, and OSError.
+    Raises InvalidArgs for options that do not fit the file, NotSupported, TimedOut, OSError, and
+    DeviceBusy when the wanted device is in use or 64 attempts found no free one.
     """
     with file_fd, _open_control() as control_fd:
-        request.check(file, kernel.statx(file_fd.fileno(), 0).stx_size)
+        if request.sector_size is None:
+            found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
+            request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
+        request.check(file, backing.size(file_fd.fileno()))
         fresh = may_hang
         for pause in blockdev.retry_pauses(ATTEMPTS):
             try:
-                return _bind_free_device(
-                    control_fd.fileno(), file_fd, request, claim, may_hang, fresh
+                return _bind_device(
+                    control_fd.fileno(), file_fd, file, request, claim, may_hang, fresh, driver
                 )
-            except _DirectIORefused:
+            except DirectIORefused:
                 # From scratch: some kernels answer I/O errors on a device where it failed.
                 log.debug("attach: direct I/O refused; trying again without")
                 request = replace(request, direct_io=False)
                 continue
-            except _Retry as exc:
+            except Retry as exc:
                 log.debug("attach: %s; trying again", exc)
+                if request.number is not None and kernel.loop_bound(request.number):
+                    raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
                 # A device that someone keeps locked is offered by GET_FREE again and again.
-                fresh = may_hang or isinstance(exc, _Taken)
+                fresh = True
             time.sleep(pause)
+    if request.number is not None:
+        raise DeviceBusy(f"{node(request.number)} did not come free in {ATTEMPTS} attempts")
     raise DeviceBusy(f"no loop device came free in {ATTEMPTS} attempts: try again later")
 
 
@@ -151,86 +154,116 @@ def _open_control() -> OwnedFd:
         raise
 
 
-def _bind_free_device(
+def _bind_device(
     control_fd: int,
     file_fd: OwnedFd,
+    file: BackingFile,
     request: AttachRequest,
     claim: Claim,
     may_hang: bool,
     fresh: bool,
+    driver: Driver,
 ) -> LoopDevice:
     # Lock order: loop-control first, the device second. Nothing is waited for with the first held.
     with ExitStack() as allocating:
         if _allocation.acquire(timeout=_CONTROL_LOCK_TIMEOUT):
             allocating.callback(_allocation.release)
         allocating.enter_context(blockdev.control_locked(control_fd, timeout=_CONTROL_LOCK_TIMEOUT))
-        number = (
+        number = _allocate(control_fd, request.number, fresh)
+        with _free_device(number, request) as (loop_fd, lock_fd):
+            if may_hang:
+                # Binding asks the file's filesystem: only this attach is to wait for it.
+                allocating.close()
+            return _bind(
+                number, loop_fd, lock_fd, file_fd, file, request, claim, driver, allocating.close
+            )
+
+
+def _allocate(control_fd: int, wanted: int | None, fresh: bool) -> int:
+    """The number of a device that may be free: the wanted one, any, or a new one."""
+    if wanted is None:
+        return (
             kernel.loop_ctl_add(control_fd, -1) if fresh else kernel.loop_ctl_get_free(control_fd)
         )
-        return _bind(number, file_fd, request, claim, may_hang, allocating)
+    try:
+        kernel.loop_ctl_add(control_fd, wanted)
+    except OSError as exc:
+        if exc.errno != errno.EEXIST:
+            raise
+    return wanted
 
 
-def _bind(
-    number: int,
-    file_fd: OwnedFd,
-    request: AttachRequest,
-    claim: Claim,
-    may_hang: bool,
-    allocating: ExitStack,
-) -> LoopDevice:
-    # The ends of these blocks undo, last first: the lock's fd goes before CLR_FD, which would be
-    # lazy with two openers, and the claim lasts until the device is closed.
+@contextmanager
+def _free_device(number: int, request: AttachRequest) -> Iterator[tuple[OwnedFd, OwnedFd]]:
+    """An unbound device that we have open and locked: its fd, and that of the lock."""
     with (
-        ExitStack() as claimed,
         _open_free(number, os.O_RDONLY if request.read_only else os.O_RDWR) as loop_fd,
-        ExitStack() as bound,
         # A second fd for the lock: udev looks again when a device is closed, and loop_fd stays.
         _open_free(number, os.O_RDONLY) as lock_fd,
     ):
         if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX):
-            raise _Taken(f"loop{number} is locked by someone else")
+            raise Taken(f"loop{number} is locked by someone else")
         # By sysfs: asking the device would ask the filesystem of whoever has bound it since.
         if kernel.loop_bound(number):
-            raise _Taken(f"loop{number} is bound already")
-        if count := blockdev.remove_partitions(loop_fd.fileno(), number):
-            raise _StalePartitions(f"loop{number} had {count} partitions of a former life")
-        if may_hang:
-            # LOOP_CONFIGURE asks the file's filesystem: only this attach is to wait for it.
-            allocating.close()
-        release, binding = claim(number), None
-        try:
-            _configure(loop_fd.fileno(), file_fd.fileno(), request)
-        except BaseException:
-            # Whoever was faster has it, and udev has waited for our lock.
-            release(False)
-            raise
-        claimed.callback(lambda: release(_still(number, binding)))
-        bound.callback(_clear, number, loop_fd.fileno())
-        binding = kernel.loop_binding(number)
+            raise Taken(f"loop{number} is bound already")
+        if count := partition.remove_all(loop_fd.fileno(), number):
+            raise StalePartitions(f"loop{number} had {count} partitions of a former life")
+        yield loop_fd, lock_fd
+
+
+def _bind(
+    number: int,
+    loop_fd: OwnedFd,
+    lock_fd: OwnedFd,
+    file_fd: OwnedFd,
+    file: BackingFile,
+    request: AttachRequest,
+    claim: Claim,
+    driver: Driver,
+    allocated: Callable[[], None],
+) -> LoopDevice:
+    binding: int | None = None
+    with ExitStack() as undo:
+        release = claim(number)
+        # Whoever was faster has it, and udev has waited for our lock.
+        undo.callback(lambda: release(_still(number, binding)))
+
+        def bound() -> None:
+            nonlocal binding
+            allocated()
+            # Last first: the lock's fd goes before CLR_FD, which would be lazy with two openers,
+            # and the claim lasts until the device is closed.
+            undo.callback(loop_fd.close)
+            undo.callback(_clear, number, loop_fd.fileno())
+            undo.callback(lock_fd.close)
+            binding = kernel.loop_binding(number)
+
+        driver.bind(number, loop_fd.fileno(), file_fd.fileno(), request, bound)
         if binding is None:
-            raise _Taken(f"loop{number} was cleared by someone else")
-        _verify(number, loop_fd.fileno(), request)
-        diskseq = _diskseq(loop_fd.fileno())
-        bound.pop_all()
-        claimed.pop_all()
-        return LoopDevice(
-            number=number,
-            fd=loop_fd.move(),
-            file=OwnedFd(file_fd.release()),
-            diskseq=diskseq,
-            binding=binding,
-            writable=not request.read_only,
-            release=release,
-        )
-
-
-def _diskseq(loop_fd: int) -> int:
-    try:
-        return kernel.blkgetdiskseq(loop_fd)
-    except OSError as exc:
-        if exc.errno in (errno.EINVAL, errno.ENOTTY):  # loop(4) says the former of what it lacks
-            raise NotSupported("loopd needs Linux 5.15, which numbers attachments") from exc
-        raise
+            raise Taken(f"loop{number} was cleared by someone else")
+        # Between our look and the binding somebody may have added one, to see the file through.
+        partition.remove_all(loop_fd.fileno(), number)
+        if kernel.loop_partitions(number):
+            raise StalePartitions(f"a partition of a former life of loop{number} is in use")
+        if file.identity.block:
+            blockdev.mirror_discard_limit(number, file.identity.block.number)
+        if request.partition_scan:
+            partition.scan(loop_fd.fileno(), number)
+        diskseq = loopinfo.diskseq(loop_fd.fileno(), binding)
+        keeps_lock = request.lock is not Lock.NONE
+        if keeps_lock and not blockdev.try_lock(lock_fd.fileno(), request.lock.operation):
+            raise Taken("someone else came in while the lock was changed")
+        undo.pop_all()
+    return LoopDevice(
+        number=number,
+        fd=loop_fd.move(),
+        file=file_fd.move(),
+        diskseq=diskseq,
+        binding=binding,
+        writable=not request.read_only,
+        lock=lock_fd.move() if keeps_lock else None,
+        release=release,
+    )
 
 
 def _still(number: int, binding: int | None) -> bool:
@@ -243,50 +276,14 @@ def _open_free(number: int, flags: int) -> OwnedFd:
     except OSError as exc:
         # Removed since GET_FREE, or its node not made yet.
         if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
-            raise _Taken(f"loop{number} vanished") from exc
+            raise Taken(f"loop{number} vanished") from exc
         raise
-
-
-def _configure(loop_fd: int, file_fd: int, request: AttachRequest) -> None:
-    config = kernel.loop_config(fd=file_fd, block_size=request.sector_size)
-    config.info.lo_offset = request.offset
-    config.info.lo_sizelimit = request.size_limit
-    config.info.lo_file_name = request.reference
-    config.info.lo_flags = (
-        kernel.LO_FLAGS_AUTOCLEAR
-        | (kernel.LO_FLAGS_READ_ONLY if request.read_only else 0)
-        | (kernel.LO_FLAGS_DIRECT_IO if request.direct_io else 0)
-    )
-    try:
-        kernel.loop_configure(loop_fd, config)
-    except OSError as exc:
-        if exc.errno == errno.EBUSY:
-            raise _Taken("bound by someone else in between") from exc
-        if exc.errno == errno.EINVAL and request.sector_size > os.sysconf("SC_PAGE_SIZE"):
-            raise InvalidArgs(
-                f"sector-size: this kernel does not take {request.sector_size}"
-            ) from exc
-        if exc.errno in (errno.EINVAL, errno.ENOTTY):
-            raise NotSupported("this kernel has no LOOP_CONFIGURE (Linux 5.8)") from exc
-        raise
-
-
-def _verify(number: int, loop_fd: int, request: AttachRequest) -> None:
-    """Make sure that the kernel did what LOOP_CONFIGURE said; Linux 5.8 itself forgets parts."""
-    if kernel.blksszget(loop_fd) != request.sector_size:
-        raise NotSupported("this kernel's LOOP_CONFIGURE does not set the sector size")
-    if request.size_limit and kernel.blkgetsize64(loop_fd) != request.size_limit:
-        raise NotSupported("this kernel's LOOP_CONFIGURE does not set the size limit")
-    direct_io = kernel.loop_attribute(number, "loop/dio") == b"1"
-    if request.direct_io and not direct_io:
-        raise _DirectIORefused
-    if direct_io and not request.direct_io:
-        # A file open with O_DIRECT turns it on by itself; the option is what counts.
-        kernel.loop_set_direct_io(loop_fd, False)
 
 
 def _clear(number: int, loop_fd: int) -> None:
     """Undo a binding that nobody has seen; autoclear finishes what this cannot."""
+    with _tolerated("remove the partitions of half-made", node(number)):
+        partition.remove_all(loop_fd, number)
     with _tolerated("clear half-made", node(number)):
         kernel.loop_clr_fd(loop_fd)
 
@@ -302,7 +299,11 @@ def detach(device: LoopDevice) -> bool:
     whoever has a writable fd can turn off; before Linux 6.11 the last opener could even unbind the
     device, keep its fd and read the next image on the number. Nothing is raised.
     """
-    # Before any lock: it takes as long as the dirty data needs.
+    # The lock first: another fd on the device would make CLR_FD a lazy one.
+    if device.lock is not None:
+        with _tolerated("unlock", device.node):
+            device.lock.close()
+    # Before any other lock: it takes as long as the dirty data needs.
     with _tolerated("write back", device.node):
         kernel.fsync(device.fd.fileno())
     return clear(device)
@@ -320,7 +321,7 @@ def clear(device: LoopDevice) -> bool:
     if not locked:
         log.debug("%s stays locked by someone else; clearing it without the lock", device.node)
     with _tolerated("remove partitions", device.node):
-        blockdev.remove_partitions(loop_fd, device.number)
+        partition.remove_all(loop_fd, device.number)
     if not _clear_alone(device) and device.ours:
         if locked:
             with _tolerated("unlock", device.node):  # udev waits for it

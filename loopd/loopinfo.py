@@ -6,12 +6,15 @@ Reading only, and sysfs first: what asks the device itself may never return, and
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from . import blockdev, kernel
-from .backing import FileIdentity, identify
+from . import backing, blockdev, kernel
+from .backing import FileIdentity
 from .errors import NoSuchDevice
 from .fd import OwnedFd
+from .kernel import PartitionExtent
 
 
 def node(number: int) -> str:
@@ -37,6 +40,17 @@ class Status:
     direct_io: bool
     autoclear: bool
     partition_scan: bool
+    partitions: tuple[PartitionExtent, ...]
+
+
+def diskseq(block_fd: int, binding: int) -> int:
+    """The diskseq of an open device; before Linux 5.15 the binding stands in, as unique as it."""
+    try:
+        return kernel.blkgetdiskseq(block_fd)
+    except OSError as exc:
+        if exc.errno in (errno.EINVAL, errno.ENOTTY):  # a loop device says the former
+            return binding
+        raise
 
 
 def status(number: int) -> Status:
@@ -54,7 +68,7 @@ def status(number: int) -> Status:
     try:
         told = Status(
             binding=before,
-            diskseq=number_in("diskseq"),
+            diskseq=_diskseq_in_sysfs(number, before),
             device_number=os.makedev(*_numbers(number)),
             backing_file=_backing_file(number),
             offset=number_in("loop/offset"),
@@ -65,6 +79,7 @@ def status(number: int) -> Status:
             direct_io=number_in("loop/dio") != 0,
             autoclear=number_in("loop/autoclear") != 0,
             partition_scan=number_in("loop/partscan") != 0,
+            partitions=tuple(kernel.loop_partitions(number)),
         )
     except OSError:
         if kernel.loop_binding(number) == before:
@@ -74,6 +89,50 @@ def status(number: int) -> Status:
         # Gone meanwhile; half of what was read may be of the next one.
         return status(number)
     return told
+
+
+def block_status(number: int, *, read_only: bool) -> Status:
+    """The same of a block device that needs no loop device; `number` is as os.makedev makes it.
+
+    It is read-only if the device is, and if `read_only` says that it is open so.
+    Raises NoSuchDevice if it is gone, OSError if sysfs cannot be read now.
+    """
+    read = partial(kernel.block_attribute, os.major(number), os.minor(number))
+    try:
+        name = kernel.block_name(os.major(number), os.minor(number))
+        block = backing.block(os.major(number), os.minor(number))
+        disk = "" if block.number == block.disk else "../"  # what a partition has from its disk
+        return Status(
+            binding=0,
+            diskseq=_diskseq_of_block(read, disk),
+            device_number=number,
+            backing_file=f"/dev/{name.replace('!', '/')}".encode(),
+            offset=0,
+            size_limit=0,
+            size=int(read("size")) * 512,
+            sector_size=int(read(f"{disk}queue/logical_block_size")),
+            read_only=read_only or read("ro") != b"0",
+            direct_io=False,
+            autoclear=False,
+            partition_scan=blockdev.scans_partitions(read),
+            partitions=tuple(kernel.block_partitions(os.major(number), os.minor(number))),
+        )
+    except FileNotFoundError as exc:
+        raise NoSuchDevice("the block device is gone") from exc
+
+
+def _diskseq_of_block(read: Callable[[str], bytes], disk: str) -> int:
+    try:
+        return int(read(f"{disk}diskseq"))
+    except FileNotFoundError:
+        return 0
+
+
+def _diskseq_in_sysfs(number: int, binding: int) -> int:
+    try:
+        return int(kernel.loop_attribute(number, "diskseq"))
+    except FileNotFoundError:
+        return binding
 
 
 def _backing_file(number: int) -> bytes:
@@ -90,41 +149,46 @@ def _backing_file(number: int) -> bytes:
 class Binding:
     """What only the device itself tells about its binding."""
 
-    diskseq: int
-    backing_device: int
-    """st_dev of the file; 0 where the device did not tell."""
-    backing_inode: int
+    file: FileIdentity
     reference: bytes
 
 
-def binding(number: int) -> Binding:
-    """Ask a device that someone else set up.
+def binding(number: int, which: int) -> Binding:
+    """Ask a device that someone else set up; `which` binding is meant, as in `Status`.
 
     GET_STATUS64 asks the file's filesystem and may never return, so the caller needs a deadline.
-    Raises NoSuchDevice if the device is not bound.
+    Raises NoSuchDevice if that binding is gone.
     """
     try:
         with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
-            fd = loop_fd.fileno()
-            info = kernel.loop_get_status64(fd)
-            return Binding(
-                diskseq=kernel.blkgetdiskseq(fd),
-                backing_device=info.lo_device,
-                backing_inode=info.lo_inode,
-                reference=info.lo_file_name,
-            )
+            info = kernel.loop_get_status64(loop_fd.fileno())
+            still = kernel.loop_binding(number)
     except OSError as exc:
         raise NoSuchDevice(f"loop{number} has no file attached") from exc
+    if still != which:
+        raise NoSuchDevice(f"loop{number} is another device now")
+    # Kernels that say st_dev where a file has no st_rdev are not to be taken for block devices.
+    is_block = info.lo_rdevice not in (0, info.lo_device)
+    rdevice = os.major(info.lo_rdevice), os.minor(info.lo_rdevice)
+    return Binding(
+        file=FileIdentity(
+            device=info.lo_device,
+            inode=info.lo_inode,
+            block=backing.block(*rdevice) if is_block else None,
+        ),
+        reference=info.lo_file_name,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
     """What a passed fd can mean."""
 
-    number: int | None
-    """The loop device it is open on, or on a partition of which."""
-    partition: bool
     file: FileIdentity
+    number: int | None = None
+    """The loop device it is open on, or on a partition of which."""
+    partition: int | None = None
+    """The number of the partition, if it is one."""
 
 
 def named_by(fd: OwnedFd) -> Named:
@@ -133,12 +197,17 @@ def named_by(fd: OwnedFd) -> Named:
     A block device at once, because it may be an opener in the way; a file in the owner's way.
     """
     with fd:
-        file = identify(fd.fileno())
-        if file.block_device:
+        file = backing.identify(fd.fileno())
+        if file.block:
             os.close(fd.release())
-    number = kernel.loop_of_block_device(*file.block_device) if file.block_device else None
-    partition = number is not None and file.block_device != _numbers(number)
-    return Named(number=number, partition=partition, file=file)
+    if not file.block:
+        return Named(file=file)
+    major, minor = os.major(file.block.number), os.minor(file.block.number)
+    number = kernel.loop_of_block_device(major, minor)
+    if number is None or file.block.number == file.block.disk:
+        return Named(file=file, number=number)
+    partition = int(kernel.block_attribute(major, minor, "partition"))
+    return Named(file=file, number=number, partition=partition)
 
 
 def _numbers(number: int) -> tuple[int, int]:

@@ -1,44 +1,52 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Operations on a loop device that is bound: resize, sync, open for a client.
+"""Operations on a loop device that is bound: resize, set, lock, sync, scan, open for a client.
 
 Synchronous, for threads. They work on a device of ours and on one that somebody else attached,
-which `open_existing` opens for the while.
+which `open_existing` opens for the while. What is as it should be already causes no call.
 """
 
 import errno
 import os
+from contextlib import ExitStack
+from functools import partial
 
-from . import blockdev, kernel
+from . import backing, binding, blockdev, kernel, loopinfo
+from . import partition as partitions
+from .blockdev import Lock
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
+from .kernel import PartitionExtent
 from .loopdev import LoopDevice
+from .request import DEFAULT_SECTOR_SIZE
+from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
+
+# How long an attempt to lock waits for what lasts an instant: others' attempts, and looks.
+_LOCK_TIMEOUT = 0.05
 
 
-def open_existing(number: int, binding: int) -> LoopDevice:
-    """Open a device that someone else attached, for one operation; closing it changes nothing.
+def open_existing(number: int, which: int | None = None) -> LoopDevice:
+    """Open a device that someone else attached; closing it changes nothing.
 
-    Raises NoSuchDevice if another one has the number now.
+    `which` binding is meant (`kernel.loop_binding`); None means the one there is.
+    Raises NoSuchDevice if there is none, or another one.
     """
-    writable = True
     try:
-        try:
-            fd = kernel.open_loop(number, os.O_RDWR)
-        except OSError as exc:
-            if exc.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            writable = False
-            fd = kernel.open_loop(number, os.O_RDONLY)
-        with blockdev.opened(fd) as loop_fd:
-            if kernel.loop_binding(number) != binding:
+        # For reading, which is enough for whoever has CAP_SYS_ADMIN: the close of a writable fd
+        # makes udev read the partition table again.
+        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
+            there = kernel.loop_binding(number)
+            if there is None:
+                raise NoSuchDevice(f"loop{number} has no file attached")
+            if which not in (None, there):
                 raise NoSuchDevice(f"loop{number} is another device now")
-            writable = writable and kernel.loop_attribute(number, "ro") == b"0"
-            diskseq = kernel.blkgetdiskseq(loop_fd.fileno())
+            writable = kernel.loop_attribute(number, "ro") == b"0"
+            diskseq = loopinfo.diskseq(loop_fd.fileno(), there)
             return LoopDevice(
                 number=number,
                 fd=loop_fd.move(),
                 file=None,
                 diskseq=diskseq,
-                binding=binding,
+                binding=there,
                 writable=writable,
             )
     except OSError as exc:
@@ -67,7 +75,7 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     old_size = kernel.blkgetsize64(loop_fd)
     new_size = new_limit or old_size
     if device.file is not None:
-        file_size = kernel.statx(device.file.fileno(), 0).stx_size
+        file_size = backing.size(device.file.fileno())
         room = file_size - new_offset
         if room < sector_size:
             raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
@@ -83,18 +91,131 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
         # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
         kernel.loop_set_capacity(loop_fd)
         return kernel.blkgetsize64(loop_fd)
-    if device.ours:
-        # The client may have turned it off by an fd of its own, and a lease relies on it.
-        info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
     info.lo_offset, info.lo_sizelimit = new_offset, new_limit
-    kernel.loop_set_status64(loop_fd, info)
+    _set_status(device, info)
     size = kernel.blkgetsize64(loop_fd)
     if size == 0 or (size_limit and size != size_limit):
         # Only now a file that we do not hold has shown its size: the kernel clamps.
         info.lo_offset, info.lo_sizelimit = old
-        kernel.loop_set_status64(loop_fd, info)
+        _set_status(device, info)
         raise InvalidArgs("size-limit: the range is not inside the file")
     return size
+
+
+def _set_status(device: LoopDevice, info: loop_info64) -> None:
+    if device.ours:
+        # The client may have turned it off by an fd of its own, and a lease relies on it.
+        info.lo_flags |= LO_FLAGS_AUTOCLEAR
+    try:
+        binding.set_status(device.fd.fileno(), info)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:  # from Linux 6.19 on
+            raise DeviceBusy(f"{device.node} is mounted or exclusively open") from exc
+        raise
+
+
+def set_reference(device: LoopDevice, reference: bytes) -> bool:
+    """Set the free-form name, lo_file_name; whether that changed it.
+
+    At most 63 bytes, else InvalidArgs. After systemd's loop_device_set_filename.
+    """
+    if len(reference) >= LO_NAME_SIZE:
+        raise InvalidArgs(f"reference: longer than {LO_NAME_SIZE - 1} bytes")
+    info = kernel.loop_get_status64(device.fd.fileno())
+    if info.lo_file_name == reference:
+        return False
+    info.lo_file_name = reference
+    _set_status(device, info)
+    return True
+
+
+def set_autoclear(device: LoopDevice, enable: bool) -> bool:
+    """Have a device that someone else attached go at its last close, or not; whether that changed.
+
+    After systemd's loop_device_set_autoclear.
+    """
+    info = kernel.loop_get_status64(device.fd.fileno())
+    if bool(info.lo_flags & LO_FLAGS_AUTOCLEAR) == enable:
+        return False
+    info.lo_flags ^= LO_FLAGS_AUTOCLEAR
+    _set_status(device, info)
+    return True
+
+
+def set_direct_io(device: LoopDevice, enable: bool) -> bool:
+    """Turn direct I/O to the backing file on or off; returns which of them is in effect now."""
+    if _direct_io(device) == enable:
+        return enable
+    try:
+        kernel.loop_set_direct_io(device.fd.fileno(), enable)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # the file's filesystem cannot, or not at this offset
+            raise
+    return _direct_io(device)
+
+
+def _direct_io(device: LoopDevice) -> bool:
+    return kernel.loop_attribute(device.number, "loop/dio") == b"1"
+
+
+def set_sector_size(device: LoopDevice, size: int | None) -> int:
+    """Change the logical sector size, in bytes; returns it.
+
+    None means as the partition table says, 512 without one. Partitions that were made are brought
+    in step with the table, which is another one for another sector size.
+    Raises InvalidArgs for a size that does not fit, and DeviceBusy if the device is in use.
+    """
+    loop_fd = device.fd.fileno()
+    if size is None:
+        size = blockdev.probe_sector_size(loop_fd) or DEFAULT_SECTOR_SIZE
+    if kernel.blksszget(loop_fd) == size:
+        return size
+    limit = int(kernel.loop_attribute(device.number, "loop/sizelimit"))
+    if limit % size:
+        raise InvalidArgs(f"sector-size: the size limit, {limit}, is not a multiple of it")
+    if kernel.blkgetsize64(loop_fd) < size:
+        raise InvalidArgs("sector-size: larger than the device")
+    busy = DeviceBusy(f"{device.node} is mounted or exclusively open: unmount it first")
+    if blockdev.in_use(device.number):
+        raise busy
+    try:
+        blockdev.patiently(partial(kernel.loop_set_block_size, loop_fd, size))
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:
+            raise InvalidArgs(f"sector-size: this kernel does not take {size}") from exc
+        if exc.errno == errno.EBUSY:
+            raise busy from exc
+        raise
+    if kernel.loop_partitions(device.number):
+        partitions.scan(loop_fd, device.number)
+    return size
+
+
+def lock(device: LoopDevice, kind: Lock, held: Lock) -> OwnedFd | None:
+    """Take or change the BSD lock; returns the fd of a lock that is new.
+
+    `held` is the lock that there is already, by `device.lock`; if it cannot be changed, it stays.
+    Never waits. Raises DeviceBusy if others hold one that is in the way.
+    After systemd's loop_device_flock.
+    """
+    with ExitStack() as failed:
+        if device.lock is None:
+            lock_fd = blockdev.opened(kernel.open_loop(device.number, os.O_RDONLY))
+            failed.callback(lock_fd.close)
+            _require_binding(device)
+        else:
+            lock_fd = device.lock
+            # flock(2) lets go of the old one before it tries for the new.
+            failed.callback(blockdev.try_lock, lock_fd.fileno(), held.operation)
+        if not blockdev.try_lock(lock_fd.fileno(), kind.operation, timeout=_LOCK_TIMEOUT):
+            raise DeviceBusy(f"{device.node} is locked by someone else")
+        failed.pop_all()
+    return lock_fd if device.lock is None else None
+
+
+def _require_binding(device: LoopDevice) -> None:
+    if kernel.loop_binding(device.number) != device.binding:
+        raise NoSuchDevice(f"{device.node} is another device now")
 
 
 def sync(device: LoopDevice) -> None:
@@ -102,21 +223,49 @@ def sync(device: LoopDevice) -> None:
     kernel.fsync(device.fd.fileno())
 
 
-def open_node(device: LoopDevice, *, writable: bool) -> OwnedFd:
-    """Open the device anew for a client, and make sure that it will still go by itself.
+def rescan_partitions(device: LoopDevice) -> list[PartitionExtent]:
+    """Bring the partition devices in step with the table, and return them.
 
-    Raises InvalidArgs when asked for more access than the backing file was attached with.
+    Raises DeviceBusy if one in use would have to change, TimedOut.
+    """
+    loop_fd = device.fd.fileno()
+    if not blockdev.scans_partitions(partial(kernel.loop_attribute, device.number)):
+        # Before any is made: without it partitions outlive their device. A kernel that has a parser
+        # of its own uses it now, which could be kept from it only by shrinking the device.
+        info = kernel.loop_get_status64(loop_fd)
+        info.lo_flags |= LO_FLAGS_PARTSCAN
+        _set_status(device, info)
+    return partitions.scan(loop_fd, device.number)
+
+
+def resize_partition(device: LoopDevice, partition: int, *, size: int | None) -> int:
+    """Change the size of a partition device; see `partition.resize`."""
+    return partitions.resize(device.fd.fileno(), device.number, partition, size)
+
+
+def open_node(device: LoopDevice, *, writable: bool, partition: int | None = None) -> OwnedFd:
+    """Open the device or a partition of it for a client, and make sure that it will still go.
+
+    Raises InvalidArgs when asked for more access than the backing file was attached with, and
+    NoSuchDevice if there is no such partition.
     """
     if writable and not device.writable:
         raise InvalidArgs(f"mode: {device.node} is read-only, so it cannot be opened for writing")
-    with blockdev.opened(
-        kernel.open_loop(device.number, os.O_RDWR if writable else os.O_RDONLY)
-    ) as fd:
-        if kernel.blkgetdiskseq(fd.fileno()) != kernel.blkgetdiskseq(device.fd.fileno()):
-            raise NoSuchDevice(f"{device.node} is another device now")
+    with _opened_node(device, os.O_RDWR if writable else os.O_RDONLY, partition) as fd:
+        _require_binding(device)
         # By sysfs first: asking the device asks its file's filesystem.
         if device.ours and kernel.loop_attribute(device.number, "loop/autoclear") != b"1":
-            info = kernel.loop_get_status64(device.fd.fileno())
-            info.lo_flags |= kernel.LO_FLAGS_AUTOCLEAR
-            kernel.loop_set_status64(device.fd.fileno(), info)
+            _set_status(device, kernel.loop_get_status64(device.fd.fileno()))
         return fd.move()
+
+
+def _opened_node(device: LoopDevice, flags: int, partition: int | None) -> OwnedFd:
+    if partition is None:
+        return blockdev.opened(kernel.open_loop(device.number, flags))
+    try:
+        fd = blockdev.opened(kernel.open_partition(device.number, partition, flags))
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise NoSuchDevice(f"{device.node} has no partition {partition}") from exc
+        raise
+    return fd

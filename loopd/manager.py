@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The use cases on devices that are there; Attach has a module of its own.
+"""The devices that are there: finding one, who may do what to it, and how it ends.
 
-It knows neither D-Bus nor ioctls. What was decided before an `await` is decided again after it, and
-whatever a step leaves behind is undone when a later one fails or the caller has left.
+It knows neither D-Bus nor ioctls. What was decided before an `await` is decided again after it.
+What else can be done to a device is in `operations`, and Attach in `attaching`.
 """
 
 import asyncio
@@ -11,12 +11,11 @@ import logging
 import re
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from . import access, blockdev, kernel, loopdev, loopinfo, loopops, overlap
-from .access import ROOT, Caller, Client, Operation
+from . import access, blockdev, kernel, loopdev, loopinfo, loopops
+from .access import Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
 from .errors import (
@@ -26,9 +25,11 @@ from .errors import (
     LoopError,
     NoSuchDevice,
     NotSupported,
+    TimedOut,
 )
 from .fd import OwnedFd
 from .leases import Leases
+from .locks import Locks
 from .polkit import Authority
 from .registry import Registry
 from .tasks import Tasks
@@ -42,24 +43,13 @@ _T = TypeVar("_T")
 _DETACH_WAIT = 1.0
 # Seconds between the attempts to clear a device that others have open; the last one stays.
 _CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25)
-# Past the end of any file.
-_ANY_END = 1 << 64
-# From this version on a loop device is never unbound before its last close.
-_NEVER_UNBOUND_WHILE_OPEN = (6, 11)
+# What works on a block device that needed no loop device.
+_ON_BLOCK_DEVICES = frozenset({Operation.DETACH, Operation.SYNC})
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResizeOptions:
-    """What a client asks for; None means as it is, in bytes."""
-
-    offset: int | None = None
-    size_limit: int | None = None
-    force: bool = False
-
-
 class Manager:
-    """All devices of the machine, and everything that can be done to them."""
+    """All devices of the machine, and what every use case needs of them."""
 
     def __init__(
         self,
@@ -68,12 +58,14 @@ class Manager:
         authority: Authority,
         registry: Registry,
         leases: Leases,
+        locks: Locks,
     ) -> None:
         self._config = config
         self._threads = threads
         self._authority = authority
         self._registry = registry
         self._leases = leases
+        self._locks = locks
         self._tasks = Tasks()
 
     # --- finding --------------------------------------------------------------------------------
@@ -92,103 +84,120 @@ class Manager:
         return device
 
     async def device_by_fd(self, caller: Caller, fd: OwnedFd) -> Device:
-        """The device that a passed fd names, see `_named`."""
-        device, _ = await self._named(caller, fd)
+        """The device that a passed fd names, see `named`."""
+        device, _ = await self.named(caller, fd)
         return device
 
-    async def _named(self, caller: Caller, fd: OwnedFd) -> tuple[Device, bool]:
-        """The device that an fd names, and whether by a partition.
+    async def named(self, caller: Caller, fd: OwnedFd) -> tuple[Device, int | None]:
+        """The device that an fd names, and the partition by which it does so.
 
         That is the loop device it is open on, or has a partition open, else the one whose backing
         file it is: the caller's own come first. Takes the fd over.
         Raises NoSuchDevice, Ambiguous.
         """
-        named = await self._in_thread(partial(loopinfo.named_by, fd.move()))
-        if named.number is not None:
-            return self.device_by_node(f"loop{named.number}"), named.partition
-        file = named.file
-        found = [
+        named = await self.in_thread(partial(loopinfo.named_by, fd.move()))
+        own = [
             device
-            for device in self._registry
-            if (device.backing_device, device.backing_inode) == (file.device, file.inode)
+            for device in self._registry.seen_by(caller.uid)
+            if device.file and device.file.is_same_as(named.file)
         ]
-        found = [device for device in found if device.owner == caller.uid] or found
+        if named.number is not None:
+            # A loop device may also be the backing file of another, but it is itself first.
+            return self.device_by_node(f"loop{named.number}"), named.partition
+        found = [device for device in own if device.owner == caller.uid] or own
         found = [device for device in found if device.state == ATTACHED] or found
         if not found:
             raise NoSuchDevice("the file is not attached to a loop device")
         if len(found) > 1:
             nodes = ", ".join(sorted(device.node for device in found))
             raise Ambiguous(f"the file is attached more than once ({nodes}): name the device")
-        return found[0], False
+        return found[0], None
 
-    # --- operations on a device -----------------------------------------------------------------
+    # --- who may do what, and doing it ----------------------------------------------------------
 
-    async def resize(self, caller: Caller, device: Device, options: ResizeOptions) -> int:
-        """Change offset and limit, or take up the file's size; returns the new size in bytes."""
-        await self._require(caller, Operation.RESIZE, device)
-        size = await self._with_loop(
-            caller,
-            device,
-            partial(
-                loopops.resize,
-                offset=options.offset,
-                size_limit=options.size_limit,
-                force=options.force,
-            ),
-            admit=partial(self._require_no_overlap, device, options),
-        )
-        await self._registry.refresh(device)
-        return size
+    async def require(self, caller: Caller, operation: Operation, device: Device) -> None:
+        """Return when the caller may do this, is still there, and so is the device.
 
-    def _require_no_overlap(self, device: Device, options: ResizeOptions) -> None:
-        """Raise Overlap if the device would grow or move into what another one maps."""
-        now = device.mapping
-        start = device.status.offset if options.offset is None else options.offset
-        limit = device.status.size_limit if options.size_limit is None else options.size_limit
-        then = replace(now, start=start, end=start + limit if limit else _ANY_END)
-        overlap.require_none(
-            then,
-            bound=(
-                (other.node, other.mapping)
-                for other in self._registry
-                if other is not device and not now.conflicts_with(other.mapping)
-            ),
-            binding=(),
-        )
+        Raises what polkit's answer means, NotSupported, AccessDenied, NoSuchDevice.
+        """
+        if device.private and operation not in _ON_BLOCK_DEVICES:
+            raise NotSupported(
+                f"{device.node} needed no loop device, so {operation.value} is not supported"
+            )
+        for action in access.needed_for(operation, access.relation(caller.uid, device.owner)):
+            await self._authority.require(caller, action, {"device": device.node})
+        caller.client.require_present()
+        self._require_known(device)
 
-    async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
-        """As `resize`, on what the fd names."""
-        device, partition = await self._named(caller, fd)
-        if partition:
-            raise NotSupported("partitions cannot be resized yet: pass the device or its file")
-        return await self.resize(caller, device, options)
+    def _require_known(self, device: Device) -> None:
+        if not self._registry.knows(device):
+            raise NoSuchDevice(f"{device.node} is gone")
 
-    async def sync(self, caller: Caller, device: Device) -> None:
-        """Write back what is dirty; the caller sees the error."""
-        await self._require(caller, Operation.SYNC, device)
-        await self._with_loop(caller, device, loopops.sync)
+    def require_attached(self, device: Device) -> None:
+        """Raise NoSuchDevice if the device is gone or going."""
+        self._require_known(device)
+        if device.state != ATTACHED:
+            raise NoSuchDevice(f"{device.node} is detached and goes when its last user closes it")
 
-    async def open(self, caller: Caller, device: Device, writable: bool) -> OwnedFd:
-        """A new fd on the device's node."""
-        if caller.uid != ROOT and kernel.release() < _NEVER_UNBOUND_WHILE_OPEN:
-            # CLR_FD by the last opener would unbind and leave it an fd on the next user's image.
-            raise NotSupported("before Linux 6.11 only root may be given a device's fd")
-        await self._require(caller, Operation.OPEN, device)
-        fd = await self._with_loop(
-            caller, device, partial(loopops.open_node, writable=writable), late=OwnedFd.close
-        )
+    async def with_loop(
+        self,
+        caller: Caller,
+        device: Device,
+        function: Callable[[loopdev.LoopDevice], _T],
+        late: Callable[[_T], object] = lambda _: None,
+        admit: Callable[[], None] = lambda: None,
+    ) -> _T:
+        """Run a function on the device in a thread, whatever becomes of the device meanwhile.
+
+        One at a time. `admit` is called just before and may raise; `late` gets what comes when
+        nobody waits for it any more. Raises TimedOut, NoSuchDevice, AccessDenied.
+        """
+        timeout = self._config.deadlines.operation
         with ExitStack() as failed:
-            failed.callback(lambda: self._tasks.start(self._threads.run(fd.close)))
+            # Whoever has an fd of a device can put a file behind it that hangs.
+            failed.callback(await self._threads.turn(caller.uid, timeout))
+            await self._take(device, timeout)
+            failed.callback(device.operating.release)
             caller.client.require_present()
-            self._require_attached(device)
-            failed.pop_all()
-        return fd
+            self.require_attached(device)
+            admit()
+            # Borrowed here, where nothing can come between the check and the copy of the fd.
+            borrowed = device.loop.borrow() if device.loop else None
+            ended = failed.pop_all().close
+
+        def operate() -> _T:
+            with closing(borrowed or _open(device)) as loop:
+                try:
+                    return function(loop)
+                except OSError as exc:
+                    if exc.errno == errno.ENXIO:
+                        raise NoSuchDevice(f"{device.node} is gone") from exc
+                    raise
+
+        return await self._threads.run(operate, timeout=timeout, late=late, ended=ended)
+
+    @staticmethod
+    async def _take(device: Device, timeout: float) -> None:
+        try:
+            await asyncio.wait_for(device.operating.acquire(), timeout)
+        except TimeoutError as exc:
+            raise TimedOut(f"another operation on {device.node} does not end") from exc
+
+    async def in_thread(
+        self, function: Callable[[], _T], late: Callable[[_T], object] = lambda _: None
+    ) -> _T:
+        """Run a function in a thread, with the deadline of an operation."""
+        return await self._threads.run(
+            function, timeout=self._config.deadlines.operation, late=late
+        )
+
+    # --- detaching ------------------------------------------------------------------------------
 
     async def detach(self, caller: Caller, device: Device, *, lazy: bool = False) -> bool:
         """Detach; whether it is gone, or the kernel will finish at the last close."""
-        await self._require(caller, Operation.DETACH, device)
-        if not lazy and device.state == ATTACHED:
-            if await self._in_thread(partial(blockdev.in_use, device.number)):
+        await self.require(caller, Operation.DETACH, device)
+        if not lazy and device.state == ATTACHED and device.number is not None:
+            if await self.in_thread(partial(blockdev.in_use, device.number)):
                 raise DeviceBusy(
                     f"{device.node} is mounted or exclusively open: unmount it first, or pass lazy"
                 )
@@ -203,70 +212,14 @@ class Manager:
 
     async def detach_by_fd(self, caller: Caller, fd: OwnedFd, *, lazy: bool) -> bool:
         """As `detach`, on what the fd names."""
-        device, _ = await self._named(caller, fd)
+        device, _ = await self.named(caller, fd)
         return await self.detach(caller, device, lazy=lazy)
-
-    async def _require(self, caller: Caller, operation: Operation, device: Device) -> None:
-        """Return when the caller may do this, is still there, and so is the device."""
-        for action in access.needed_for(operation, access.relation(caller.uid, device.owner)):
-            details = {"device": device.node}
-            await self._authority.require(caller, action, details)
-        caller.client.require_present()
-        self._require_known(device)
-
-    def _require_known(self, device: Device) -> None:
-        if not self._registry.knows(device):
-            raise NoSuchDevice(f"{device.node} is gone")
-
-    def _require_attached(self, device: Device) -> None:
-        self._require_known(device)
-        if device.state != ATTACHED:
-            raise NoSuchDevice(f"{device.node} is detached and goes when its last user closes it")
-
-    async def _with_loop(
-        self,
-        caller: Caller,
-        device: Device,
-        function: Callable[[loopdev.LoopDevice], _T],
-        late: Callable[[_T], object] = lambda _: None,
-        admit: Callable[[], None] = lambda: None,
-    ) -> _T:
-        """Run a function on the device in a thread, whatever becomes of the device meanwhile."""
-        timeout = self._config.deadlines.operation
-        # Whoever has an fd of a device can put a file behind it that hangs.
-        give_back = await self._threads.turn(caller.uid, timeout)
-        with ExitStack() as failed:
-            failed.callback(give_back)
-            caller.client.require_present()
-            self._require_attached(device)
-            admit()
-            # Borrowed here, where nothing can come between the check and the copy of the fd.
-            borrowed = device.loop.borrow() if device.loop else None
-            failed.pop_all()
-
-        def operate() -> _T:
-            with closing(borrowed or loopops.open_existing(device.number, binding)) as loop:
-                try:
-                    return function(loop)
-                except OSError as exc:
-                    if exc.errno == errno.ENXIO:
-                        raise NoSuchDevice(f"{device.node} is gone") from exc
-                    raise
-
-        binding = device.status.binding
-        return await self._threads.run(operate, timeout=timeout, late=late, ended=give_back)
-
-    async def _in_thread(
-        self, function: Callable[[], _T], late: Callable[[_T], object] = lambda _: None
-    ) -> _T:
-        return await self._threads.run(
-            function, timeout=self._config.deadlines.operation, late=late
-        )
 
     # --- the end of a device --------------------------------------------------------------------
 
     def client_left(self, client: Client) -> None:
         """Let go of all that a connection held."""
+        self._locks.client_left(client)
         for lease in self._leases.held_by(client.name):
             if device := self._registry.at(lease.device):
                 log.info("%s has left: detaching %s", client.name, device.node)
@@ -294,12 +247,19 @@ class Manager:
         device.state = DETACHING
         self._leases.end(device.path)
         device.lease = None
+        self._locks.drop(device)
         self._registry.changed(device)
-        self._tasks.start(self._clear(device))
+        self._tasks.start(self._clear(device) if device.number is not None else self._end(device))
+
+    async def _end(self, device: Device) -> None:
+        """End the hold on a block device that needed no loop device: nothing of it is ours."""
+        if device.held:
+            await self._threads.run(device.held.close)
+        self._registry.forget(device)
 
     async def _clear(self, device: Device) -> None:
         def detach() -> tuple[loopdev.LoopDevice, bool]:
-            loop = device.loop or loopops.open_existing(device.number, device.status.binding)
+            loop = device.loop or _open(device)
             return loop, loopdev.detach(loop)
 
         try:
@@ -319,21 +279,31 @@ class Manager:
             pause = next(pauses, pause)
             await asyncio.sleep(pause)
             cleared = await self._threads.run(partial(loopdev.clear, loop))
-        if kernel.loop_binding(device.number) != device.status.binding:
+        if kernel.loop_binding(loop.number) != device.status.binding:
             self._registry.forget(device)
         # Else an operation still under way has it open, or others have someone else's device. The
         # kernel tells when it is unbound; it may just have.
-        self._registry.look_at(device.number)
+        self._registry.look_at(loop.number)
 
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""
         self._leases.end(device.path)
         if device.place:
             device.place.free()
+        self._locks.drop(device)
+        # Behind our back our fds are still open.
+        if device.loop and not device.ending:
+            self._tasks.start(self._threads.run(device.loop.close))
+        if device.held:
+            self._tasks.start(self._threads.run(device.held.close))
         if device.loop:
-            if not device.ending:
-                # Behind our back, and our fds are still open.
-                self._tasks.start(self._threads.run(device.loop.close))
             device.loop.release(False)
-            self._threads.remove(loopdev.remove, device.number)
+            self._threads.remove(loopdev.remove, device.loop.number)
             log.info("%s is gone", device.node)
+
+
+def _open(device: Device) -> loopdev.LoopDevice:
+    """Open a device of someone else's."""
+    if device.number is None:
+        raise NoSuchDevice(f"{device.node} is no loop device")
+    return loopops.open_existing(device.number, device.status.binding)

@@ -6,6 +6,7 @@ udevd runs, and before it has looked.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -20,14 +21,32 @@ _LOOP = re.compile(r"/block/loop(\d+)(?:/|$)")
 _SLICE = 64  # events at a time, some 30 µs each
 
 
+def loop_numbers() -> list[int]:
+    """The numbers of all loop devices that exist, bound or not; takes 0.2 ms each, so not here.
+
+    Raises OSError.
+    """
+    devices = pyudev.Context().list_devices(subsystem="block", DEVTYPE="disk")
+    try:
+        names = (_LOOP.search(device.device_path) for device in devices.match_sys_name("loop*"))
+        return sorted(int(found[1]) for found in names if found)
+    except ValueError as exc:
+        # How pyudev says EINVAL.
+        raise OSError(errno.EINVAL, "udev cannot list the loop devices") from exc
+
+
 class Monitor:
     """Listens from its making on; `on_event` gets the number of a loop device.
 
-    It gets None when events were lost and every device has to be looked at again.
+    It gets None when events were lost and every device has to be looked at again. `on_block` is
+    called when there was anything about any block device.
     """
 
-    def __init__(self, on_event: Callable[[int | None], None]) -> None:
+    def __init__(
+        self, on_event: Callable[[int | None], None], on_block: Callable[[], None]
+    ) -> None:
         self._on_event = on_event
+        self._on_block = on_block
         self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
         self._monitor.filter_by("block")
         self._monitor.start()
@@ -44,12 +63,13 @@ class Monitor:
 
     def _readable(self) -> None:
         lost = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        numbers = set()
+        numbers, came = set(), False
         try:
             for _ in range(_SLICE):
                 device = self._monitor.poll(timeout=0)
                 if device is None:
                     break
+                came = True
                 if found := _LOOP.search(device.device_path):
                     numbers.add(int(found[1]))
         except OSError:
@@ -60,3 +80,5 @@ class Monitor:
             return
         for number in numbers:
             self._on_event(number)
+        if came:
+            self._on_block()

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .attaching import AttachOptions
+from .blockdev import Lock
 from .codec import Variant
 from .errors import InvalidArgs, NotSupported
-from .manager import ResizeOptions
+from .operations import ResizeOptions
 
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
+_MAX_NUMBER = 0xFFFFF  # the kernel has 20 bits for it
 _MAX_REFERENCE = 62  # udev ignores a name that fills the kernel's 63
 
 
@@ -73,38 +75,33 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     read_only = options.boolean("read-only")
     offset = options.u64("offset") or 0
     size_limit = options.u64("size-limit") or 0
-    sector_size = options.u32("sector-size")
-    partition_scan = options.boolean("partition-scan")
+    size = options.u32("sector-size")
+    partition_scan = options.boolean("partition-scan") or False
     direct_io = options.boolean("direct-io")
-    reference = _reference(options.string("reference") or "")
-    lock = options.choice("lock", ("none", "shared", "exclusive"))
+    name = options.string("reference") or ""
+    lock = options.choice("lock", tuple(Lock)) or Lock.NONE
     lifetime = options.choice("lifetime", ("connection", "user", "system"))
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
     if offset % 512:
         raise InvalidArgs("offset: not a multiple of 512")
-    if sector_size is None:
-        sector_size = 512
-    elif sector_size and (sector_size < 512 or sector_size & (sector_size - 1)):
-        raise InvalidArgs("sector-size: not a power of two from 512")
-    for key, asked_for in (
-        ("sector-size", sector_size == 0),
-        ("partition-scan", partition_scan),
-        ("lock", lock not in (None, "none")),
-        ("lifetime", lifetime not in (None, "connection")),
-        ("number", number is not None),
-    ):
-        if asked_for:
-            raise NotSupported(f"{key}: this version of loopd cannot do that yet")
+    if number is not None and number > _MAX_NUMBER:
+        raise InvalidArgs(f"number: larger than {_MAX_NUMBER}")
+    if lifetime not in (None, "connection"):
+        raise NotSupported("lifetime: this version of loopd cannot do that yet")
     return AttachOptions(
         read_only=read_only,
         offset=offset,
         size_limit=size_limit,
-        sector_size=sector_size,
+        sector_size=None if size is None else sector_size(size),
+        probe_sector_size=size == 0,
+        partition_scan=partition_scan,
         direct_io=direct_io,
-        reference=reference,
+        reference=reference(name),
+        lock=Lock(lock),
         allow_overlap=allow_overlap,
+        number=number,
     )
 
 
@@ -120,22 +117,51 @@ def resize_options(given: Mapping[str, Variant]) -> ResizeOptions:
     return wanted
 
 
-def open_options(mode: str, given: Mapping[str, Variant]) -> bool:
-    """The mode and options of Open; whether it is for writing, too."""
+def open_options(mode: str, given: Mapping[str, Variant]) -> tuple[bool, int | None]:
+    """The mode and options of Open: whether it is for writing, too, and of which partition."""
     options = Options(given)
     partition = options.u32("partition")
     options.end()
     if mode not in ("r", "rw"):
         raise InvalidArgs("mode: not one of r, rw")
-    if partition is not None:
-        raise NotSupported("partition: this version of loopd cannot do that yet")
-    return mode == "rw"
+    return mode == "rw", partition
 
 
-def _reference(text: str) -> bytes:
-    reference = text.encode()
-    if len(reference) > _MAX_REFERENCE:
+def detach_options(given: Mapping[str, Variant]) -> bool:
+    """The options of Detach: whether it may be lazy."""
+    options = Options(given)
+    lazy = options.boolean("lazy") or False
+    options.end()
+    return lazy
+
+
+def no_options(given: Mapping[str, Variant]) -> None:
+    """Refuse any option."""
+    Options(given).end()
+
+
+def lock_kind(text: str) -> Lock:
+    """The argument of Lock."""
+    if text not in tuple(Lock):
+        raise InvalidArgs(f"lock: not one of {', '.join(Lock)}")
+    return Lock(text)
+
+
+def reference(text: str) -> bytes:
+    """A free-form name: the option of Attach and the argument of SetReference."""
+    name = text.encode()
+    if len(name) > _MAX_REFERENCE:
         raise InvalidArgs(f"reference: longer than {_MAX_REFERENCE} bytes")
     if any(char < " " or "\x7f" <= char <= "\x9f" for char in text):
         raise InvalidArgs("reference: contains control characters")
-    return reference
+    return name
+
+
+def sector_size(size: int) -> int | None:
+    """A sector size: the option of Attach and the argument of SetSectorSize.
+
+    None means as the partition table says.
+    """
+    if size and (size < 512 or size & (size - 1)):
+        raise InvalidArgs("sector-size: not a power of two from 512")
+    return size or None

@@ -6,19 +6,30 @@ Two filesystems mounted from the same bytes destroy each other, without a word f
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
+from .backing import FileIdentity
 from .errors import Overlap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mapping:
-    """The bytes of a file, by st_dev and st_ino, that a device maps."""
+    """The bytes of a file, by st_dev and st_ino, or of a disk, that a device maps."""
 
     device: int
     inode: int
     start: int
     end: int
     writable: bool
+
+    @classmethod
+    def of(cls, file: FileIdentity, offset: int, size: int, *, writable: bool) -> Self:
+        """So many bytes from an offset on; of a partition, those of its disk."""
+        device, inode, start = file.device, file.inode, offset
+        if file.block:
+            # No file has the inode 0.
+            device, inode, start = file.block.disk, 0, file.block.start + offset
+        return cls(device, inode, start, start + size, writable)
 
     def conflicts_with(self, other: "Mapping") -> bool:
         """Whether both reach the same bytes and one could change them."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """All bound loop devices of the machine, ours and others', kept true by the kernel's events.
 
-It looks at sysfs in threads and decides nothing: it tells its listeners what came, changed, went.
+Beside them the block devices that clients hold without a loop device. It looks at sysfs in threads
+and decides nothing: it tells its listeners what came, changed, went.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import kernel, loopinfo
+from . import loopinfo
 from .device import Device
 from .errors import LoopError, NoSuchDevice
 from .marker import Markers
@@ -37,9 +38,17 @@ class Listeners:
 class Registry:
     """The devices by object path and by number."""
 
-    def __init__(self, threads: Threads, markers: Markers, listeners: Listeners) -> None:
+    def __init__(
+        self,
+        threads: Threads,
+        markers: Markers,
+        listeners: Listeners,
+        numbers: Callable[[], list[int]],
+    ) -> None:
+        """`numbers` lists the numbers of all loop devices that exist."""
         self._threads = threads
         self._markers = markers
+        self._numbers = numbers
         self._listeners = listeners
         self._devices: dict[str, Device] = {}
         self._by_number: dict[int, Device] = {}
@@ -51,6 +60,10 @@ class Registry:
 
     def __iter__(self) -> Iterator[Device]:
         return iter([*self._devices.values()])
+
+    def seen_by(self, uid: int) -> list[Device]:
+        """The devices that a user sees."""
+        return [device for device in self if device.seen_by(uid)]
 
     def at(self, path: str) -> Device | None:
         """The device with this object path."""
@@ -66,11 +79,12 @@ class Registry:
 
     def record(self, device: Device) -> None:
         """Take up a device that is bound now."""
-        if former := self._by_number.get(device.number):
-            self.forget(former)  # the kernel's event about it is still on its way
+        if device.number is not None:
+            if former := self._by_number.get(device.number):
+                self.forget(former)  # the kernel's event about it is still on its way
+            self._by_number[device.number] = device
         self._managed += device.managed
         self._devices[device.path] = device
-        self._by_number[device.number] = device
         self._listeners.added(device)
 
     @property
@@ -88,13 +102,15 @@ class Registry:
             return
         self._managed -= device.managed
         del self._devices[device.path]
-        if self._by_number.get(device.number) is device:
+        if device.number is not None and self._by_number.get(device.number) is device:
             del self._by_number[device.number]
         device.gone.set()
         self._listeners.removed(device)
 
     async def refresh(self, device: Device) -> None:
         """Take up what an operation of ours has changed, before its caller has the answer."""
+        if device.number is None:
+            return
         try:
             status = await self._threads.look(partial(_sight, device.number))
         except OSError as exc:
@@ -105,12 +121,32 @@ class Registry:
 
     async def look_at_all(self) -> None:
         """Look at every loop device there is, and return when that is done."""
-        numbers = await self._threads.look(kernel.loop_numbers)
-        await asyncio.gather(*(self._look(number) for number in {*numbers, *self._by_number}))
+        numbers = await self._threads.look(self._numbers)
+        await asyncio.gather(
+            self._look_at_private(),
+            *(self._look(number) for number in {*numbers, *self._by_number}),
+        )
 
     def look_at(self, number: int | None) -> None:
         """Look at a device that may have changed; None means at all of them."""
         self._tasks.start(self.look_at_all() if number is None else self._look(number))
+
+    def look_at_private(self) -> None:
+        """Look at the block devices that are held without a loop device."""
+        if any(device.private for device in self):
+            self._tasks.start(self._look_at_private())
+
+    async def _look_at_private(self) -> None:
+        for device in [each for each in self if each.private]:
+            try:
+                status = await self._threads.look(partial(_sight_of_block, device))
+            except OSError as exc:
+                log.warning("cannot look at %s: %s", device.node, exc.strerror)
+                continue
+            if status is None:
+                self.forget(device)
+            elif self.knows(device):
+                self._update(device, status)
 
     async def _look(self, number: int) -> None:
         if number in self._looks:
@@ -160,18 +196,15 @@ class Registry:
 
     async def _discover(self, number: int, status: loopinfo.Status) -> None:
         """Record a device that someone else set up."""
-        device = Device(number=number, diskseq=status.diskseq, status=status)
+        device = Device(number=number, name=f"loop{number}", diskseq=status.diskseq, status=status)
         try:
             told = await self._threads.run(
-                partial(loopinfo.binding, number), timeout=_FOREIGN_TIMEOUT
+                partial(loopinfo.binding, number, status.binding), timeout=_FOREIGN_TIMEOUT
             )
         except LoopError as exc:
             log.debug("%s does not say what it is bound to: %s", device.node, exc)
         else:
-            if told.diskseq == status.diskseq:
-                device.backing_device = told.backing_device
-                device.backing_inode = told.backing_inode
-                device.reference = told.reference
+            device.file, device.reference = told.file, told.reference
         if number not in self._by_number and not self._markers.claimed(number):
             self.record(device)
             self._looks[number] = True  # it may have gone while it was asked
@@ -182,3 +215,14 @@ def _sight(number: int) -> loopinfo.Status | None:
         return loopinfo.status(number)
     except NoSuchDevice:
         return None
+
+
+def _sight_of_block(device: Device) -> loopinfo.Status | None:
+    """How a block device is, None if it is gone, or another medium is in it."""
+    if device.file is None or device.file.block is None:
+        return None
+    try:
+        status = loopinfo.block_status(device.file.block.number, read_only=device.status.read_only)
+    except NoSuchDevice:
+        return None
+    return status if status.diskseq == device.diskseq else None

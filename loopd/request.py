@@ -4,7 +4,10 @@
 from dataclasses import dataclass
 
 from .backing import BackingFile
+from .blockdev import Lock
 from .errors import InvalidArgs
+
+DEFAULT_SECTOR_SIZE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +18,16 @@ class AttachRequest:
     offset: int = 0
     size_limit: int = 0
     """0 means to the end of the file."""
-    sector_size: int = 512
+    sector_size: int | None = DEFAULT_SECTOR_SIZE
+    """None means as the partition table says."""
+    partition_scan: bool = False
     direct_io: bool = True
     reference: bytes = b""
     """The free-form name, lo_file_name."""
+    lock: Lock = Lock.NONE
+    """The BSD lock that is kept."""
+    number: int | None = None
+    """The device to bind, and no other; None means any free one."""
 
     def check(self, file: BackingFile, size: int) -> None:
         """Refuse what the kernel would take and round, clamp or fail later; `size` is the file's.
@@ -33,7 +42,7 @@ class AttachRequest:
             raise InvalidArgs("offset: not a multiple of 512")
         if self.offset >= size:
             raise InvalidArgs(f"offset: not inside the file, which has {size} bytes")
-        sector_size = self.sector_size
+        sector_size = self.sector_size or DEFAULT_SECTOR_SIZE
         if sector_size < 512 or sector_size & (sector_size - 1):
             raise InvalidArgs("sector-size: not a power of two from 512")
         if self.size_limit % sector_size:

@@ -5,18 +5,27 @@ It decides nothing. The interfaces are described in dbus/org.example.Loop1.xml, 
 Introspect shows; a test compares it with the tables here.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .access import Caller
+from .announcer import (
+    DEVICE,
+    INTROSPECTABLE,
+    MANAGER,
+    OBJECT_MANAGER,
+    PATH,
+    PEER,
+    PROPERTIES,
+    Announcer,
+    Properties,
+)
 from .attaching import Attaching
 from .bus import Authorization, Method
 from .codec import Variant
-from .config import Limits
 from .device import PREFIX, Device
 from .errors import (
     PropertyReadOnly,
@@ -28,17 +37,18 @@ from .errors import (
 from .fd import OwnedFd
 from .introspection import Introspection
 from .manager import Manager
-from .options import Options, attach_options, open_options, resize_options
+from .operations import Operations
+from .options import (
+    attach_options,
+    detach_options,
+    lock_kind,
+    no_options,
+    open_options,
+    reference,
+    resize_options,
+    sector_size,
+)
 from .registry import Registry
-
-NAME = "org.example.Loop1"
-PATH = "/org/example/Loop1"
-MANAGER = NAME
-DEVICE = NAME + ".Device"
-OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
-PROPERTIES = "org.freedesktop.DBus.Properties"
-INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
-PEER = "org.freedesktop.DBus.Peer"
 
 _DEVICES = PREFIX.removesuffix("/")
 # Objects that are there for what lies below them.
@@ -49,11 +59,11 @@ _ANCESTORS: dict[str, list[str]] = {
     PATH: ["device"],
     _DEVICES: [],
 }
+_NO_OBJECT = "there is no such object: its device may be gone"
 _MACHINE_ID = Path("/etc/machine-id")
 
 _OptionDict = dict[str, Variant]
 _Answer = tuple[Any, ...]
-Properties = dict[str, Variant]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,63 +81,23 @@ class Target:
         return self.device
 
 
-# Property, signature, value: of a device, and of the manager below.
-DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
-    "Node": ("s", lambda device: device.node),
-    "Number": ("u", lambda device: device.number),
-    "DeviceNumber": ("t", lambda device: device.status.device_number),
-    "Diskseq": ("t", lambda device: device.diskseq),
-    "BackingFile": ("ay", lambda device: device.status.backing_file + b"\0"),
-    "BackingDevice": ("t", lambda device: device.backing_device),
-    "BackingInode": ("t", lambda device: device.backing_inode),
-    "Offset": ("t", lambda device: device.status.offset),
-    "SizeLimit": ("t", lambda device: device.status.size_limit),
-    "Size": ("t", lambda device: device.status.size),
-    "SectorSize": ("u", lambda device: device.status.sector_size),
-    "ReadOnly": ("b", lambda device: device.status.read_only),
-    "DirectIO": ("b", lambda device: device.status.direct_io),
-    "Autoclear": ("b", lambda device: device.status.autoclear),
-    "PartitionScan": ("b", lambda device: device.status.partition_scan),
-    "Partitions": ("a(ustt)", lambda device: []),  # none are made yet
-    # Bytes that are no UTF-8 would cost us the bus.
-    "Reference": ("s", lambda device: device.reference.decode(errors="replace")),
-    "Owner": ("u", lambda device: device.owner),
-    "Holder": ("s", lambda device: device.lease.holder if device.lease else ""),
-    "Lifetime": ("s", lambda device: device.lifetime),
-    "Holds": ("u", lambda device: 0),  # none can be taken yet
-    "Locked": ("s", lambda device: "none"),  # none can be taken yet
-    "Managed": ("b", lambda device: device.managed),
-    "State": ("s", lambda device: device.state),
-    "AttachedAt": ("t", lambda device: device.attached_at),
-}
-
-
 class Service:
-    """The objects on the bus. `emit` sends a signal: path, interface, member, signature, body."""
+    """The objects on the bus, but for their signals, which are the announcer's."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        limits: Limits,
-        emit: Callable[[str, str, str, str, list[Any]], None],
-    ) -> None:
+    def __init__(self, registry: Registry, announcer: Announcer) -> None:
         self._registry = registry
-        self._limits = limits
-        self._emit = emit
+        self._announcer = announcer
         self._manager: Manager
+        self._operations: Operations
         self._attaching: Attaching
         self._introspection = Introspection()
-        self._loop = asyncio.get_running_loop()
-        # What was last told of each device and of the manager, to tell what has changed.
-        self._told: dict[str, Properties] = {}
-        self._changed: dict[str, Target] = {}
         self.methods = self._table()
 
-    def serve(self, manager: Manager, attaching: Attaching) -> None:
+    def serve(self, manager: Manager, operations: Operations, attaching: Attaching) -> None:
         """Take those who do what is asked for."""
         self._manager = manager
+        self._operations = operations
         self._attaching = attaching
-        self._told[PATH] = self._properties_of(Target(PATH))
 
     # --- dispatch -------------------------------------------------------------------------------
 
@@ -155,7 +125,7 @@ class Service:
                 in_signature=in_signature,
                 out_signature=out_signature,
                 authorization=authorization,
-                handler=handler,
+                handler=partial(self._call, handler),
             )
 
         method(MANAGER, "Attach", "ha{sv}", "ost", manager, self._attach)
@@ -167,7 +137,13 @@ class Service:
         method(DEVICE, "Detach", "a{sv}", "b", manager, self._detach)
         method(DEVICE, "Resize", "a{sv}", "t", manager, self._resize)
         method(DEVICE, "Open", "sa{sv}", "h", manager, self._open)
+        method(DEVICE, "SetAutoclear", "ba{sv}", "", manager, self._set_autoclear)
+        method(DEVICE, "SetDirectIO", "ba{sv}", "b", manager, self._set_direct_io)
+        method(DEVICE, "SetReference", "sa{sv}", "", manager, self._set_reference)
+        method(DEVICE, "SetSectorSize", "ua{sv}", "", manager, self._set_sector_size)
+        method(DEVICE, "Lock", "sa{sv}", "", manager, self._lock)
         method(DEVICE, "Sync", "a{sv}", "", manager, self._sync)
+        method(DEVICE, "RescanPartitions", "a{sv}", "u", manager, self._rescan_partitions)
         method(OBJECT_MANAGER, "GetManagedObjects", "", "a{oa{sa{sv}}}", free, self._objects)
         method(PROPERTIES, "Get", "ss", "v", free, self._get)
         method(PROPERTIES, "GetAll", "s", "a{sv}", free, self._get_all)
@@ -196,7 +172,14 @@ class Service:
             return (MANAGER, OBJECT_MANAGER, PROPERTIES, INTROSPECTABLE, PEER)
         if target.path in _ANCESTORS:
             return (INTROSPECTABLE, PEER)
-        raise UnknownObject("there is no such object: its device may be gone")
+        raise UnknownObject(_NO_OBJECT)
+
+    async def _call(
+        self, handler: Callable[..., Awaitable[_Answer]], caller: Caller, target: Target, *args: Any
+    ) -> _Answer:
+        if target.device and not target.device.seen_by(caller.uid):
+            raise UnknownObject(_NO_OBJECT)
+        return await handler(caller, target, *args)
 
     # --- org.example.Loop1 ----------------------------------------------------------------------
 
@@ -209,12 +192,12 @@ class Service:
     async def _detach_by_fd(
         self, caller: Caller, target: Target, fd: OwnedFd, options: _OptionDict
     ) -> _Answer:
-        return (await self._manager.detach_by_fd(caller, fd, lazy=_lazy(options)),)
+        return (await self._manager.detach_by_fd(caller, fd, lazy=detach_options(options)),)
 
     async def _resize_by_fd(
         self, caller: Caller, target: Target, fd: OwnedFd, options: _OptionDict
     ) -> _Answer:
-        return (await self._manager.resize_by_fd(caller, fd, resize_options(options)),)
+        return (await self._operations.resize_by_fd(caller, fd, resize_options(options)),)
 
     async def _get_device(self, caller: Caller, target: Target, fd: OwnedFd) -> _Answer:
         return ((await self._manager.device_by_fd(caller, fd)).path,)
@@ -232,35 +215,82 @@ class Service:
                 device.owner,
                 device.lifetime,
             ]
-            for device in self._registry
+            for device in self._registry.seen_by(caller.uid)
         ]
         return (rows,)
 
     # --- org.example.Loop1.Device ---------------------------------------------------------------
 
     async def _detach(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
-        return (await self._manager.detach(caller, target.bound, lazy=_lazy(options)),)
+        lazy = detach_options(options)
+        return (await self._manager.detach(caller, target.bound, lazy=lazy),)
 
     async def _resize(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
-        return (await self._manager.resize(caller, target.bound, resize_options(options)),)
+        wanted = resize_options(options)
+        return (await self._operations.resize(caller, target.bound, wanted),)
 
     async def _open(
         self, caller: Caller, target: Target, mode: str, options: _OptionDict
     ) -> _Answer:
-        return (await self._manager.open(caller, target.bound, open_options(mode, options)),)
+        writable, partition = open_options(mode, options)
+        return (
+            await self._operations.open(
+                caller, target.bound, writable=writable, partition=partition
+            ),
+        )
+
+    async def _set_autoclear(
+        self, caller: Caller, target: Target, enable: bool, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        await self._operations.set_autoclear(caller, target.bound, enable)
+        return ()
+
+    async def _set_direct_io(
+        self, caller: Caller, target: Target, enable: bool, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        return (await self._operations.set_direct_io(caller, target.bound, enable),)
+
+    async def _set_reference(
+        self, caller: Caller, target: Target, text: str, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        await self._operations.set_reference(caller, target.bound, reference(text))
+        return ()
+
+    async def _set_sector_size(
+        self, caller: Caller, target: Target, size: int, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        await self._operations.set_sector_size(caller, target.bound, sector_size(size))
+        return ()
+
+    async def _lock(
+        self, caller: Caller, target: Target, kind: str, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        await self._operations.lock(caller, target.bound, lock_kind(kind))
+        return ()
 
     async def _sync(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
-        Options(options).end()
-        await self._manager.sync(caller, target.bound)
+        no_options(options)
+        await self._operations.sync(caller, target.bound)
         return ()
+
+    async def _rescan_partitions(
+        self, caller: Caller, target: Target, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        return (await self._operations.rescan_partitions(caller, target.bound),)
 
     # --- the standard interfaces ----------------------------------------------------------------
 
     async def _objects(self, caller: Caller, target: Target) -> _Answer:
         return (
             {
-                device.path: {DEVICE: self._properties_of(Target(device.path, device))}
-                for device in self._registry
+                device.path: {DEVICE: self._announcer.properties_of(device)}
+                for device in self._registry.seen_by(caller.uid)
             },
         )
 
@@ -282,7 +312,9 @@ class Service:
     async def _introspect(self, caller: Caller, target: Target) -> _Answer:
         children = _ANCESTORS.get(target.path, [])
         if target.path == _DEVICES:
-            children = [device.path.rpartition("/")[2] for device in self._registry]
+            children = [
+                device.path.rpartition("/")[2] for device in self._registry.seen_by(caller.uid)
+            ]
         return (self._introspection.node(self._interfaces(target), children),)
 
     async def _ping(self, caller: Caller, target: Target) -> _Answer:
@@ -291,71 +323,10 @@ class Service:
     async def _machine_id(self, caller: Caller, target: Target) -> _Answer:
         return (_MACHINE_ID.read_text().strip(),)  # noqa: ASYNC240  one small local file
 
-    # --- properties and signals -----------------------------------------------------------------
-
     def _properties_on(self, target: Target, interface: str) -> Properties:
         own = DEVICE if target.device else MANAGER
         if interface in (own, ""):
-            return self._properties_of(target)
+            return self._announcer.properties_of(target.device)
         if interface in self._interfaces(target):
             return {}
         raise UnknownInterface("the object has no interface of that name")
-
-    def _properties_of(self, target: Target) -> Properties:
-        if device := target.device:
-            return {
-                name: Variant(signature, value(device))
-                for name, (signature, value) in DEVICE_PROPERTIES.items()
-            }
-        return {
-            "Version": Variant("s", __version__),
-            "DeviceCount": Variant("u", self._registry.managed),
-            "MaxDevices": Variant("u", self._limits.devices),
-            "MaxDevicesPerUser": Variant("u", self._limits.devices_per_user),
-        }
-
-    def device_added(self, device: Device) -> None:
-        """Tell of a new device."""
-        told = self._told[device.path] = self._properties_of(Target(device.path, device))
-        self._emit(
-            PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [device.path, {DEVICE: told}]
-        )
-        self._note(Target(PATH))
-
-    def device_changed(self, device: Device) -> None:
-        """Tell, soon, what has changed about a device."""
-        self._note(Target(device.path, device))
-
-    def device_removed(self, device: Device) -> None:
-        """Tell that a device is gone."""
-        self.flush()  # its last changes come before its end
-        self._told.pop(device.path, None)
-        self._emit(PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", [device.path, [DEVICE]])
-        self._note(Target(PATH))
-
-    def _note(self, target: Target) -> None:
-        if not self._changed:
-            self._loop.call_soon(self.flush)
-        self._changed[target.path] = target
-
-    def flush(self) -> None:
-        """Tell what has changed since the last time: one signal an object, however much it was."""
-        changed, self._changed = self._changed, {}
-        for path, target in changed.items():
-            before = self._told.get(path)
-            if before is None:
-                continue
-            now = self._told[path] = self._properties_of(target)
-            different = {name: value for name, value in now.items() if value != before[name]}
-            if different:
-                interface = DEVICE if target.device else MANAGER
-                self._emit(
-                    path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, different, []]
-                )
-
-
-def _lazy(given: _OptionDict) -> bool:
-    options = Options(given)
-    lazy = options.boolean("lazy") or False
-    options.end()
-    return lazy

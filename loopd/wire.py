@@ -177,13 +177,28 @@ class Connection:
         self._send(message, to.sender)
 
     def emit(
-        self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        *,
+        destination: str = "",
     ) -> None:
-        """Send a signal to everyone who listens; nobody does once the bus is lost."""
+        """Send a signal to everyone who listens, or to one; nobody does once the bus is lost."""
         if self._lost:
             return
-        message = codec.signal(path, interface, member, signature, body, serial=self._next_serial())
-        self._send(message, "")
+        message = codec.signal(
+            path,
+            interface,
+            member,
+            signature,
+            body,
+            serial=self._next_serial(),
+            destination=destination,
+        )
+        self._send(message, destination)
 
     async def drain(self) -> None:
         """Wait until all that was sent is with the bus."""

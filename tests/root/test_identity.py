@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
+from loopd import kernel, uapi
 from tests.harness import loops
 from tests.harness.caller import RemoteFd
 from tests.harness.polkit import RULES_ALLOW_ALL
@@ -92,11 +92,11 @@ def test_a_user_that_turned_autoclear_off_gets_no_more_fds_without_it(world: Wor
     caller = world.caller()
     attached = caller.attach(world.image())
     device = caller.open_device(attached.path, "rw")
-    info = kernel.loop_info64()
+    info = uapi.loop_info64()
     fd = device.fetch()
     try:
-        fcntl.ioctl(fd, kernel.LOOP_GET_STATUS64, info)
-        info.lo_flags &= ~kernel.LO_FLAGS_AUTOCLEAR
+        fcntl.ioctl(fd, uapi.LOOP_GET_STATUS64, info)
+        info.lo_flags &= ~uapi.LO_FLAGS_AUTOCLEAR
         kernel.loop_set_status64(fd, info)
     finally:
         os.close(fd)
@@ -118,7 +118,7 @@ def test_a_user_that_turns_autoclear_off_while_its_device_goes_does_not_keep_it(
     fd = device.fetch()
     try:
         info = kernel.loop_get_status64(fd)
-        info.lo_flags &= ~kernel.LO_FLAGS_AUTOCLEAR
+        info.lo_flags &= ~uapi.LO_FLAGS_AUTOCLEAR
         kernel.loop_set_status64(fd, info)
     finally:
         os.close(fd)

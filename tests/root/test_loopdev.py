@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopd import backing, kernel, loopdev
+from loopd import backing, kernel, loopdev, uapi
 from loopd.errors import NotSupported
 from loopd.fd import OwnedFd
 from loopd.request import AttachRequest
@@ -56,7 +56,7 @@ def test_who_loses_the_race_for_a_device_claims_it_no_more_and_takes_another(
 ) -> None:
     configure, claims, lost = kernel.loop_configure, Claims(), []
 
-    def loses_once(loop_fd: int, config: kernel.loop_config) -> None:
+    def loses_once(loop_fd: int, config: uapi.loop_config) -> None:
         if not lost:
             lost.append(loop_fd)
             raise OSError(errno.EBUSY, "bound by somebody else")
@@ -101,8 +101,8 @@ def test_direct_io_that_is_refused_is_done_without(
     read, asked = kernel.loop_attribute, []
     configure = kernel.loop_configure
 
-    def note(loop_fd: int, config: kernel.loop_config) -> None:
-        asked.append(bool(config.info.lo_flags & kernel.LO_FLAGS_DIRECT_IO))
+    def note(loop_fd: int, config: uapi.loop_config) -> None:
+        asked.append(bool(config.info.lo_flags & uapi.LO_FLAGS_DIRECT_IO))
         configure(loop_fd, config)
 
     def refused(number: int, attribute: str) -> bytes:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from loopd import introspection, service
+from loopd import announcer, introspection, service
 from loopd.bus import Authorization, Method
-from loopd.config import Limits
 
 TREE = ElementTree.fromstring(introspection.description())
 INTERFACES = {each.get("name"): each for each in TREE.iter("interface")}
@@ -17,7 +16,7 @@ INTERFACES = {each.get("name"): each for each in TREE.iter("interface")}
 
 def make_service() -> service.Service:
     async def make() -> service.Service:
-        return service.Service(registry=None, limits=Limits(), emit=lambda *_: None)  # type: ignore[arg-type]
+        return service.Service(registry=None, announcer=None)  # type: ignore[arg-type]
 
     return asyncio.run(make())
 
@@ -50,9 +49,9 @@ def test_the_xml_has_the_methods_that_are_served(interface: str) -> None:
 
 def test_the_xml_has_the_properties_of_a_device() -> None:
     described = {
-        each.get("name"): each.get("type") for each in INTERFACES[service.DEVICE].iter("property")
+        each.get("name"): each.get("type") for each in INTERFACES[announcer.DEVICE].iter("property")
     }
-    served = {name: kind for name, (kind, _) in service.DEVICE_PROPERTIES.items()}
+    served = {name: kind for name, (kind, _) in announcer.DEVICE_PROPERTIES.items()}
     assert described == served
 
 
@@ -89,7 +88,10 @@ def test_what_changes_something_is_for_the_manager_to_allow() -> None:
 
 
 def test_introspection_of_a_node_is_cut_whole() -> None:
-    text = introspection.Introspection().node([service.DEVICE, service.PEER], ["loop3_4"])
+    text = introspection.Introspection().node([announcer.DEVICE, announcer.PEER], ["loop3_4"])
     tree = ElementTree.fromstring(text)
-    assert [each.get("name") for each in tree.iter("interface")] == [service.DEVICE, service.PEER]
+    assert [each.get("name") for each in tree.iter("interface")] == [
+        announcer.DEVICE,
+        announcer.PEER,
+    ]
     assert [each.get("name") for each in tree.findall("node")] == ["loop3_4"]

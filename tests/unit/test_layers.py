@@ -16,14 +16,17 @@ LAYERS = (
     ("cli.arguments", "client.blocking"),
     ("cli.outcome", "service", "client"),
     ("cli.output", "options", "bus", "introspection", "client.link"),
-    ("manager", "attaching", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("registry", "monitor", "polkit", "wire", "dial"),
+    ("operations", "attaching", "announcer"),
+    ("manager", "cli.signals", "client.properties", "client.watch", "client.image"),
+    ("registry", "locks", "monitor", "polkit", "wire", "dial"),
     ("device", "threads", "tasks", "config"),
     ("leases", "loopops", "overlap", "marker"),
     ("loopdev",),
-    ("loopinfo", "request"),
+    ("binding", "partition"),
+    ("loopinfo", "request", "table"),
     ("access", "blockdev", "backing", "codec", "frame"),
     ("kernel", "errors", "fd"),
+    ("uapi", "tablereader"),
     ("",),  # the package itself, which holds the version
 )
 RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}
@@ -72,7 +75,11 @@ def test_imports_go_down_only(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["kernel", "blockdev", "backing", "loopinfo", "loopdev", "loopops", "marker"]
+    "module",
+    [
+        *("uapi", "kernel", "blockdev", "backing", "loopinfo", "table", "tablereader"),
+        *("partition", "binding", "loopdev", "loopops", "marker"),
+    ],
 )
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
     ours, others = imports_of(module)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loopd.attaching import AttachOptions
 from loopd.codec import Variant
 from loopd.errors import InvalidArgs, LoopError, NotSupported
-from loopd.manager import ResizeOptions
+from loopd.operations import ResizeOptions
 from loopd.options import Options, attach_options, open_options, resize_options
 
 TYPES = {

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the objects on the bus tell about themselves: their properties, and when those change.
+
+One signal an object, however much has changed, and before the answer to the call that changed it.
+Of a device that only its owner sees, only the owner's connections hear.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from . import __version__
+from .codec import Variant
+from .config import Limits
+from .device import Device
+from .registry import Registry
+
+NAME = "org.example.Loop1"
+PATH = "/org/example/Loop1"
+MANAGER = NAME
+DEVICE = NAME + ".Device"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
+PEER = "org.freedesktop.DBus.Peer"
+
+Properties = dict[str, Variant]
+
+
+def _partitions(device: Device) -> list[list[Any]]:
+    return [
+        [each.number, device.partition_node(each.number), each.start, each.size]
+        for each in device.status.partitions
+    ]
+
+
+# Property, signature, value.
+DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
+    "Node": ("s", lambda device: device.node),
+    "Number": ("u", lambda device: NO_NUMBER if device.number is None else device.number),
+    "DeviceNumber": ("t", lambda device: device.status.device_number),
+    "Diskseq": ("t", lambda device: device.diskseq),
+    "BackingFile": ("ay", lambda device: device.status.backing_file + b"\0"),
+    "BackingDevice": ("t", lambda device: device.file.device if device.file else 0),
+    "BackingInode": ("t", lambda device: device.file.inode if device.file else 0),
+    "Offset": ("t", lambda device: device.status.offset),
+    "SizeLimit": ("t", lambda device: device.status.size_limit),
+    "Size": ("t", lambda device: device.status.size),
+    "SectorSize": ("u", lambda device: device.status.sector_size),
+    "ReadOnly": ("b", lambda device: device.status.read_only),
+    "DirectIO": ("b", lambda device: device.status.direct_io),
+    "Autoclear": ("b", lambda device: device.status.autoclear),
+    "PartitionScan": ("b", lambda device: device.status.partition_scan),
+    "Partitions": ("a(ustt)", _partitions),
+    # Bytes that are no UTF-8 would cost us the bus.
+    "Reference": ("s", lambda device: device.reference.decode(errors="replace")),
+    "Owner": ("u", lambda device: device.owner),
+    "Holder": ("s", lambda device: device.lease.holder if device.lease else ""),
+    "Lifetime": ("s", lambda device: device.lifetime),
+    "Holds": ("u", lambda device: 0),  # none can be taken yet
+    "Locked": ("s", lambda device: str(device.lock)),
+    "Managed": ("b", lambda device: device.managed),
+    "State": ("s", lambda device: device.state),
+    "AttachedAt": ("t", lambda device: device.attached_at),
+}
+
+NO_NUMBER = 0xFFFFFFFF
+"""The loop number of a block device that needed no loop device."""
+
+
+class Emit(Protocol):
+    """Sends a signal to everyone, or to the connections of one user."""
+
+    def __call__(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: list[Any],
+        *,
+        uid: int | None,
+    ) -> None:
+        """Send it."""
+
+
+class Announcer:
+    """Keeps what was told last of each object, to tell what has changed."""
+
+    def __init__(self, registry: Registry, limits: Limits, emit: Emit) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+        self._told: dict[str, Properties] = {}
+        self._changed: dict[str, Device | None] = {}
+
+    def start(self) -> None:
+        """Begin with the manager as it is now."""
+        self._told[PATH] = self.properties_of(None)
+
+    def properties_of(self, device: Device | None) -> Properties:
+        """The properties of a device, or of the manager."""
+        if device:
+            return {
+                name: Variant(signature, value(device))
+                for name, (signature, value) in DEVICE_PROPERTIES.items()
+            }
+        return {
+            "Version": Variant("s", __version__),
+            "DeviceCount": Variant("u", self._registry.managed),
+            "MaxDevices": Variant("u", self._limits.devices),
+            "MaxDevicesPerUser": Variant("u", self._limits.devices_per_user),
+        }
+
+    def added(self, device: Device) -> None:
+        """Tell of a new device."""
+        told = self._told[device.path] = self.properties_of(device)
+        body = [device.path, {DEVICE: told}]
+        self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
+        self._note(None)
+
+    def changed(self, device: Device) -> None:
+        """Tell, soon, what has changed about a device."""
+        self._note(device)
+
+    def removed(self, device: Device) -> None:
+        """Tell that a device is gone."""
+        self.flush()  # its last changes come before its end
+        self._told.pop(device.path, None)
+        body = [device.path, [DEVICE]]
+        self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", body)
+        self._note(None)
+
+    def _note(self, device: Device | None) -> None:
+        if not self._changed:
+            self._loop.call_soon(self.flush)
+        self._changed[device.path if device else PATH] = device
+
+    def flush(self) -> None:
+        """Tell what has changed since the last time."""
+        changed, self._changed = self._changed, {}
+        for path, device in changed.items():
+            before = self._told.get(path)
+            if before is None:
+                continue
+            now = self._told[path] = self.properties_of(device)
+            different = {name: value for name, value in now.items() if value != before[name]}
+            if different:
+                body = [DEVICE if device else MANAGER, different, []]
+                self._emit_for(device, path, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
+
+    def _emit_for(
+        self,
+        device: Device | None,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: list[Any],
+    ) -> None:
+        uid = device.owner if device and device.private else None
+        self._emit(path, interface, member, signature, body, uid=uid)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who holds which BSD lock on a device, and until when: one a device, of one connection.
+
+The locks themselves are taken in `loopops`. udev waits for a lock for three minutes and then gives
+up on the device for good, so an exclusive one of an ordinary user ends before that.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .access import ROOT, Client
+from .blockdev import Lock
+from .device import Device
+from .fd import OwnedFd
+from .tasks import Tasks
+from .threads import Threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Held:
+    device: Device
+    client: Client
+    expiry: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Locks:
+    """All locks that are held; `changed` is told of devices whose lock is another one now."""
+
+    def __init__(
+        self, threads: Threads, changed: Callable[[Device], None], *, exclusive_for: float
+    ) -> None:
+        """`exclusive_for`: how many seconds an ordinary user may keep a device exclusively."""
+        self._threads = threads
+        self._changed = changed
+        self._exclusive_for = exclusive_for
+        self._held: dict[str, _Held] = {}
+        self._tasks = Tasks()
+        self._loop = asyncio.get_running_loop()
+
+    def holder(self, device: Device) -> Client | None:
+        """The connection that holds the lock on a device."""
+        held = self._held.get(device.path)
+        return held.client if held else None
+
+    def note(self, device: Device, client: Client, kind: Lock) -> None:
+        """Note the lock that has been taken on a device, in place of the one there was."""
+        self._forget(device)
+        held = self._held[device.path] = _Held(device=device, client=client)
+        if kind is Lock.EXCLUSIVE and client.uid != ROOT:
+            held.expiry = self._loop.call_later(self._exclusive_for, self._expire, held)
+        device.lock = kind
+        self._changed(device)
+
+    def drop(self, device: Device) -> None:
+        """Unlock a device, if it is locked; others get it a moment later."""
+        self._forget(device)
+        if device.lock is Lock.NONE:
+            return
+        device.lock = Lock.NONE
+        self._changed(device)
+        if device.loop and device.loop.lock:
+            self._close(device.loop.lock.move())
+
+    def client_left(self, client: Client) -> None:
+        """Drop all that a connection held."""
+        for held in [each for each in self._held.values() if each.client is client]:
+            self.drop(held.device)
+
+    def _expire(self, held: _Held) -> None:
+        log.info("%s was locked for %g s, which is enough", held.device.node, self._exclusive_for)
+        self.drop(held.device)
+
+    def _forget(self, device: Device) -> None:
+        held = self._held.pop(device.path, None)
+        if held and held.expiry:
+            held.expiry.cancel()
+
+    def _close(self, fd: OwnedFd) -> None:
+        self._tasks.start(self._threads.run(fd.close))

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The use cases on a device that is there: resize, set, lock, sync, scan, open.
+
+Each is authorized first, done in a thread, and taken up by the registry before its caller has the
+answer. Whatever a step leaves behind is undone when the caller has left.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from . import kernel, loopdev, loopops, overlap
+from .access import ROOT, Caller, Operation
+from .blockdev import Lock
+from .device import Device
+from .errors import DeviceBusy, InvalidArgs, NotSupported
+from .fd import OwnedFd
+from .locks import Locks
+from .manager import Manager
+from .registry import Registry
+from .tasks import Tasks
+from .threads import Threads
+
+_T = TypeVar("_T")
+
+# Past the end of any file.
+_ANY_END = 1 << 64
+# From this version on a loop device is never unbound before its last close.
+_NEVER_UNBOUND_WHILE_OPEN = (6, 11)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions:
+    """What a client asks for; None means as it is, in bytes."""
+
+    offset: int | None = None
+    size_limit: int | None = None
+    force: bool = False
+
+
+class Operations:
+    """What can be done to a device, beside detaching it."""
+
+    def __init__(
+        self, manager: Manager, registry: Registry, locks: Locks, threads: Threads
+    ) -> None:
+        self._manager = manager
+        self._registry = registry
+        self._locks = locks
+        self._threads = threads
+        self._tasks = Tasks()
+
+    async def _set(
+        self,
+        caller: Caller,
+        operation: Operation,
+        device: Device,
+        function: Callable[[loopdev.LoopDevice], _T],
+        admit: Callable[[], None] = lambda: None,
+    ) -> _T:
+        """Authorize an operation that changes the device, do it, and take up the change."""
+        await self._manager.require(caller, operation, device)
+        try:
+            return await self._manager.with_loop(caller, device, function, admit=admit)
+        finally:
+            await self._registry.refresh(device)
+
+    # --- size -----------------------------------------------------------------------------------
+
+    async def resize(self, caller: Caller, device: Device, options: ResizeOptions) -> int:
+        """Change offset and limit, or take up the file's size; returns the new size in bytes."""
+        return await self._set(
+            caller,
+            Operation.RESIZE,
+            device,
+            partial(
+                loopops.resize,
+                offset=options.offset,
+                size_limit=options.size_limit,
+                force=options.force,
+            ),
+            admit=partial(self._require_no_overlap, device, options),
+        )
+
+    def _require_no_overlap(self, device: Device, options: ResizeOptions) -> None:
+        """Raise Overlap if the device would grow or move into what another one maps."""
+        now = device.mapping
+        if now is None:
+            return
+        start = device.status.offset if options.offset is None else options.offset
+        limit = device.status.size_limit if options.size_limit is None else options.size_limit
+        moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
+        then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
+        others = (other for other in self._registry if other is not device)
+        overlap.require_none(
+            then,
+            bound=(
+                (other.node, other.mapping)
+                for other in others
+                if other.mapping and not now.conflicts_with(other.mapping)
+            ),
+            binding=(),
+        )
+
+    async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
+        """As `resize`, on what the fd names; an fd on a partition means the partition."""
+        device, partition = await self._manager.named(caller, fd)
+        if partition is None:
+            return await self.resize(caller, device, options)
+        if options.offset is not None or options.force:
+            key = "force" if options.offset is None else "offset"
+            raise InvalidArgs(f"{key}: a partition can be given another size-limit only")
+        return await self._set(
+            caller,
+            Operation.RESIZE,
+            device,
+            partial(loopops.resize_partition, partition=partition, size=options.size_limit),
+        )
+
+    # --- settings -------------------------------------------------------------------------------
+
+    async def set_autoclear(self, caller: Caller, device: Device, enable: bool) -> None:
+        """Have the kernel detach a device at its last close, or not."""
+        if device.managed and not device.private:
+            raise NotSupported(
+                f"{device.node} goes with its lease: use SetLifetime to keep it for longer"
+            )
+        await self._set(
+            caller, Operation.SET_AUTOCLEAR, device, partial(loopops.set_autoclear, enable=enable)
+        )
+
+    async def set_direct_io(self, caller: Caller, device: Device, enable: bool) -> bool:
+        """Turn direct I/O on or off; returns what is in effect."""
+        return await self._set(
+            caller, Operation.SET_DIRECT_IO, device, partial(loopops.set_direct_io, enable=enable)
+        )
+
+    async def set_reference(self, caller: Caller, device: Device, reference: bytes) -> None:
+        """Change the free-form name."""
+        await self._set(
+            caller,
+            Operation.SET_REFERENCE,
+            device,
+            partial(loopops.set_reference, reference=reference),
+        )
+        # The kernel tells nobody.
+        device.reference = reference
+        self._registry.changed(device)
+
+    async def set_sector_size(self, caller: Caller, device: Device, size: int | None) -> None:
+        """Change the logical sector size, in bytes; None means as the partition table says."""
+        await self._set(
+            caller, Operation.SET_SECTOR_SIZE, device, partial(loopops.set_sector_size, size=size)
+        )
+
+    async def rescan_partitions(self, caller: Caller, device: Device) -> int:
+        """Bring the partition devices in step with the table; returns how many there are."""
+        found = await self._set(
+            caller, Operation.RESCAN_PARTITIONS, device, loopops.rescan_partitions
+        )
+        return len(found)
+
+    # --- the rest -------------------------------------------------------------------------------
+
+    async def sync(self, caller: Caller, device: Device) -> None:
+        """Write back what is dirty; the caller sees the error."""
+        await self._manager.require(caller, Operation.SYNC, device)
+        if device.held is None:
+            await self._manager.with_loop(caller, device, loopops.sync)
+            return
+        fd = OwnedFd(kernel.dup(device.held.fileno()))
+
+        def sync() -> None:
+            with fd:
+                kernel.fsync(fd.fileno())
+
+        await self._manager.in_thread(sync)
+
+    async def open(
+        self, caller: Caller, device: Device, *, writable: bool, partition: int | None
+    ) -> OwnedFd:
+        """A new fd on the device's node, or on a partition's."""
+        if caller.uid != ROOT and kernel.release() < _NEVER_UNBOUND_WHILE_OPEN:
+            # CLR_FD by the last opener would unbind and leave it an fd on the next user's image.
+            raise NotSupported("before Linux 6.11 only root may be given a device's fd")
+        await self._manager.require(caller, Operation.OPEN, device)
+        fd = await self._manager.with_loop(
+            caller,
+            device,
+            partial(loopops.open_node, writable=writable, partition=partition),
+            late=_close,
+        )
+        with self._or_close(fd):
+            caller.client.require_present()
+            self._manager.require_attached(device)
+        return fd
+
+    async def lock(self, caller: Caller, device: Device, kind: Lock) -> None:
+        """Take, change or drop the BSD lock of the caller's connection."""
+        await self._manager.require(caller, Operation.LOCK, device)
+        self._require_no_other_holder(caller, device)
+        if kind is Lock.NONE:
+            self._locks.drop(device)
+            return
+        fd = await self._manager.with_loop(
+            caller,
+            device,
+            lambda loop: loopops.lock(loop, kind, held=device.lock),
+            late=_close,
+            admit=partial(self._require_no_other_holder, caller, device),
+        )
+        with self._or_close(fd):
+            caller.client.require_present()
+            self._manager.require_attached(device)
+            if device.loop is None or (fd is None and device.loop.lock is None):
+                raise DeviceBusy(f"the lock on {device.node} ended while it was changed")
+            device.loop.lock = fd or device.loop.lock
+        self._locks.note(device, caller.client, kind)
+
+    def _require_no_other_holder(self, caller: Caller, device: Device) -> None:
+        if self._locks.holder(device) not in (None, caller.client):
+            raise DeviceBusy(f"another connection holds the lock on {device.node}")
+
+    @contextmanager
+    def _or_close(self, fd: OwnedFd | None) -> Iterator[None]:
+        """Close an fd in a thread if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self._tasks.start(self._threads.run(partial(_close, fd)))
+            raise
+
+
+def _close(fd: OwnedFd | None) -> None:
+    if fd:
+        fd.close()

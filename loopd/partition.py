@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Partition devices of a loop device: made from the table, kept in step with it, removed, resized.
+
+All of it by BLKPG, because a kernel need not have a parser for the table. Partitions that are made
+without PARTSCAN outlive the binding, and the next image on the number would be read through them.
+"""
+
+import errno
+import logging
+import time
+
+from . import blockdev, kernel, table
+from .errors import DeviceBusy, InvalidArgs, NoSuchDevice, TimedOut
+from .kernel import PartitionExtent
+
+log = logging.getLogger(__name__)
+
+# The nodes are there at once on devtmpfs; what else may be in charge of /dev gets this long.
+_NODE_TIMEOUT = 5.0
+_NODE_INTERVAL = 0.001
+
+
+def node(number: int, partition: int) -> str:
+    """The device node of a partition."""
+    return f"/dev/loop{number}p{partition}"
+
+
+def remove_all(loop_fd: int, number: int) -> int:
+    """Remove all partition devices that are not in use, and return how many there were.
+
+    After systemd's block_device_remove_all_partitions.
+    """
+    found = kernel.loop_partitions(number)
+    for each in found:
+        _remove(loop_fd, each.number)
+    return len(found)
+
+
+def _remove(loop_fd: int, partition: int) -> bool:
+    """Remove a partition device; false if somebody has it open."""
+    try:
+        kernel.blkpg_del_partition(loop_fd, partition)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            return False
+        if exc.errno != errno.ENXIO:  # the kernel has dropped it meanwhile
+            raise
+    return True
+
+
+def scan(loop_fd: int, number: int) -> list[PartitionExtent]:
+    """Bring the partition devices in step with the table on the device, and return them.
+
+    Returns once their nodes exist. PARTSCAN has to be set on the device before. Partitions that
+    are as the table says are not touched.
+
+    Raises DeviceBusy if a partition in use would have to change, TimedOut, OSError.
+    """
+    wanted = {each.number: each for each in table.read(number)}
+    there = {each.number: each for each in kernel.loop_partitions(number)}
+    for each in there.values():
+        if wanted.get(each.number) != each and not _remove(loop_fd, each.number):
+            raise DeviceBusy(
+                f"{node(number, each.number)} is in use and no longer as the table says: "
+                "unmount it first"
+            )
+    for each in wanted.values():
+        if there.get(each.number) != each:
+            _add(loop_fd, each)
+    found = kernel.loop_partitions(number)
+    _wait_for_nodes(number, found)
+    return found
+
+
+def _add(loop_fd: int, extent: PartitionExtent) -> None:
+    try:
+        kernel.blkpg_add_partition(loop_fd, extent.number, extent.start, extent.size)
+    except OSError as exc:
+        # A table may say anything: what overlaps another partition is left out, as by partx.
+        if exc.errno not in (errno.EBUSY, errno.EINVAL):
+            raise
+        log.debug("the kernel does not take partition %d: %s", extent.number, exc.strerror)
+
+
+def _wait_for_nodes(number: int, partitions: list[PartitionExtent]) -> None:
+    deadline = time.monotonic() + _NODE_TIMEOUT
+    for each in partitions:
+        while not kernel.partition_node_exists(number, each.number):
+            if time.monotonic() >= deadline:
+                raise TimedOut(f"{node(number, each.number)} did not appear")
+            time.sleep(_NODE_INTERVAL)
+
+
+def resize(loop_fd: int, number: int, partition: int, size: int | None) -> int:
+    """Change the size of a partition device, not of the partition in the table; returns the size.
+
+    `size` is in bytes; 0 means up to the next partition or the end of the device, None as it is.
+    A size that is in effect already causes no call. After systemd's resize_partition.
+
+    Raises InvalidArgs, NoSuchDevice, DeviceBusy if a partition in use would shrink, OSError.
+    """
+    partitions = kernel.loop_partitions(number)
+    now = next((each for each in partitions if each.number == partition), None)
+    if now is None:
+        raise NoSuchDevice(f"{node(number, partition)} is gone")
+    if size is None:
+        return now.size
+    limit = min(
+        (each.start for each in partitions if each.start > now.start),
+        default=kernel.blkgetsize64(loop_fd),
+    )
+    sector_size = kernel.blksszget(loop_fd)
+    room = (limit - now.start) // sector_size * sector_size
+    wanted = size or room
+    if wanted % sector_size:
+        raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
+    if wanted > room:
+        raise InvalidArgs(
+            f"size-limit: the partition has room for {room} bytes up to the next one or the end"
+        )
+    if wanted < now.size and blockdev.in_use(number, partition):
+        raise DeviceBusy(f"{node(number, partition)} is in use and would shrink: unmount it first")
+    if wanted != now.size:
+        kernel.blkpg_resize_partition(loop_fd, partition, now.start, wanted)
+    return wanted

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The partition table of a loop device, read by a child that can do nothing else, and checked.
+
+libblkid does the reading (`tablereader`), as for partx. Its answer is as trustworthy as the image.
+"""
+
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from . import blockdev, kernel
+from .errors import Failed, TimedOut
+from .fd import OwnedFd
+from .kernel import PartitionExtent
+from .uapi import DISK_MAX_PARTS
+
+_READER = Path(__file__).with_name("tablereader.py")
+# A child's start and some reads from a file take 12 to 30 ms; a file that hangs takes for ever.
+_TIMEOUT = 10.0
+_GRACE = 1.0
+_MAX_ANSWER = 64 * 1024
+# An extended partition only holds others: as by partx and the kernel, its boot sector is shown.
+_EXTENDED_SIZE = 1024
+
+
+def read(number: int) -> list[PartitionExtent]:
+    """The partitions that the table on a loop device tells of, by number, none without a table.
+
+    Those that the device has no room for, or that the kernel could not take, are left out. The
+    child has the device open while it reads. Raises TimedOut, Failed, OSError.
+    """
+    with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as device_fd:
+        answer = _ask(device_fd.fileno())
+        size = kernel.blkgetsize64(device_fd.fileno())
+        sector_size = kernel.blksszget(device_fd.fileno())
+    return check(answer, size=size, sector_size=sector_size)
+
+
+def check(answer: bytes, *, size: int, sector_size: int) -> list[PartitionExtent]:
+    """The partitions in a child's answer that a device of `size` bytes can have.
+
+    Raises Failed if the answer is none.
+    """
+    found: dict[int, PartitionExtent] = {}
+    try:
+        for line in answer.decode("ascii").splitlines():
+            number, start, length, extended = map(int, line.split())
+            start, length = start * 512, length * 512
+            if extended:
+                length = min(length, max(_EXTENDED_SIZE, sector_size))
+            if (
+                0 < number < DISK_MAX_PARTS
+                and start >= 0
+                and length > 0
+                and start + length <= size
+                and not (start % sector_size or length % sector_size)
+            ):
+                found.setdefault(number, PartitionExtent(number, start, length))
+    except ValueError as exc:
+        raise Failed("the child that reads partition tables makes no sense") from exc
+    return sorted(found.values())
+
+
+def _ask(device_fd: int) -> bytes:
+    with ExitStack() as running:
+        answers, answering = map(OwnedFd, os.pipe())
+        running.enter_context(answers)
+        with answering:
+            # -I -S: its modules are Python's own, whatever the environment or a directory says.
+            child = subprocess.Popen(
+                [sys.executable or "/usr/bin/python3", "-I", "-S", _READER],
+                stdin=device_fd,
+                stdout=answering.fileno(),
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={},
+            )
+        running.callback(_end, child)
+        answer = _all_of(answers.fileno())
+        try:
+            # It has closed all it had: this is about its exit status.
+            status = child.wait(_GRACE)
+        except subprocess.TimeoutExpired as exc:
+            raise TimedOut("the child that reads partition tables does not end") from exc
+    if status != 0:
+        raise Failed("the partition table cannot be read")
+    return answer
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that runs; a file that hangs may keep it for longer than we wait."""
+    if child.poll() is None:
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+
+
+def _all_of(answers_fd: int) -> bytes:
+    """What comes through a pipe up to its end, within bounds of time and size."""
+    deadline = time.monotonic() + _TIMEOUT
+    poll = select.poll()
+    poll.register(answers_fd, select.POLLIN)
+    answer = b""
+    while len(answer) <= _MAX_ANSWER:
+        if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+            raise TimedOut(f"the partition table was not read within {_TIMEOUT:g} s")
+        piece = os.read(answers_fd, _MAX_ANSWER)
+        if not piece:
+            return answer
+        answer += piece
+    raise Failed("the child that reads partition tables says too much")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the kernel's headers say of loop devices: constants and structs under their own names.
+
+Nothing here does anything; the calls are in `kernel`.
+"""
+
+import ctypes
+
+LOOP_MAJOR = 7
+
+# include/uapi/linux/loop.h
+LOOP_SET_FD = 0x4C00
+LOOP_CLR_FD = 0x4C01
+LOOP_SET_STATUS64 = 0x4C04
+LOOP_GET_STATUS64 = 0x4C05
+LOOP_SET_CAPACITY = 0x4C07
+LOOP_SET_DIRECT_IO = 0x4C08
+LOOP_SET_BLOCK_SIZE = 0x4C09
+LOOP_CONFIGURE = 0x4C0A
+LOOP_CTL_ADD = 0x4C80
+LOOP_CTL_REMOVE = 0x4C81
+LOOP_CTL_GET_FREE = 0x4C82
+
+LO_NAME_SIZE = 64
+LO_FLAGS_READ_ONLY = 1
+LO_FLAGS_AUTOCLEAR = 4
+LO_FLAGS_PARTSCAN = 8
+LO_FLAGS_DIRECT_IO = 16
+# What LOOP_SET_STATUS64 heeds; the rest has calls of its own.
+LOOP_SET_STATUS_SETTABLE_FLAGS = LO_FLAGS_AUTOCLEAR | LO_FLAGS_PARTSCAN
+
+# include/uapi/linux/fs.h and blkpg.h
+BLKFLSBUF = 0x1261
+BLKSSZGET = 0x1268
+BLKPG = 0x1269
+BLKGETSIZE64 = 0x80081272
+BLKGETDISKSEQ = 0x80081280
+BLKPG_ADD_PARTITION = 1
+BLKPG_DEL_PARTITION = 2
+BLKPG_RESIZE_PARTITION = 3
+# include/linux/genhd.h, not exported: numbers go to one less.
+DISK_MAX_PARTS = 256
+
+# include/uapi/linux/stat.h and fcntl.h
+AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+STATX_BASIC_STATS = 0x7FF
+
+
+class loop_info64(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct loop_info64."""
+
+    lo_device: int
+    lo_inode: int
+    lo_rdevice: int
+    lo_offset: int
+    lo_sizelimit: int
+    lo_number: int
+    lo_flags: int
+    lo_file_name: bytes
+    _fields_ = (
+        ("lo_device", ctypes.c_uint64),
+        ("lo_inode", ctypes.c_uint64),
+        ("lo_rdevice", ctypes.c_uint64),
+        ("lo_offset", ctypes.c_uint64),
+        ("lo_sizelimit", ctypes.c_uint64),
+        ("lo_number", ctypes.c_uint32),
+        ("lo_encrypt_type", ctypes.c_uint32),
+        ("lo_encrypt_key_size", ctypes.c_uint32),
+        ("lo_flags", ctypes.c_uint32),
+        ("lo_file_name", ctypes.c_char * LO_NAME_SIZE),
+        ("lo_crypt_name", ctypes.c_char * LO_NAME_SIZE),
+        ("lo_encrypt_key", ctypes.c_uint8 * 32),
+        ("lo_init", ctypes.c_uint64 * 2),
+    )
+
+
+class loop_config(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct loop_config, the argument of LOOP_CONFIGURE."""
+
+    fd: int
+    block_size: int
+    info: loop_info64
+    _fields_ = (
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", loop_info64),
+        ("reserved", ctypes.c_uint64 * 8),
+    )
+
+
+class blkpg_partition(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct blkpg_partition; start and length in bytes."""
+
+    _fields_ = (
+        ("start", ctypes.c_longlong),
+        ("length", ctypes.c_longlong),
+        ("pno", ctypes.c_int),
+        ("devname", ctypes.c_char * 64),
+        ("volname", ctypes.c_char * 64),
+    )
+
+
+class blkpg_ioctl_arg(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct blkpg_ioctl_arg."""
+
+    _fields_ = (
+        ("op", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("datalen", ctypes.c_int),
+        ("data", ctypes.POINTER(blkpg_partition)),
+    )
+
+
+class _statx_timestamp(ctypes.Structure):  # noqa: N801  the kernel's name
+    _fields_ = (
+        ("tv_sec", ctypes.c_int64),
+        ("tv_nsec", ctypes.c_uint32),
+        ("__reserved", ctypes.c_int32),
+    )
+
+
+class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct statx."""
+
+    stx_mode: int
+    stx_ino: int
+    stx_size: int
+    stx_rdev_major: int
+    stx_rdev_minor: int
+    stx_dev_major: int
+    stx_dev_minor: int
+    _fields_ = (
+        ("stx_mask", ctypes.c_uint32),
+        ("stx_blksize", ctypes.c_uint32),
+        ("stx_attributes", ctypes.c_uint64),
+        ("stx_nlink", ctypes.c_uint32),
+        ("stx_uid", ctypes.c_uint32),
+        ("stx_gid", ctypes.c_uint32),
+        ("stx_mode", ctypes.c_uint16),
+        ("__spare0", ctypes.c_uint16),
+        ("stx_ino", ctypes.c_uint64),
+        ("stx_size", ctypes.c_uint64),
+        ("stx_blocks", ctypes.c_uint64),
+        ("stx_attributes_mask", ctypes.c_uint64),
+        ("stx_atime", _statx_timestamp),
+        ("stx_btime", _statx_timestamp),
+        ("stx_ctime", _statx_timestamp),
+        ("stx_mtime", _statx_timestamp),
+        ("stx_rdev_major", ctypes.c_uint32),
+        ("stx_rdev_minor", ctypes.c_uint32),
+        ("stx_dev_major", ctypes.c_uint32),
+        ("stx_dev_minor", ctypes.c_uint32),
+        ("__spare2", ctypes.c_uint64 * 14),
+    )
