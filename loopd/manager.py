@@ -146,18 +146,22 @@ class Manager:
         function: Callable[[loopdev.LoopDevice], _T],
         late: Callable[[_T], object] = lambda _: None,
         admit: Callable[[], None] = lambda: None,
+        *,
+        alone: bool = True,
     ) -> _T:
         """Run a function on the device in a thread, whatever becomes of the device meanwhile.
 
-        One at a time. `admit` is called just before and may raise; `late` gets what comes when
-        nobody waits for it any more. Raises TimedOut, NoSuchDevice, AccessDenied.
+        One that is to be `alone` waits for the others that are. `admit` is called just before and
+        may raise; `late` gets what comes when nobody waits for it any more.
+        Raises TimedOut, NoSuchDevice, AccessDenied.
         """
         timeout = self._config.deadlines.operation
         with ExitStack() as failed:
             # Whoever has an fd of a device can put a file behind it that hangs.
             failed.callback(await self._threads.turn(caller.uid, timeout))
-            await self._take(device, timeout)
-            failed.callback(device.operating.release)
+            if alone:
+                await self._take(device, timeout)
+                failed.callback(device.operating.release)
             caller.client.require_present()
             self.require_attached(device)
             admit()

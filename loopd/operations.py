@@ -55,13 +55,11 @@ class Operations:
     async def _set(
         self,
         caller: Caller,
-        operation: Operation,
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
         admit: Callable[[], None] = lambda: None,
     ) -> _T:
-        """Authorize an operation that changes the device, do it, and take up the change."""
-        await self._manager.require(caller, operation, device)
+        """Do what changes the device, and take up the change."""
         try:
             return await self._manager.with_loop(caller, device, function, admit=admit)
         finally:
@@ -71,9 +69,9 @@ class Operations:
 
     async def resize(self, caller: Caller, device: Device, options: ResizeOptions) -> int:
         """Change offset and limit, or take up the file's size; returns the new size in bytes."""
+        await self._manager.require(caller, Operation.RESIZE, device)
         return await self._set(
             caller,
-            Operation.RESIZE,
             device,
             partial(
                 loopops.resize,
@@ -112,9 +110,9 @@ class Operations:
         if options.offset is not None or options.force:
             key = "force" if options.offset is None else "offset"
             raise InvalidArgs(f"{key}: a partition can be given another size-limit only")
+        await self._manager.require(caller, Operation.RESIZE, device)
         return await self._set(
             caller,
-            Operation.RESIZE,
             device,
             partial(loopops.resize_partition, partition=partition, size=options.size_limit),
         )
@@ -123,44 +121,36 @@ class Operations:
 
     async def set_autoclear(self, caller: Caller, device: Device, enable: bool) -> None:
         """Have the kernel detach a device at its last close, or not."""
-        if device.managed and not device.private:
-            raise NotSupported(
-                f"{device.node} goes with its lease: use SetLifetime to keep it for longer"
-            )
-        await self._set(
-            caller, Operation.SET_AUTOCLEAR, device, partial(loopops.set_autoclear, enable=enable)
-        )
+        leased = NotSupported(f"{device.node} goes with its lease: SetLifetime keeps it for longer")
+        if device.owner == caller.uid and not device.private:
+            raise leased  # without asking anybody for it
+        await self._manager.require(caller, Operation.SET_AUTOCLEAR, device)
+        if device.managed:
+            raise leased
+        await self._set(caller, device, partial(loopops.set_autoclear, enable=enable))
 
     async def set_direct_io(self, caller: Caller, device: Device, enable: bool) -> bool:
         """Turn direct I/O on or off; returns what is in effect."""
-        return await self._set(
-            caller, Operation.SET_DIRECT_IO, device, partial(loopops.set_direct_io, enable=enable)
-        )
+        await self._manager.require(caller, Operation.SET_DIRECT_IO, device)
+        return await self._set(caller, device, partial(loopops.set_direct_io, enable=enable))
 
     async def set_reference(self, caller: Caller, device: Device, reference: bytes) -> None:
         """Change the free-form name."""
-        await self._set(
-            caller,
-            Operation.SET_REFERENCE,
-            device,
-            partial(loopops.set_reference, reference=reference),
-        )
+        await self._manager.require(caller, Operation.SET_REFERENCE, device)
+        await self._set(caller, device, partial(loopops.set_reference, reference=reference))
         # The kernel tells nobody.
         device.reference = reference
         self._registry.changed(device)
 
     async def set_sector_size(self, caller: Caller, device: Device, size: int | None) -> None:
         """Change the logical sector size, in bytes; None means as the partition table says."""
-        await self._set(
-            caller, Operation.SET_SECTOR_SIZE, device, partial(loopops.set_sector_size, size=size)
-        )
+        await self._manager.require(caller, Operation.SET_SECTOR_SIZE, device)
+        await self._set(caller, device, partial(loopops.set_sector_size, size=size))
 
     async def rescan_partitions(self, caller: Caller, device: Device) -> int:
         """Bring the partition devices in step with the table; returns how many there are."""
-        found = await self._set(
-            caller, Operation.RESCAN_PARTITIONS, device, loopops.rescan_partitions
-        )
-        return len(found)
+        await self._manager.require(caller, Operation.RESCAN_PARTITIONS, device)
+        return len(await self._set(caller, device, loopops.rescan_partitions))
 
     # --- the rest -------------------------------------------------------------------------------
 
@@ -168,7 +158,7 @@ class Operations:
         """Write back what is dirty; the caller sees the error."""
         await self._manager.require(caller, Operation.SYNC, device)
         if device.held is None:
-            await self._manager.with_loop(caller, device, loopops.sync)
+            await self._manager.with_loop(caller, device, loopops.sync, alone=False)
             return
         fd = OwnedFd(kernel.dup(device.held.fileno()))
 

@@ -45,7 +45,13 @@ DEVICE_METHODS = {
     "Detach": ("a{sv}", "b"),
     "Resize": ("a{sv}", "t"),
     "Open": ("sa{sv}", "h"),
+    "SetAutoclear": ("ba{sv}", ""),
+    "SetDirectIO": ("ba{sv}", "b"),
+    "SetReference": ("sa{sv}", ""),
+    "SetSectorSize": ("ua{sv}", ""),
+    "Lock": ("sa{sv}", ""),
     "Sync": ("a{sv}", ""),
+    "RescanPartitions": ("a{sv}", "u"),
 }
 MANAGER_METHODS = {
     "Attach": ("ha{sv}", "ost"),
@@ -152,10 +158,10 @@ def test_every_method_of_a_device_answers_in_its_types(world: World) -> None:
     caller = world.caller()
     image = world.image(SIZE)
     attached = caller.attach(image)
-    answers = {}
+    answers, methods = {}, dict(DEVICE_METHODS)
 
     def call(member: str, *args: Any) -> tuple[Any, ...]:
-        signature = DEVICE_METHODS[member][0]
+        signature = methods[member][0]
         reply = caller.call_begin(attached.path, DEVICE, member, signature, *args).reply()
         answers[member] = reply.signature
         return reply.body
@@ -166,8 +172,16 @@ def test_every_method_of_a_device_answers_in_its_types(world: World) -> None:
     os.truncate(image, 2 * SIZE)
     assert call("Resize", {}) == (2 * SIZE,)
     assert call("Sync", {}) == ()
+    assert call("SetDirectIO", False, {}) == (False,)
+    assert call("SetReference", "name", {}) == ()
+    assert call("SetSectorSize", 4096, {}) == ()
+    assert call("Lock", "shared", {}) == ()
+    assert call("RescanPartitions", {}) == (0,)
+    told = caller.get_all(attached.path)
+    assert (told["Reference"], told["SectorSize"], told["Locked"]) == ("name", 4096, "shared")
     assert call("Detach", {}) == (True,)
-    assert answers == {name: out for name, (_, out) in DEVICE_METHODS.items()}
+    del methods["SetAutoclear"]  # not for devices of loopd's
+    assert answers == {name: out for name, (_, out) in methods.items()}
 
 
 def test_the_path_of_a_device_has_its_number_and_diskseq(world: World) -> None:
@@ -571,7 +585,7 @@ def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -
     attached = [owner.attach(image), attach(world, root)]
     world.polkit.reset(Answer.DENY)
     before = {each: other.get_all(each.path) for each in attached}
-    samples = {"h": 0, "a{sv}": {}, "s": "r"}
+    samples = {"h": 0, "a{sv}": {}, "s": "r", "b": True, "u": 512}
     tried = set()
     for path in [MANAGER_PATH, *(each.path for each in attached)]:
         described = introspect(other, path)
@@ -579,7 +593,8 @@ def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -
             for name, (signature, _) in described.methods[interface].items():
                 if name in READERS:
                     continue
-                args = [samples[kind] for kind in wire.split(signature)]
+                given = samples | ({"s": "shared"} if name == "Lock" else {})
+                args = [given[kind] for kind in wire.split(signature)]
                 fds = [image] if "h" in signature else []
                 with pytest.raises(CallError) as caught:
                     other.call(path, interface, name, signature, *args, fds=fds)
@@ -591,7 +606,9 @@ def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -
         assert loop
         assert loop.diskseq == each.diskseq
     assert other.get(MANAGER_PATH, "DeviceCount", MANAGER) == 2
-    assert tried >= {f"{MANAGER}.Attach", f"{DEVICE}.Detach", f"{DEVICE}.Open", f"{DEVICE}.Resize"}
+    assert tried == {f"{MANAGER}.{each}" for each in ("Attach", "Detach", "Resize")} | {
+        f"{DEVICE}.{each}" for each in DEVICE_METHODS
+    }
 
 
 # The object manager

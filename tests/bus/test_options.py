@@ -327,16 +327,7 @@ def test_options_that_do_not_fit_together_are_refused(
 
 def test_what_there_is_not_yet_is_not_supported(world: World, caller: Caller) -> None:
     image = world.image(SIZE)
-    for key, value in (
-        ("partition-scan", True),
-        ("lock", "shared"),
-        ("lock", "exclusive"),
-        ("lifetime", "user"),
-        ("lifetime", "system"),
-        ("number", 0),
-        ("number", 4000),
-        ("sector-size", 0),
-    ):
+    for key, value in (("lifetime", "user"), ("lifetime", "system")):
         name, text = refused(world, caller, image, {key: value})
         assert (name, text.partition(":")[0]) == (NOT_SUPPORTED, key), value
 
@@ -414,19 +405,6 @@ def test_what_a_path_fd_leads_to_makes_no_difference(world: World, caller: Calle
     image = world.image(SIZE, owner="root", mode=0o600)
     name, _ = refused(world, caller, caller.open(image, os.O_PATH))
     assert name == UNSUPPORTED_FILE
-
-
-def test_a_block_device_is_not_supported_yet(world: World, caller: Caller) -> None:
-    attached = caller.attach(world.image(SIZE))
-    fd = os.open(attached.node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        asked = len(world.polkit.questions)
-        with pytest.raises(CallError) as caught:
-            caller.attach(fd)
-    finally:
-        os.close(fd)
-    assert caught.value.name == NOT_SUPPORTED
-    assert len(world.polkit.questions) == asked
 
 
 @pytest.mark.parametrize(

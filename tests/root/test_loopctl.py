@@ -515,7 +515,6 @@ def odd_files(area: Path) -> None:
         ("attach /proc/version", 7),
         ("attach -o 3 disk.img", 2),
         ("attach -o 2M disk.img", 2),
-        ("attach -b 0 disk.img", 9),
         ("detach disk.img", 5),
         ("detach directory", 5),
         ("resize disk.img", 5),

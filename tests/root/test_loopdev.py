@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from loopd import backing, kernel, loopdev, uapi
-from loopd.errors import NotSupported
 from loopd.fd import OwnedFd
 from loopd.request import AttachRequest
 from tests.harness import loops
@@ -84,15 +83,6 @@ def test_a_failure_after_binding_leaves_nothing_bound_claimed_or_open(
     assert bound(image) == []
     assert len(claims.released) == len(claims.numbers) == 1
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_kernel_that_forgets_the_sector_size_is_not_trusted(
-    image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel, "blksszget", lambda _: 512)
-    with pytest.raises(NotSupported, match="sector size"):
-        attach(image, Claims(), sector_size=4096)
-    assert bound(image) == []
 
 
 def test_direct_io_that_is_refused_is_done_without(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness import loops
-from tests.harness.caller import MANAGER, Attached, Caller, Variant
+from tests.harness.caller import Attached, Caller, Variant
 from tests.harness.images import MIB, ext4_label, make_ext4, make_sparse, pattern
 from tests.harness.polkit import rules_allowing
 from tests.harness.wire import CallError
@@ -152,8 +152,6 @@ def test_a_wrong_mode_is_an_invalid_one(world: World, owner: Caller, mode: str) 
 @pytest.mark.parametrize(
     ("mapping", "name", "key"),
     [
-        ({"partition": 1}, f"{MANAGER}.Error.NotSupported", "partition"),
-        ({"partition": 0}, f"{MANAGER}.Error.NotSupported", "partition"),
         ({"partition": Variant("t", 1)}, INVALID_ARGS, "partition"),
         ({"partition": Variant("s", "1")}, INVALID_ARGS, "partition"),
         ({"lazy": True}, INVALID_ARGS, "'lazy'"),

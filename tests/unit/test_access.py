@@ -2,6 +2,7 @@
 """The table of who may do what, and the quotas."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -16,7 +17,7 @@ from loopd.access import (
     relation,
     strongest,
 )
-from loopd.errors import AccessDenied, LimitsExceeded
+from loopd.errors import AccessDenied, LimitsExceeded, LoopError, NotSupported
 from loopd.leases import Lease, Leases, Quota
 
 MANAGE = {Action.MANAGE_OTHERS}
@@ -29,20 +30,33 @@ MANAGE = {Action.MANAGE_OTHERS}
         (Operation.RESIZE, set(), MANAGE, MANAGE),
         (Operation.SYNC, set(), MANAGE, MANAGE),
         (Operation.OPEN, {Action.OPEN_DEVICE}, MANAGE, MANAGE),
+        (Operation.SET_AUTOCLEAR, {Action.KEEP}, MANAGE, MANAGE),
+        (Operation.SET_DIRECT_IO, set(), MANAGE, MANAGE),
+        (Operation.SET_REFERENCE, set(), MANAGE, MANAGE),
+        (Operation.SET_SECTOR_SIZE, set(), MANAGE, MANAGE),
+        (Operation.RESCAN_PARTITIONS, set(), MANAGE, MANAGE),
+        (Operation.LOCK, set(), AccessDenied, NotSupported),
     ],
 )
 def test_the_table(
-    operation: Operation, owner: set[Action], other: set[Action], foreign: set[Action]
+    operation: Operation,
+    owner: set[Action],
+    other: set[Action] | type[LoopError],
+    foreign: set[Action] | type[LoopError],
 ) -> None:
-    assert needed_for(operation, Relation.OWNER) == owner
-    assert needed_for(operation, Relation.OTHER) == other
-    assert needed_for(operation, Relation.FOREIGN) == foreign
+    for each, needed in zip(Relation, (owner, other, foreign), strict=True):
+        if isinstance(needed, set):
+            assert needed_for(operation, each) == needed
+        else:
+            with pytest.raises(needed, match=operation.value):
+                needed_for(operation, each)
 
 
 @pytest.mark.parametrize("operation", Operation)
 def test_every_operation_has_its_row(operation: Operation) -> None:
     for each in Relation:
-        needed_for(operation, each)
+        with suppress(AccessDenied, NotSupported):
+            needed_for(operation, each)
 
 
 def test_a_foreign_device_is_nobodys_own() -> None:
@@ -53,18 +67,21 @@ def test_a_foreign_device_is_nobodys_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_device", "trusted", "actions"),
+    ("block_device", "trusted", "wants_number", "actions"),
     [
-        (False, True, {Action.ATTACH}),
-        (False, False, {Action.ATTACH_UNTRUSTED_FILESYSTEM}),
-        (True, True, {Action.ATTACH_BLOCK_DEVICE}),
-        (True, False, {Action.ATTACH_BLOCK_DEVICE, Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+        (False, True, False, {Action.ATTACH}),
+        (False, False, False, {Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+        (True, True, False, {Action.ATTACH_BLOCK_DEVICE}),
+        (True, False, False, {Action.ATTACH_BLOCK_DEVICE, Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+        (False, True, True, {Action.ATTACH, Action.MANAGE_OTHERS}),
+        (True, True, True, {Action.ATTACH_BLOCK_DEVICE, Action.MANAGE_OTHERS}),
     ],
 )
 def test_only_the_strongest_actions_are_needed(
-    block_device: bool, trusted: bool, actions: set[Action]
+    block_device: bool, trusted: bool, wants_number: bool, actions: set[Action]
 ) -> None:
-    assert needed_to_attach(block_device=block_device, trusted=trusted) == actions
+    needed = needed_to_attach(block_device=block_device, trusted=trusted, wants_number=wants_number)
+    assert needed == actions
 
 
 def test_an_action_that_nothing_implies_stays() -> None:

@@ -53,7 +53,7 @@ def test_ordinary_ways_to_open_are_accepted(
     assert file.writable is (access == os.O_RDWR)
     status = image.stat()
     assert (file.identity.device, file.identity.inode) == (status.st_dev, status.st_ino)
-    assert file.identity.size == 8192
+    assert file.size == 8192
 
 
 def test_a_temporary_file_without_a_name_is_accepted(tmp_path: Path, opened: list[int]) -> None:

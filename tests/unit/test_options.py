@@ -8,22 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopd.attaching import AttachOptions
+from loopd.blockdev import Lock
 from loopd.codec import Variant
 from loopd.errors import InvalidArgs, LoopError, NotSupported
 from loopd.operations import ResizeOptions
-from loopd.options import Options, attach_options, open_options, resize_options
+from loopd.options import (
+    Options,
+    attach_options,
+    lock_kind,
+    open_options,
+    resize_options,
+    sector_size,
+)
 
 TYPES = {
     "read-only": ("b", True),
     "offset": ("t", 512),
     "size-limit": ("t", 4096),
     "sector-size": ("u", 4096),
-    "partition-scan": ("b", False),
+    "partition-scan": ("b", True),
     "direct-io": ("b", False),
     "reference": ("s", "name"),
-    "lock": ("s", "none"),
+    "lock": ("s", "shared"),
     "lifetime": ("s", "connection"),
     "allow-overlap": ("b", True),
+    "number": ("u", 7),
 }
 
 
@@ -38,13 +47,23 @@ def test_every_option_arrives() -> None:
         offset=512,
         size_limit=4096,
         sector_size=4096,
+        partition_scan=True,
         direct_io=False,
         reference=b"name",
+        lock=Lock.SHARED,
         allow_overlap=True,
+        number=7,
     )
 
 
-@pytest.mark.parametrize("key", [*TYPES, "number"])
+def test_a_sector_size_of_0_is_to_be_found() -> None:
+    options = attach_options({"sector-size": Variant("u", 0)})
+    assert (options.sector_size, options.probe_sector_size) == (None, True)
+    assert not attach_options({}).probe_sector_size
+    assert sector_size(0) is None
+
+
+@pytest.mark.parametrize("key", TYPES)
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -86,6 +105,7 @@ def test_an_unknown_key_is_named_safely() -> None:
         ("reference", "s", "a\x85b"),
         ("lock", "s", "maybe"),
         ("lifetime", "s", "forever"),
+        ("number", "u", 1 << 20),
     ],
 )
 def test_a_value_out_of_range_is_named(key: str, kind: str, value: Any) -> None:
@@ -100,13 +120,8 @@ def test_a_reference_may_have_62_bytes() -> None:
 @pytest.mark.parametrize(
     ("key", "kind", "value"),
     [
-        ("sector-size", "u", 0),
-        ("partition-scan", "b", True),
-        ("lock", "s", "shared"),
-        ("lock", "s", "exclusive"),
         ("lifetime", "s", "user"),
         ("lifetime", "s", "system"),
-        ("number", "u", 0),
     ],
 )
 def test_what_cannot_be_done_yet_is_said_to_be_so(key: str, kind: str, value: Any) -> None:
@@ -115,7 +130,7 @@ def test_what_cannot_be_done_yet_is_said_to_be_so(key: str, kind: str, value: An
 
 
 def test_a_mistake_counts_more_than_what_cannot_be_done() -> None:
-    given = {"partition-scan": Variant("b", True), "offset": Variant("t", 1)}
+    given = {"lifetime": Variant("s", "user"), "offset": Variant("t", 1)}
     with pytest.raises(InvalidArgs, match=r"^offset: "):
         attach_options(given)
 
@@ -134,7 +149,24 @@ def test_resize_takes_its_three() -> None:
 
 @pytest.mark.parametrize(("mode", "writable"), [("r", False), ("rw", True)])
 def test_open_knows_two_modes(mode: str, writable: bool) -> None:
-    assert open_options(mode, {}) is writable
+    assert open_options(mode, {}) == (writable, None)
+
+
+def test_open_takes_a_partition() -> None:
+    assert open_options("r", {"partition": Variant("u", 3)}) == (False, 3)
+    with pytest.raises(InvalidArgs, match=r"^partition: "):
+        open_options("r", {"partition": Variant("t", 3)})
+
+
+@pytest.mark.parametrize("kind", Lock)
+def test_lock_knows_three_kinds(kind: Lock) -> None:
+    assert lock_kind(str(kind)) is kind
+
+
+@pytest.mark.parametrize("kind", ["", "None", "exclusive "])
+def test_lock_knows_no_other_kind(kind: str) -> None:
+    with pytest.raises(InvalidArgs, match=r"^lock: "):
+        lock_kind(kind)
 
 
 @pytest.mark.parametrize("mode", ["", "w", "R", "rw "])
@@ -160,9 +192,7 @@ _VARIANTS = st.one_of(
 )
 
 
-@given(
-    st.dictionaries(st.one_of(st.sampled_from([*TYPES, "number"]), st.text(max_size=8)), _VARIANTS)
-)
+@given(st.dictionaries(st.one_of(st.sampled_from([*TYPES]), st.text(max_size=8)), _VARIANTS))
 def test_nothing_but_the_errors_of_ours_comes_of_any_options(given: dict[str, Variant]) -> None:
     try:
         options = attach_options(given)
