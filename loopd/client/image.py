@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files to attach: opened by the client, with its own rights and no more."""
 
+import contextlib
 import errno
 import os
 
@@ -9,22 +10,35 @@ from ..fd import OwnedFd
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
-def open_file(path: Path, *, read_only: bool | None = None) -> OwnedFd:
+def open_file(
+    path: Path, *, read_only: bool | None = None, direct_io: bool | None = None
+) -> OwnedFd:
     """Open a file to attach with the rights of this process, read-write if that is allowed.
 
     `read_only` of None falls back to reading alone where writing is not allowed; True and False
-    do not. Blocks as long as the filesystem does. Raises OSError, that of the first attempt.
+    do not. Each is tried with O_DIRECT first and then without, unless `direct_io` is False. Blocks
+    as long as the filesystem does. Raises OSError, that of the first attempt without O_DIRECT.
+    After systemd's loop_device_make_by_path.
     """
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    direct = direct_io is not False
     try:
-        return OwnedFd(os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR)))
+        return _open(path, os.O_RDONLY if read_only else os.O_RDWR, direct)
     except OSError as exc:
         if read_only is not None or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         try:
-            return OwnedFd(os.open(path, flags | os.O_RDONLY))
+            return _open(path, os.O_RDONLY, direct)
         except OSError:
             raise exc from None
+
+
+def _open(path: Path, access: int, direct: bool) -> OwnedFd:
+    flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    if direct:
+        # Not every filesystem knows it. Whatever else is wrong is so without it, too.
+        with contextlib.suppress(OSError):
+            return OwnedFd(os.open(path, flags | os.O_DIRECT))
+    return OwnedFd(os.open(path, flags))
 
 
 def name_file(path: Path) -> OwnedFd:

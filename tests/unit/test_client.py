@@ -58,64 +58,128 @@ def access(fd: OwnedFd) -> int:
     return fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, *refusals: int) -> list[int]:
-    """Make os.open fail with these errnos, one after the other; returns the flags it was given."""
-    left, given = list(refusals), []
+def opening(monkeypatch: pytest.MonkeyPatch, *outcomes: int | None) -> list[int]:
+    """Make os.open fail with these errnos, or succeed for None; returns the flags it was given."""
+    left, given, really = list(outcomes), [], os.open
 
-    def refuse(path: object, flags: int, *_: object, **__: object) -> int:
+    def open_(path: object, flags: int, *_: object, **__: object) -> int:
         given.append(flags)
         code = left.pop(0)
+        if code is None:
+            return really(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         raise OSError(code, os.strerror(code), path)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "open", open_)
     return given
 
 
 def test_a_file_is_opened_read_write(file: Path) -> None:
+    """A18"""
     with rights_of(NOBODY), image.open_file(file) as fd:
         assert access(fd) == os.O_RDWR
 
 
 def test_a_file_that_may_not_be_written_is_opened_for_reading(file: Path) -> None:
+    """A18"""
     file.chmod(0o444)
     with rights_of(NOBODY), image.open_file(file) as fd:
         assert access(fd) == os.O_RDONLY
 
 
 def test_read_write_was_asked_for_and_is_not_given_up(file: Path) -> None:
+    """A18"""
     file.chmod(0o444)
     with rights_of(NOBODY), pytest.raises(PermissionError):
         image.open_file(file, read_only=False)
 
 
 def test_read_only_opens_a_writable_file_for_reading(file: Path) -> None:
+    """A18"""
     with image.open_file(file, read_only=True) as fd:
         assert access(fd) == os.O_RDONLY
 
 
 def test_a_file_that_may_not_be_read_is_refused(file: Path) -> None:
+    """A18"""
     file.chmod(0)
     with rights_of(NOBODY), pytest.raises(PermissionError) as refused:
         image.open_file(file)
     assert refused.value.filename == str(file)
 
 
+def tried(flags: Sequence[int]) -> list[str]:
+    """How a file was tried to be opened."""
+    names = {os.O_RDWR: "rw", os.O_RDONLY: "r"}
+    return [
+        names[each & os.O_ACCMODE] + (" direct" if each & os.O_DIRECT else "") for each in flags
+    ]
+
+
+@pytest.mark.parametrize("direct_io", [None, True])
+def test_a_file_is_opened_for_direct_io(
+    monkeypatch: pytest.MonkeyPatch, direct_io: bool | None
+) -> None:
+    """A18, A15"""
+    given = opening(monkeypatch, None)
+    image.open_file("x", direct_io=direct_io).close()
+    assert tried(given) == ["rw direct"]
+
+
+def test_direct_io_that_is_not_wanted_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A18, A15"""
+    given = opening(monkeypatch, errno.EACCES, None)
+    image.open_file("x", direct_io=False).close()
+    assert tried(given) == ["rw", "r"]
+
+
+@pytest.mark.parametrize("read_only", [None, False, True])
+def test_a_filesystem_without_direct_io_does_without(
+    monkeypatch: pytest.MonkeyPatch, read_only: bool | None
+) -> None:
+    """A18"""
+    given = opening(monkeypatch, errno.EINVAL, None)
+    image.open_file("x", read_only=read_only).close()
+    mode = "r" if read_only else "rw"
+    assert tried(given) == [f"{mode} direct", mode]
+
+
+def test_reading_alone_is_tried_with_direct_io_first_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A18"""
+    given = opening(monkeypatch, errno.EROFS, errno.EROFS, None)
+    image.open_file("x").close()
+    assert tried(given) == ["rw direct", "rw", "r direct"]
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_the_first_refusal_is_the_one_reported(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    given = refusing(monkeypatch, code, errno.ENOENT)
+    """A18: neither what O_DIRECT was refused for, nor what followed from the first"""
+    given = opening(monkeypatch, errno.EINVAL, code, errno.EINVAL, errno.ENOENT)
     with pytest.raises(OSError) as refused:  # noqa: PT011 - the errno is looked at below
         image.open_file("x")
     assert refused.value.errno == code
-    assert [flags & os.O_ACCMODE for flags in given] == [os.O_RDWR, os.O_RDONLY]
+    assert tried(given) == ["rw direct", "rw", "r direct", "r"]
 
 
 @pytest.mark.parametrize("code", [errno.ETXTBSY, errno.EISDIR, errno.ENOENT])
 def test_other_refusals_are_final(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    given = refusing(monkeypatch, code)
+    """A18"""
+    given = opening(monkeypatch, code, code)
     with pytest.raises(OSError) as refused:  # noqa: PT011 - the errno is looked at below
         image.open_file("x")
     assert refused.value.errno == code
-    assert len(given) == 1
+    assert tried(given) == ["rw direct", "rw"]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_was_demanded_is_tried_with_and_without_direct_io_only(
+    monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    """A18"""
+    given = opening(monkeypatch, errno.EACCES, errno.EACCES)
+    with pytest.raises(PermissionError):
+        image.open_file("x", read_only=read_only)
+    mode = "r" if read_only else "rw"
+    assert tried(given) == [f"{mode} direct", mode]
 
 
 def test_opening_neither_waits_nor_is_inherited(area: Path) -> None:
