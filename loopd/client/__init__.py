@@ -11,17 +11,20 @@ A device lives as long as the connection that attached it. Errors are those of `
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
-from .. import dial, errors
+from .. import dial
 from ..fd import OwnedFd
+from .device import Device, Lock, properties, resize_options
 from .image import Path, open_file
-from .link import Link, Options, Unavailable, make_options, text
+from .link import Link, Options, checked, make_options
+from .memory import Progress, copy_into_memory
 from .properties import Properties
-from .watch import DEVICE, NAME, OBJECT_MANAGER, PATH, PROPERTIES, Ended
+from .watch import DEVICE, NAME, OBJECT_MANAGER, PATH
+
+__all__ = ["Attaching", "Client", "Device", "File", "Lock", "Progress", "SupportsFileno", "attach"]
 
 
 class SupportsFileno(Protocol):
@@ -73,39 +76,62 @@ class Client:
         offset: int | None = None,
         size_limit: int | None = None,
         sector_size: int | None = None,
+        partition_scan: bool | None = None,
         direct_io: bool | None = None,
         reference: str | None = None,
+        lock: Lock | None = None,
         allow_overlap: bool | None = None,
+        number: int | None = None,
+        in_memory: bool = False,
+        progress: Progress | None = None,
     ) -> "Attaching":
         """Attach a file; to be awaited for the device, or used with `async with` to detach it, too.
 
         `file` is a path, opened as `open_file` does, or an fd, which stays the caller's. None
         means loopd's default:
         `read_only` as the fd is open; `offset` in bytes, a multiple of 512; `size_limit` in bytes,
-        to the end of the file; `sector_size` in bytes, 512; `direct_io` as configured, and without
-        where the file does not allow it; `reference`, a free name of at most 62 bytes;
-        `allow_overlap`, to map bytes that another device maps.
+        to the end of the file; `sector_size` in bytes, 512 or that of a block device, while 0 means
+        as the partition table says; `partition_scan`, to have devices for the partitions, too,
+        which are there when this returns; `direct_io` as configured, and without where the file
+        does not allow it;
+        `reference`, a free name of at most 62 bytes; `lock`, the BSD lock that the device has from
+        the start, see Device.lock; `allow_overlap`, to map bytes that another device maps;
+        `number`, that of /dev/loop3 and no other, for root and who may manage others' devices.
 
-        Raises OSError where the file cannot be opened, and on the bus InvalidArgs,
-        UnsupportedFile, UntrustedFilesystem, Overlap, AccessDenied,
-        InteractiveAuthorizationRequired, LimitsExceeded, NotSupported, TimedOut, ErrnoError.
+        `in_memory` attaches a copy of the file that is in memory, holes left out, without direct
+        I/O. It is writable unless `read_only` is true; what is written is lost with the device and
+        never reaches the file. `progress` is called while it is copied, on the event loop and at
+        most 20 times a second, with the bytes that are done and the bytes in all.
+
+        Raises OSError where the file cannot be opened, ErrnoError where it cannot be copied, and on
+        the bus InvalidArgs, UnsupportedFile, UntrustedFilesystem, Overlap, DeviceBusy,
+        AccessDenied, InteractiveAuthorizationRequired, LimitsExceeded, NotSupported, TimedOut,
+        ErrnoError.
         """
+        if in_memory:
+            direct_io = False
         options = make_options(
             ("read-only", "b", read_only),
             ("offset", "t", offset),
             ("size-limit", "t", size_limit),
             ("sector-size", "u", sector_size),
+            ("partition-scan", "b", partition_scan),
             ("direct-io", "b", direct_io),
             ("reference", "s", reference),
+            ("lock", "s", lock),
             ("allow-overlap", "b", allow_overlap),
+            ("number", "u", number),
         )
-        return Attaching(partial(self._attach, file, options, read_only))
 
-    async def _attach(self, file: File, options: Options, read_only: bool | None) -> "Device":
-        if isinstance(file, str | bytes | os.PathLike):
-            fd = open_file(file, read_only=read_only)
-        else:
-            fd = OwnedFd(os.dup(_fileno(file)))
+        async def attach() -> Device:
+            if in_memory:
+                source = _own(file, read_only=True, direct_io=False)
+                return await self._attach(await copy_into_memory(source, progress), options)
+            return await self._attach(_own(file, read_only=read_only, direct_io=direct_io), options)
+
+        return Attaching(attach)
+
+    async def _attach(self, fd: OwnedFd, options: Options) -> Device:
         attaching = self._link.start_passing(PATH, NAME, "Attach", "ha{sv}", [0, options], fd)
         try:
             path, node, diskseq = await asyncio.shield(attaching)
@@ -121,15 +147,17 @@ class Client:
 
         self._link.start(Device(self._link, *attaching.result()).ensure_detached())
 
-    async def device_by_node(self, node: str) -> "Device":
+    async def device_by_node(self, node: str) -> Device:
         """The device called /dev/loop3 or loop3, whoever attached it.
 
         Raises InvalidArgs, NoSuchDevice.
         """
-        (path,) = await self._link.call(PATH, NAME, "GetDeviceByNode", "s", [text("node", node)])
+        (path,) = await self._link.call(
+            PATH, NAME, "GetDeviceByNode", "s", [checked("node", "s", node)]
+        )
         return await self._found(path)
 
-    async def device_by_fd(self, file: int | SupportsFileno) -> "Device":
+    async def device_by_fd(self, file: int | SupportsFileno) -> Device:
         """The device that an fd names: it is open, in any mode, on the device or its backing file.
 
         Of the devices with that backing file the caller's own come first.
@@ -140,33 +168,52 @@ class Client:
         (path,) = await asyncio.shield(asking)
         return await self._found(path)
 
-    async def _found(self, path: str) -> "Device":
-        properties = await _properties(self._link, path)
-        return Device(self._link, path, properties.node, properties.diskseq)
+    async def resize_by_fd(
+        self,
+        file: int | SupportsFileno,
+        *,
+        offset: int | None = None,
+        size_limit: int | None = None,
+        force: bool = False,
+    ) -> int:
+        """As Device.resize, on the device that an fd names; returns the size now. All in bytes.
 
-    async def devices(self) -> list[tuple["Device", Properties]]:
+        An fd on a partition means the partition itself, not its entry in the table. It takes
+        `size_limit` alone, which is its size then, 0 being as much as there is room for.
+        Raises NoSuchDevice, Ambiguous, and what Device.resize does.
+        """
+        options = resize_options(offset, size_limit, force)
+        fd = OwnedFd(os.dup(_fileno(file)))
+        resizing = self._link.start_passing(PATH, NAME, "Resize", "ha{sv}", [0, options], fd)
+        (size,) = await asyncio.shield(resizing)
+        return int(size)
+
+    async def _found(self, path: str) -> Device:
+        found = await properties(self._link, path)
+        return Device(self._link, path, found.node, found.diskseq)
+
+    async def devices(self) -> list[tuple[Device, Properties]]:
         """All bound loop devices of the machine, and what they are."""
         (objects,) = await self._link.call(PATH, OBJECT_MANAGER, "GetManagedObjects")
         found = []
         for path, interfaces in objects.items():
             if DEVICE in interfaces:
-                properties = Properties.decode(interfaces[DEVICE])
-                device = Device(self._link, path, properties.node, properties.diskseq)
-                found.append((device, properties))
+                told = Properties.decode(interfaces[DEVICE])
+                found.append((Device(self._link, path, told.node, told.diskseq), told))
         return sorted(found, key=lambda pair: pair[1].number)
 
 
 class Attaching:
     """An Attach to come: `await` it, or use it with `async with`."""
 
-    def __init__(self, attach: Callable[[], Awaitable["Device"]]) -> None:
+    def __init__(self, attach: Callable[[], Awaitable[Device]]) -> None:
         self._attach = attach
         self._device: Device
 
-    def __await__(self) -> Generator[Any, None, "Device"]:
+    def __await__(self) -> Generator[Any, None, Device]:
         return self._attach().__await__()
 
-    async def __aenter__(self) -> "Device":
+    async def __aenter__(self) -> Device:
         self._device = await self._attach()
         return self._device
 
@@ -177,106 +224,6 @@ class Attaching:
         traceback: TracebackType | None,
     ) -> None:
         await self._device.ensure_detached()
-
-
-class Device:
-    """A device object of loopd. It stands for one attachment and never for a later one."""
-
-    def __init__(self, link: Link, path: str, node: str, diskseq: int) -> None:
-        self._link = link
-        self.path = path
-        """The object path."""
-        self.node = node
-        """Such as /dev/loop3."""
-        self.diskseq = diskseq
-        """The kernel's number of this attachment."""
-
-    def __repr__(self) -> str:
-        return f"<Device {self.node} diskseq={self.diskseq}>"
-
-    async def detach(self, *, lazy: bool = False) -> bool:
-        """Detach it; true when it is gone, false when the kernel will finish at the last close.
-
-        `lazy` is for devices that are mounted or exclusively open, which otherwise raise
-        DeviceBusy. Raises AccessDenied, NoSuchDevice, UnknownObject.
-        """
-        options = make_options(("lazy", "b", lazy or None))
-        return bool((await self._call("Detach", "a{sv}", [options]))[0])
-
-    async def ensure_detached(self) -> bool:
-        """Detach it whatever uses it; true when it is gone, however that came.
-
-        Raises AccessDenied.
-        """
-        # What is out of reach goes with the connection, or has gone with loopd.
-        with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
-            return await self.detach(lazy=True)
-        return True
-
-    async def resize(
-        self,
-        *,
-        offset: int | None = None,
-        size_limit: int | None = None,
-        force: bool = False,
-    ) -> int:
-        """Take up the file's size, or set offset and limit; returns the size now. All in bytes.
-
-        A `size_limit` of 0 is none. `force` shrinks a device that is in use, which otherwise
-        raises DeviceBusy. Raises InvalidArgs, AccessDenied, NoSuchDevice, UnknownObject.
-        """
-        options = make_options(
-            ("offset", "t", offset), ("size-limit", "t", size_limit), ("force", "b", force or None)
-        )
-        return int((await self._call("Resize", "a{sv}", [options]))[0])
-
-    async def open(self, mode: Literal["r", "rw"] = "r") -> OwnedFd:
-        """Open the device itself, which needs no right to its node; the fd is the caller's.
-
-        It never allows more than the backing file's did. Raises AccessDenied, NoSuchDevice,
-        NotSupported, UnknownObject.
-        """
-        body, fds = await self._link.call_with_fds(
-            self.path, DEVICE, "Open", "sa{sv}", [text("mode", mode), {}]
-        )
-        if body != [0] or len(fds) != 1:
-            for fd in fds:
-                fd.close()
-            raise errors.Failed("loopd did not send the file descriptor that it announced")
-        return fds[0]
-
-    async def sync(self) -> None:
-        """Write to the disk what the device has taken.
-
-        Raises ErrnoError where that fails, AccessDenied, NoSuchDevice, UnknownObject.
-        """
-        await self._call("Sync", "a{sv}", [{}])
-
-    async def properties(self) -> Properties:
-        """What the device is now.
-
-        Raises UnknownObject once it is gone.
-        """
-        return await _properties(self._link, self.path)
-
-    async def wait_ended(self) -> Ended:
-        """Wait until the device is detached or out of reach, by whatever cause."""
-        with self._link.watch.watched(self.path) as ended:
-            try:
-                await self._link.subscribe()
-                # Whatever came before the subscription shows in the properties.
-                if (await self.properties()).state != "attached":
-                    return Ended.DETACHED
-            except (errors.UnknownObject, errors.NoSuchDevice):
-                return Ended.DETACHED
-            except Unavailable:
-                return Ended.DAEMON_LEFT
-            except errors.BusError:
-                return Ended.BUS_LOST
-            return await ended
-
-    async def _call(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
-        return await self._link.call(self.path, DEVICE, member, signature, body)
 
 
 @contextlib.asynccontextmanager
@@ -292,9 +239,11 @@ async def attach(
             yield device
 
 
-async def _properties(link: Link, path: str) -> Properties:
-    (found,) = await link.call(path, PROPERTIES, "GetAll", "s", [DEVICE])
-    return Properties.decode(found)
+def _own(file: File, *, read_only: bool | None, direct_io: bool | None) -> OwnedFd:
+    """An fd of ours on a file."""
+    if isinstance(file, str | bytes | os.PathLike):
+        return open_file(file, read_only=read_only, direct_io=direct_io)
+    return OwnedFd(os.dup(_fileno(file)))
 
 
 def _fileno(file: int | SupportsFileno) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from .. import client
 from ..fd import OwnedFd
-from . import File, SupportsFileno
+from . import File, Lock, SupportsFileno
 from .properties import Properties
 from .watch import Ended
 
@@ -70,6 +70,20 @@ class Client:
         """As loopd.client.Client.device_by_fd."""
         return Device(self._runner, self._runner.run(self._client.device_by_fd(file)))
 
+    def resize_by_fd(
+        self,
+        file: int | SupportsFileno,
+        *,
+        offset: int | None = None,
+        size_limit: int | None = None,
+        force: bool = False,
+    ) -> int:
+        """As loopd.client.Client.resize_by_fd."""
+        resizing = self._client.resize_by_fd(
+            file, offset=offset, size_limit=size_limit, force=force
+        )
+        return self._runner.run(resizing)
+
     def devices(self) -> list[tuple["Device", Properties]]:
         """As loopd.client.Client.devices."""
         found = self._runner.run(self._client.devices())
@@ -114,9 +128,33 @@ class Device:
         resizing = self._device.resize(offset=offset, size_limit=size_limit, force=force)
         return self._runner.run(resizing)
 
-    def open(self, mode: Literal["r", "rw"] = "r") -> OwnedFd:
+    def open(self, mode: Literal["r", "rw"] = "r", *, partition: int | None = None) -> OwnedFd:
         """As loopd.client.Device.open."""
-        return self._runner.run(self._device.open(mode))
+        return self._runner.run(self._device.open(mode, partition=partition))
+
+    def lock(self, kind: Lock) -> None:
+        """As loopd.client.Device.lock."""
+        self._runner.run(self._device.lock(kind))
+
+    def set_autoclear(self, enable: bool) -> None:
+        """As loopd.client.Device.set_autoclear."""
+        self._runner.run(self._device.set_autoclear(enable))
+
+    def set_direct_io(self, enable: bool) -> bool:
+        """As loopd.client.Device.set_direct_io."""
+        return self._runner.run(self._device.set_direct_io(enable))
+
+    def set_reference(self, reference: str) -> None:
+        """As loopd.client.Device.set_reference."""
+        self._runner.run(self._device.set_reference(reference))
+
+    def set_sector_size(self, size: int) -> None:
+        """As loopd.client.Device.set_sector_size."""
+        self._runner.run(self._device.set_sector_size(size))
+
+    def rescan_partitions(self) -> int:
+        """As loopd.client.Device.rescan_partitions."""
+        return self._runner.run(self._device.rescan_partitions())
 
     def sync(self) -> None:
         """As loopd.client.Device.sync."""

@@ -26,7 +26,7 @@ _NOT_THERE = re.compile(
     r"(ServiceUnknown|NameHasNoOwner|TimedOut|Spawn\..+)|org\.freedesktop\.systemd1\..+"
 )
 _NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
-
+_LIMITS = {"t": 1 << 64, "u": 1 << 32}
 
 Options = dict[str, codec.Variant]
 
@@ -150,22 +150,26 @@ class Link:
         return task
 
 
-def make_options(*given: tuple[str, str, Any]) -> dict[str, codec.Variant]:
-    """The a{sv} of what is given: key, type, and a value that None leaves out."""
-    limits = {"t": 1 << 64, "u": 1 << 32}
-    options = {}
-    for key, kind, value in given:
-        if value is None:
-            continue
-        if kind in limits and not 0 <= value < limits[kind]:
-            raise errors.InvalidArgs(f"{key}: {value} is out of range")
-        options[key] = codec.Variant(kind, text(key, value) if kind == "s" else value)
-    return options
+def make_options(*given: tuple[str, str, Any]) -> Options:
+    """The a{sv} of what is given: key, type, and a value that None leaves out.
+
+    Raises InvalidArgs.
+    """
+    return {
+        key: codec.Variant(kind, checked(key, kind, value))
+        for key, kind, value in given
+        if value is not None
+    }
 
 
-def text(key: str, value: str) -> str:
-    """A string that may go onto a bus, which ends the connection over any other."""
-    if "\0" in value or not value.isascii():
+def checked(key: str, kind: str, value: Any) -> Any:
+    """A value of a basic type that may go onto a bus, which ends the connection over any other.
+
+    Raises InvalidArgs, which names the key.
+    """
+    if kind in _LIMITS and not 0 <= value < _LIMITS[kind]:
+        raise errors.InvalidArgs(f"{key}: {value} is out of range")
+    if kind == "s":
         try:
             value.encode()
         except UnicodeEncodeError as exc:

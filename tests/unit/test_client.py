@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +21,7 @@ from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, 
 from loopd.codec import Variant
 from loopd.fd import OwnedFd
 from loopd.wire import BUS_NAME, BusError
+from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async
 
 NOBODY = 65534
@@ -265,15 +267,25 @@ def test_a_missing_property_is_named() -> None:
 
 # --- calls --------------------------------------------------------------------------------------
 
+IN_SIGNATURES = {
+    (interface.get("name"), method.get("name")): "".join(
+        arg.get("type", "") for arg in method.iter("arg") if arg.get("direction") == "in"
+    )
+    for interface in ElementTree.parse(CHECKOUT / "dbus/org.example.Loop1.xml").iter("interface")
+    for method in interface.iter("method")
+}
+
 
 class Bus:
     """Stands for wire.Connection: keeps what is called, and answers as it is told."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.bodies: list[list[Any]] = []
         self.interactive: list[bool] = []
         self.passed: list[os.stat_result] = []
         self.answers: dict[str, Callable[[], Any]] = {}
+        self.sends: list[OwnedFd] = []
         self.called = asyncio.Event()
         self.owner: str | None = LOOPD
 
@@ -291,7 +303,12 @@ class Bus:
         fds: Sequence[int],
     ) -> tuple[list[Any], list[OwnedFd]]:
         assert destination == NAME
+        assert signature == IN_SIGNATURES[interface, member]
+        # Whatever does not fit the signature fails here.
+        call = (destination, path, interface, member, signature, body)
+        codec.serialize(codec.method_call(*call, serial=1, fds=fds))
         self.calls.append((path, member))
+        self.bodies.append(list(body))
         self.interactive.append(interactive)
         self.passed += [os.fstat(fd) for fd in fds]
         self.called.set()
@@ -300,7 +317,8 @@ class Bus:
             answer = await answer
         for fd in fds:
             os.fstat(fd)  # still open, as long as the call lasts
-        return answer, []
+        sent, self.sends = self.sends, []
+        return answer, sent
 
     async def call_bus(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
         assert member in ("AddMatch", "GetNameOwner")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One device of loopd, for asyncio programs: what can be done to it, and what is told of it.
+
+It stands for one attachment and never for a later one; how that came about is not its business.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from .. import errors
+from ..fd import OwnedFd
+from .link import Link, Options, Unavailable, checked, make_options
+from .properties import Properties
+from .watch import DEVICE, PROPERTIES, Ended
+
+Lock = Literal["none", "shared", "exclusive"]
+"""A BSD lock on a device; udev and other programs keep off while it is taken."""
+
+
+class Device:
+    """A device object of loopd. It stands for one attachment and never for a later one.
+
+    Each method raises UnknownObject or NoSuchDevice once the device is gone, and errors.BusError
+    where loopd is out of reach.
+    """
+
+    def __init__(self, link: Link, path: str, node: str, diskseq: int) -> None:
+        self._link = link
+        self.path = path
+        """The object path."""
+        self.node = node
+        """Such as /dev/loop3."""
+        self.diskseq = diskseq
+        """The kernel's number of this attachment."""
+
+    def __repr__(self) -> str:
+        return f"<Device {self.node} diskseq={self.diskseq}>"
+
+    async def detach(self, *, lazy: bool = False) -> bool:
+        """Detach it; true when it is gone, false when the kernel will finish at the last close.
+
+        `lazy` is for devices that are mounted or exclusively open, which otherwise raise
+        DeviceBusy. Raises AccessDenied.
+        """
+        options = make_options(("lazy", "b", lazy or None))
+        return bool(await self._answer("Detach", "a{sv}", options))
+
+    async def ensure_detached(self) -> bool:
+        """Detach it whatever uses it; true when it is gone, however that came.
+
+        Raises AccessDenied.
+        """
+        # What is out of reach goes with the connection, or has gone with loopd.
+        with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
+            return await self.detach(lazy=True)
+        return True
+
+    async def resize(
+        self,
+        *,
+        offset: int | None = None,
+        size_limit: int | None = None,
+        force: bool = False,
+    ) -> int:
+        """Take up the file's size, or set offset and limit; returns the size now. All in bytes.
+
+        A `size_limit` of 0 is none. `force` shrinks a device that is in use, which otherwise
+        raises DeviceBusy. Raises InvalidArgs, Overlap, AccessDenied.
+        """
+        options = resize_options(offset, size_limit, force)
+        return int(await self._answer("Resize", "a{sv}", options))
+
+    async def open(
+        self, mode: Literal["r", "rw"] = "r", *, partition: int | None = None
+    ) -> OwnedFd:
+        """Open the device itself, which needs no right to its node; the fd is the caller's.
+
+        It never allows more than the backing file's did. The device stays, in state detaching,
+        until the fd is closed. `partition` is the number of a partition to open instead of the
+        whole. Raises InvalidArgs, AccessDenied, NotSupported, and NoSuchDevice also where there is
+        no such partition.
+        """
+        options = make_options(("partition", "u", partition))
+        arguments = [checked("mode", "s", mode), options]
+        body, fds = await self._link.call_with_fds(self.path, DEVICE, "Open", "sa{sv}", arguments)
+        if body != [0] or len(fds) != 1:
+            for fd in fds:
+                fd.close()
+            raise errors.Failed("loopd did not send the file descriptor that it announced")
+        return fds[0]
+
+    async def lock(self, kind: Lock) -> None:
+        """Take, change or, by "none", drop the BSD lock on the device. Never waits.
+
+        A device has one, of the connection that took it, and it ends with that; an exclusive one
+        of others than root ends after two minutes. Raises DeviceBusy where somebody else's is in
+        the way, InvalidArgs, AccessDenied, NotSupported on a device that loopd did not attach.
+        """
+        await self._call("Lock", "sa{sv}", [checked("lock", "s", kind), {}])
+
+    async def set_autoclear(self, enable: bool) -> None:
+        """Have the kernel detach the device at its last close, or not.
+
+        Raises NotSupported for a device of loopd's, which goes with its lease, and AccessDenied.
+        """
+        await self._call("SetAutoclear", "ba{sv}", [enable, {}])
+
+    async def set_direct_io(self, enable: bool) -> bool:
+        """Go past the page cache of the file, or not; returns which of them is in effect now.
+
+        That the file does not allow it is no error. Raises AccessDenied, NotSupported.
+        """
+        return bool(await self._answer("SetDirectIO", "ba{sv}", enable, {}))
+
+    async def set_reference(self, reference: str) -> None:
+        """Give it another free name of at most 62 bytes, without control characters; "" for none.
+
+        Raises InvalidArgs, AccessDenied, NotSupported.
+        """
+        await self._call("SetReference", "sa{sv}", [checked("reference", "s", reference), {}])
+
+    async def set_sector_size(self, size: int) -> None:
+        """Change the logical sector size, in bytes: a power of two from 512.
+
+        0 means as the partition table says, 512 without one. Partitions that were made are brought
+        in step with the table. Raises DeviceBusy for a device in use, InvalidArgs, AccessDenied,
+        NotSupported.
+        """
+        await self._call("SetSectorSize", "ua{sv}", [checked("sector-size", "u", size), {}])
+
+    async def rescan_partitions(self) -> int:
+        """Bring the partitions' devices in step with the partition table; returns how many.
+
+        Raises DeviceBusy if one in use would have to change, AccessDenied, NotSupported, TimedOut.
+        """
+        return int(await self._answer("RescanPartitions", "a{sv}", {}))
+
+    async def sync(self) -> None:
+        """Write to the disk what the device has taken.
+
+        Raises ErrnoError where that fails, AccessDenied.
+        """
+        await self._call("Sync", "a{sv}", [{}])
+
+    async def properties(self) -> Properties:
+        """What the device is now."""
+        return await properties(self._link, self.path)
+
+    async def wait_ended(self) -> Ended:
+        """Wait until the device is detached or out of reach, by whatever cause."""
+        with self._link.watch.watched(self.path) as ended:
+            try:
+                await self._link.subscribe()
+                # Whatever came before the subscription shows in the properties.
+                if (await self.properties()).state != "attached":
+                    return Ended.DETACHED
+            except (errors.UnknownObject, errors.NoSuchDevice):
+                return Ended.DETACHED
+            except Unavailable:
+                return Ended.DAEMON_LEFT
+            except errors.BusError:
+                return Ended.BUS_LOST
+            return await ended
+
+    async def _call(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
+        return await self._link.call(self.path, DEVICE, member, signature, body)
+
+    async def _answer(self, member: str, signature: str, *body: Any) -> Any:
+        """Call a method that returns one value."""
+        (answer,) = await self._call(member, signature, body)
+        return answer
+
+
+def resize_options(offset: int | None, size_limit: int | None, force: bool) -> Options:
+    """The options of both Resize methods; None and false leave one out."""
+    return make_options(
+        ("offset", "t", offset), ("size-limit", "t", size_limit), ("force", "b", force or None)
+    )
+
+
+async def properties(link: Link, path: str) -> Properties:
+    """What a device is now, by its object path."""
+    (found,) = await link.call(path, PROPERTIES, "GetAll", "s", [DEVICE])
+    return Properties.decode(found)
