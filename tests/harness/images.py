@@ -128,6 +128,55 @@ def make_gpt(
     return _finish(path, owner, mode)
 
 
+def make_mbr(
+    path: Path,
+    primaries: Sequence[tuple[int, int]] = ((2048, 2048),),
+    extended: tuple[int, int] | None = None,
+    logicals: Sequence[tuple[int, int]] = (),
+    size: int = 8 * MIB,
+    *,
+    sector_size: int = 512,
+    owner: str | None = None,
+    mode: int = 0o644,
+) -> Path:
+    """Make a patterned file with an MBR; a part is its first sector and its count of sectors.
+
+    The extended partition comes after the primaries. The first logical partition is told of in its
+    first sector, each of the others in the sector before it.
+    """
+    linux, chain = 0x83, 0x05
+    path.write_bytes(pattern(0, size))
+    parts = [(linux, *part) for part in primaries]
+    if extended:
+        parts.append((chain, *extended))
+    with path.open("r+b") as file:
+
+        def write(sector: int, entries: Sequence[tuple[int, int, int]]) -> None:
+            data = bytearray(pattern(sector * sector_size, 512))
+            data[440:510] = bytes(70)
+            for index, (kind, start, count) in enumerate(entries):
+                struct.pack_into(
+                    "<B3sB3sII", data, 446 + 16 * index, 0, b"", kind, b"", start, count
+                )
+            data[510:] = b"\x55\xaa"
+            file.seek(sector * sector_size)
+            file.write(data)
+
+        write(0, parts)
+        if extended and logicals:
+            first, _ = extended
+            tables = [first, *(start - 1 for start, _ in logicals[1:])]
+            for index, (at, (start, count)) in enumerate(zip(tables, logicals, strict=True)):
+                entries = [(linux, start - at, count)]
+                if index + 1 < len(logicals):
+                    following, length = logicals[index + 1]
+                    entries.append(
+                        (chain, tables[index + 1] - first, following + length - tables[index + 1])
+                    )
+                write(at, entries)
+    return _finish(path, owner, mode)
+
+
 @contextmanager
 def memfd(size: int = MIB, flags: int = os.MFD_CLOEXEC) -> Iterator[int]:
     """Yield the fd of a patterned memfd, which the leak check knows for this process's own."""
