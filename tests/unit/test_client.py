@@ -284,6 +284,7 @@ class Bus:
         self.bodies: list[list[Any]] = []
         self.interactive: list[bool] = []
         self.passed: list[os.stat_result] = []
+        self.passed_names: list[str] = []
         self.answers: dict[str, Callable[[], Any]] = {}
         self.sends: list[OwnedFd] = []
         self.called = asyncio.Event()
@@ -311,6 +312,7 @@ class Bus:
         self.bodies.append(list(body))
         self.interactive.append(interactive)
         self.passed += [os.fstat(fd) for fd in fds]
+        self.passed_names += [os.readlink(f"/proc/self/fd/{fd}") for fd in fds]
         self.called.set()
         answer = self.answers[member]()
         if isinstance(answer, asyncio.Future):
