@@ -199,7 +199,7 @@ def named_by(fd: OwnedFd) -> Named:
     with fd:
         file = backing.identify(fd.fileno())
         if file.block:
-            os.close(fd.release())
+            kernel.close(fd.release())
     if not file.block:
         return Named(file=file)
     major, minor = os.major(file.block.number), os.minor(file.block.number)

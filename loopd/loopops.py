@@ -235,6 +235,8 @@ def rescan_partitions(device: LoopDevice) -> list[PartitionExtent]:
         info = kernel.loop_get_status64(loop_fd)
         info.lo_flags |= LO_FLAGS_PARTSCAN
         _set_status(device, info)
+    # As the kernel does before it reads a table: somebody may have written it to the file.
+    kernel.blkflsbuf(loop_fd)
     return partitions.scan(loop_fd, device.number)
 
 

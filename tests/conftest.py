@@ -28,6 +28,9 @@ from tests.harness.daemon import LIBRARIES, Daemon
 from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolkit
 from tests.harness.udev import Udev
 
+# Tests that live outside of test modules; before anything imports them.
+pytest.register_assert_rewrite("tests.harness.behaviours")
+
 hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile(

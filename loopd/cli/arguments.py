@@ -14,6 +14,7 @@ from .. import __version__
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
 
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
 _NODE = re.compile(r"(?:/dev/)?loop[0-9]{1,7}", re.ASCII)
 
 _TARGET_HELP = "/dev/loop3 or loop3, else an attached file (./loop3, if it is called so)"
@@ -57,6 +58,13 @@ def parse_size(text: str) -> int:
     return number
 
 
+def parse_number(text: str) -> int:
+    """The number of a loop device."""
+    if not _NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"not a number: {text!r} (3 is that of /dev/loop3)")
+    return int(text)
+
+
 def node_of(target: str) -> str | None:
     """The node that a DEVICE-OR-FILE means, through symbolic links, too; None if it is a file."""
     if _NODE.fullmatch(target):
@@ -95,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(parser=made)
         made.add_argument("--json", action="store_true", help="tell the result as JSON")
         made.add_argument(
-            "--no-ask-password", action="store_true", help="never have anybody asked for a password"
+            "--no-ask-password",
+            dest="interactive",
+            action="store_false",
+            help="never have anybody asked for a password",
         )
         return made
 
@@ -148,7 +159,15 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_range(parser)
     parser.add_argument(
-        "-b", "--sector-size", type=parse_size, metavar="SIZE", help="of the device (default: 512)"
+        "-b",
+        "--sector-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="of the device (default: 512, or that of a block device); 0 is as the partition table "
+        "says",
+    )
+    parser.add_argument(
+        "-P", "--partscan", action="store_true", help="make devices for the partitions, too"
     )
     parser.add_argument(
         "--direct-io",
@@ -159,9 +178,25 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loop-ref", metavar="NAME", help="a name of your choice for the device")
     parser.add_argument(
+        "--lock",
+        choices=("shared", "exclusive"),
+        help="keep udev and others off the device, by a BSD lock that is there from the start",
+    )
+    parser.add_argument(
+        "--number",
+        type=parse_number,
+        metavar="N",
+        help="/dev/loopN and no other, which takes the right to manage the devices of others",
+    )
+    parser.add_argument(
         "--allow-overlap",
         action="store_true",
         help="even if another device has the same part of the file",
+    )
+    parser.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="attach a copy in memory: what is written is lost with the device",
     )
 
 

@@ -37,6 +37,11 @@ def _printable_character(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
+def name(argument: str) -> str:
+    """A file or device as it was given on the command line, printable."""
+    return printable(os.fsencode(argument))
+
+
 def size(number: int) -> str:
     """Bytes in the largest unit that leaves at least 1, as in 1.5 GiB."""
     unit = max((number.bit_length() - 1) // 10, 0)
@@ -128,6 +133,13 @@ def properties(device: Properties) -> list[str]:
     return [f"{name + ':':{width}} {value}" for name, value in rows.items()]
 
 
+def farewell(node: str, *, gone: bool) -> str:
+    """What to say when a device has been detached; `gone` as Device.detach returns it."""
+    if gone:
+        return f"detached {node}"
+    return f"{node} is still in use, and goes when its last user closes it"
+
+
 def exact_size(number: int) -> str:
     """As `size`, and the bytes to the last one."""
     return f"{number} bytes" if number < 1024 else f"{size(number)} ({number} bytes)"
@@ -159,5 +171,10 @@ def properties_for_json(path: str, device: Properties) -> dict[str, Any]:
         "object": path,
         **asdict(device),
         "backing_file": device.backing_file.decode(errors="replace"),
-        "partitions": [part._asdict() for part in device.partitions],
+        "partitions": partitions_for_json(device),
     }
+
+
+def partitions_for_json(device: Properties) -> list[dict[str, Any]]:
+    """The partitions, each with its number, node, start and size."""
+    return [part._asdict() for part in device.partitions]

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopdev on the scripted kernel; tests/root/test_real_kernel.py has the other one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.behaviours import *  # noqa: F403  every test of it is one of ours
+from tests.harness.lab import Lab
+from tests.harness.lab import lab as make_lab
+
+
+@pytest.fixture
+def lab(area: Path) -> Iterator[Lab]:
+    with make_lab(area) as made:
+        yield made
