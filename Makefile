@@ -13,7 +13,7 @@ PYTHON ?= /usr/bin/python3
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
 # What each step needs of Debian. Python's tools that are not here come from the package index.
-LIBRARIES        := python3-dbus-next python3-pyudev python3-systemd
+LIBRARIES        := python3-dbus-next python3-pyudev python3-rich python3-systemd
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
 INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi

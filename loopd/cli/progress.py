@@ -86,10 +86,9 @@ def _new_bar() -> "Progress":
 
 
 def _draw(bar: "Progress", what: str, done: int, total: int) -> None:
-    for task in bar.task_ids:
-        bar.update(task, completed=done, refresh=True)
-    if not bar.task_ids:
-        bar.start()
-        # Should loopctl be killed, nobody would show it again.
-        bar.console.show_cursor(True)
-        bar.add_task(what, completed=done, total=total)
+    if bar.task_ids:
+        bar.update(bar.task_ids[0], completed=done, refresh=True)
+        return
+    bar.start()
+    bar.console.show_cursor(True)  # should loopctl be killed, nobody would show it again
+    bar.add_task(what, completed=done, total=total)

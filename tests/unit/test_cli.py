@@ -62,13 +62,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_attach_takes_the_spellings_of_losetup() -> None:
-    short = parse("attach -r -o 1M --sizelimit 2M -b 4K --direct-io=off --loop-ref x f".split())
+    short = parse("attach -r -o 1M --sizelimit 2M -b 4K -P --direct-io=off --loop-ref x f".split())
     long = parse(
-        "attach --read-only --offset=1M --sizelimit=2M --sector-size=4096 --direct-io=off "
-        "--loop-ref=x f".split()
+        "attach --read-only --offset=1M --sizelimit=2M --sector-size=4096 --partscan "
+        "--direct-io=off --loop-ref=x f".split()
     )
     for found in (short, long):
         assert found.read_only
+        assert found.partscan
         assert (found.offset, found.sizelimit, found.sector_size) == (1 << 20, 2 << 20, 4096)
         assert (found.direct_io, found.loop_ref, found.file) == ("off", "x", "f")
 
@@ -76,8 +77,9 @@ def test_attach_takes_the_spellings_of_losetup() -> None:
 def test_what_is_not_given_is_left_to_loopd() -> None:
     found = parse(["attach", "f"])
     given = (found.offset, found.sizelimit, found.sector_size, found.direct_io, found.loop_ref)
-    assert given == (None,) * 5
-    assert not found.read_only
+    assert (*given, found.lock, found.number) == (None,) * 7
+    switches = (found.read_only, found.partscan, found.allow_overlap, found.in_memory)
+    assert switches == (False,) * 4
 
 
 def test_direct_io_without_a_value_does_not_take_the_file_for_one() -> None:
@@ -105,6 +107,10 @@ def test_run_leaves_the_options_of_its_command_alone() -> None:
         ("attach --direct-io=perhaps f", ExitCode.USAGE),
         ("attach --off 512 f", ExitCode.USAGE),
         ("attach -o 5X f", ExitCode.USAGE),
+        ("attach --lock none f", ExitCode.USAGE),
+        ("attach --number loop3 f", ExitCode.USAGE),
+        ("attach --number -1 f", ExitCode.USAGE),
+        ("attach --number 1_0 f", ExitCode.USAGE),
         ("detach", ExitCode.USAGE),
         ("run f", RunExitCode.FAILED),
         ("run f --", RunExitCode.FAILED),

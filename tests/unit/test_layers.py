@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "loopd"
 LAYERS = (
     ("__main__",),
     ("daemon", "cli"),
-    ("cli.arguments", "client.blocking"),
+    ("cli.arguments", "cli.attachment", "client.blocking"),
     ("cli.outcome", "service", "client"),
     ("client.device",),
     ("cli.output", "options", "bus", "introspection", "client.link"),
@@ -21,7 +21,7 @@ LAYERS = (
     ("manager", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("registry", "locks", "monitor", "polkit", "wire", "dial"),
     ("device", "threads", "tasks", "config", "client.memory"),
-    ("leases", "loopops", "overlap", "marker"),
+    ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table"),
