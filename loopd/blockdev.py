@@ -59,6 +59,14 @@ class Lock(StrEnum):
         }[self]
 
 
+def unbinds_while_open() -> bool:
+    """Whether CLR_FD by the only opener unbinds at once, and leaves it an fd on the number.
+
+    From Linux 6.11 on a device stays bound until its last close.
+    """
+    return kernel.release() < (6, 11)
+
+
 def try_lock(fd: int, operation: int, *, timeout: float = 0) -> bool:
     """Take a BSD lock (LOCK_SH or LOCK_EX) within `timeout` seconds; false when others keep it."""
     deadline = time.monotonic() + timeout

@@ -122,7 +122,8 @@ def attach(
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
         request.check(file, backing.size(file_fd.fileno()))
-        fresh = may_hang
+        # Of a device that is there already, a former user may have an fd that would see our file.
+        fresh = may_hang or blockdev.unbinds_while_open()
         for pause in blockdev.retry_pauses(ATTEMPTS):
             try:
                 return _bind_device(
@@ -185,12 +186,25 @@ def _allocate(control_fd: int, wanted: int | None, fresh: bool) -> int:
         return (
             kernel.loop_ctl_add(control_fd, -1) if fresh else kernel.loop_ctl_get_free(control_fd)
         )
+    if blockdev.unbinds_while_open() and not _try_remove(control_fd, wanted):
+        raise Taken(f"somebody has loop{wanted} open")
     try:
         kernel.loop_ctl_add(control_fd, wanted)
     except OSError as exc:
         if exc.errno != errno.EEXIST:
             raise
     return wanted
+
+
+def _try_remove(control_fd: int, number: int) -> bool:
+    """Remove a device that nobody has open; whether it is gone."""
+    try:
+        kernel.loop_ctl_remove(control_fd, number)
+    except OSError as exc:
+        if exc.errno not in (errno.EBUSY, errno.ENODEV):
+            raise
+        return exc.errno == errno.ENODEV
+    return True
 
 
 @contextmanager
@@ -361,16 +375,10 @@ def remove(number: int) -> bool:
     """
     with blockdev.opened(kernel.open_loop_control()) as control_fd:
         for pause in (*blockdev.removal_pauses(), None):
-            try:
-                kernel.loop_ctl_remove(control_fd.fileno(), number)
-            except OSError as exc:
-                if exc.errno == errno.ENODEV:
-                    return True
-                if exc.errno != errno.EBUSY or kernel.loop_bound(number):
-                    break
-            else:
+            if _try_remove(control_fd.fileno(), number):
                 return True
-            if pause is not None:
-                time.sleep(pause)
+            if pause is None or kernel.loop_bound(number):
+                break
+            time.sleep(pause)
     log.debug("loop%d stays, unbound or in use again", number)
     return False

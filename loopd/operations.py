@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from . import kernel, loopdev, loopops, overlap
+from . import blockdev, kernel, loopdev, loopops, overlap
 from .access import ROOT, Caller, Operation
 from .blockdev import Lock
 from .device import Device
@@ -27,8 +27,6 @@ _T = TypeVar("_T")
 
 # Past the end of any file.
 _ANY_END = 1 << 64
-# From this version on a loop device is never unbound before its last close.
-_NEVER_UNBOUND_WHILE_OPEN = (6, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +170,7 @@ class Operations:
         self, caller: Caller, device: Device, *, writable: bool, partition: int | None
     ) -> OwnedFd:
         """A new fd on the device's node, or on a partition's."""
-        if caller.uid != ROOT and kernel.release() < _NEVER_UNBOUND_WHILE_OPEN:
+        if caller.uid != ROOT and blockdev.unbinds_while_open():
             # CLR_FD by the last opener would unbind and leave it an fd on the next user's image.
             raise NotSupported("before Linux 6.11 only root may be given a device's fd")
         await self._manager.require(caller, Operation.OPEN, device)

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_bound(
     lab: Lab, request_: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(InvalidArgs, match=f"^{key}: "):
-        lab.attach(lab.image(MIB * (64 if key == "sector-size" else 1)), **request_)
+        lab.attach(lab.sparse(64 * MIB if key == "sector-size" else MIB), **request_)
     assert lab.bound() == []
     assert "loop_set_status64" not in lab.script.calls
 

@@ -56,6 +56,10 @@ class Lab:
         """Return a new patterned file."""
         return images.make_plain(self.path(), size)
 
+    def sparse(self, size: int) -> Path:
+        """Return a new file that is one hole."""
+        return images.make_sparse(self.path(), size)
+
     def gpt(self, parts: Sequence[tuple[int, int]] = ((2048, 2048), (4096, 2048))) -> Path:
         """Return a new image with a GPT for sectors of 512 bytes."""
         return images.make_gpt(self.path(), parts)
