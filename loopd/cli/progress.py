@@ -70,6 +70,7 @@ def _new_bar() -> "Progress":
     from rich.table import Column
 
     console = Console(stderr=True)
+    console.width -= len("^C ")  # which a terminal shows behind the bar, to be erased with it
     name = Column(no_wrap=True, overflow="ellipsis", max_width=console.width // 2)
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=name),

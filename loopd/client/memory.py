@@ -97,16 +97,16 @@ class _Copy:
                 raise errors.from_os_error(exc, "copying the file into memory") from exc
 
     def _copy_file(self, source_fd: int) -> OwnedFd:
-        mode = os.fstat(source_fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        kind = stat.S_IFMT(os.fstat(source_fd).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFBLK):
             raise errors.UnsupportedFile("the file is neither a regular one nor a block device")
         with OwnedFd(os.memfd_create(_name(source_fd), os.MFD_CLOEXEC)) as memory:
             position = os.lseek(source_fd, 0, os.SEEK_CUR)
             try:
-                self.total = os.lseek(source_fd, 0, os.SEEK_END)  # also that of a block device
+                self.total = _size(source_fd)
                 os.ftruncate(memory.fileno(), self.total)
                 self._copy_data(source_fd, memory.fileno(), self.total)
-                left = os.lseek(source_fd, 0, os.SEEK_END)
+                left = _size(source_fd)
                 if left < self.total:
                     os.ftruncate(memory.fileno(), left)
                     self.total = left
@@ -136,6 +136,11 @@ def _name(fd: int) -> str:
     """The name of an open file, as far as a memfd can have it."""
     path = os.readlink(b"/proc/self/fd/%d" % fd)
     return os.fsdecode(os.path.basename(path)[:_MAX_NAME])
+
+
+def _size(fd: int) -> int:
+    found = os.fstat(fd)
+    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(found.st_mode) else found.st_size
 
 
 def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
