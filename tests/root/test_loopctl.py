@@ -5,6 +5,7 @@ The package is copied to where every uid can read it, and run by Debian's Python
 one would be.
 """
 
+import fcntl
 import json
 import os
 import pty
@@ -23,14 +24,24 @@ import pytest
 
 from loopd.client import blocking
 from loopd.client.watch import Ended
-from tests.harness.area import CHECKOUT
+from loopd.errors import NotSupported
+from tests.harness.area import CHECKOUT, TOKEN
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import Caller
 from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
-from tests.harness.images import MIB, make_plain
-from tests.harness.loops import bound_loops, look_at, loop_is_bound, wait_unbound
+from tests.harness.fuse import Fuse
+from tests.harness.images import MIB, make_gpt, make_plain, pattern
+from tests.harness.loops import (
+    BoundLoop,
+    bound_loops,
+    detach_leaked,
+    look_at,
+    loop_is_bound,
+    partitions,
+    wait_unbound,
+)
 from tests.harness.polkit import Answer, PolkitDouble, rules_allowing
 
 OWNER = "nobody"
@@ -320,6 +331,257 @@ def test_nobody_is_asked_when_that_is_not_wanted(
     assert not polkit.wait_question().interactive
 
 
+# --- direct I/O, partitions, locks, numbers -----------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [[], ["-r"]])
+def test_the_setting_decides_on_direct_io_and_not_how_the_file_is_open(
+    authority: object,
+    make_daemon: Callable[..., Daemon],
+    loopctl: Loopctl,
+    image: Path,
+    given: list[str],
+) -> None:
+    """A15, A18"""
+    make_daemon(config="direct_io = false\n")
+    command = ["sh", "-c", 'cat "/sys/block/${LOOPDEV#/dev/}/loop/dio"']
+    assert loopctl.run("run", *given, image, "--", *command) == (0, "0\n", "")
+    with os.fdopen(os.open(image, os.O_RDONLY | os.O_DIRECT), "rb"):  # else there is none to have
+        assert loopctl.run("run", "--direct-io", image, "--", *command) == (0, "1\n", "")
+
+
+@pytest.fixture
+def disk(area: Path) -> Path:
+    """An image with two partitions that is OWNER's."""
+    return make_gpt(area / "gpt.img", owner=OWNER)
+
+
+def test_the_command_finds_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
+    command = ["sh", "-c", "test -b {}p1 && test -b {}p2 && echo {}"]
+    status, out, err = loopctl.run("run", "-P", disk, "--", *command)
+    assert (status, err) == (0, "")
+    number = number_of(out.rstrip("\n"))
+    assert not is_attached(disk)
+    assert partitions(number) == ()
+
+
+def test_attach_tells_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
+    with loopctl.start("attach", "--partscan", disk) as running:
+        node = running.line()
+        told = loopctl.json("show", node)["partitions"]
+        running.signal(signal.SIGTERM)
+        status, _, err = running.end()
+    assert status == 0
+    assert f", with {node}p1, {node}p2, until this ends" in err
+    assert told == [
+        {"number": 1, "node": f"{node}p1", "start": MIB, "size": MIB},
+        {"number": 2, "node": f"{node}p2", "start": 2 * MIB, "size": MIB},
+    ]
+
+
+def test_attach_tells_the_partitions_as_json(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
+    with loopctl.start("attach", "-P", "--json", disk) as running:
+        told = json.loads(running.line())
+        assert told["partitions"] == loopctl.json("show", told["node"])["partitions"]
+        assert len(told["partitions"]) == 2
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+
+
+def test_a_sector_size_of_0_is_that_of_the_partition_table(
+    daemon: Daemon, loopctl: Loopctl, area: Path
+) -> None:
+    disk = make_gpt(area / "gpt.img", ((256, 256),), sector_size=4096, owner=OWNER)
+    with loopctl.start("attach", "-P", "-b", "0", disk) as running:
+        shown = loopctl.json("show", running.line())
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+    assert shown["sector_size"] == 4096
+    assert [(each["start"], each["size"]) for each in shown["partitions"]] == [(MIB, MIB)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"), [("exclusive", fcntl.LOCK_SH), ("shared", fcntl.LOCK_EX)]
+)
+def test_a_lock_is_there_from_the_start(
+    daemon: Daemon, loopctl: Loopctl, image: Path, kind: str, refused: int
+) -> None:
+    with loopctl.start("attach", "--lock", kind, image) as running:
+        node = running.line()
+        assert loopctl.json("show", node)["locked"] == kind
+        assert re.search(f"^Lock: +{kind}$", loopctl.run("show", node)[1], re.MULTILINE)
+        with open(node, "rb") as device, pytest.raises(BlockingIOError):
+            fcntl.flock(device, refused | fcntl.LOCK_NB)
+        running.signal(signal.SIGTERM)
+        assert running.end()[0] == 0
+
+
+def test_root_can_ask_for_a_number(daemon: Daemon, loopctl: Loopctl, image: Path) -> None:
+    number = 500_000 + os.getpid() % 500_000
+    command = ("run", "--number", str(number), image, "--", "echo", "{}")
+    assert loopctl.run(*command, user="root") == (0, f"/dev/loop{number}\n", "")
+
+
+def test_a_number_that_is_taken(
+    attached: tuple[Running, int], loopctl: Loopctl, area: Path
+) -> None:
+    _, number = attached
+    make_plain(area / "second.img")
+    status, out, err = loopctl.run("attach", "--number", str(number), "second.img", user="root")
+    assert (status, out) == (6, "")
+    assert one_sentence(err)
+
+
+def test_a_number_takes_the_right_to_manage_the_devices_of_others(
+    loopctl: Loopctl,
+    make_polkit: Callable[[str], object],
+    make_daemon: Callable[..., Daemon],
+    image: Path,
+) -> None:
+    make_polkit(rules_allowing("org.example.loop1.attach", users=(OWNER,)))
+    make_daemon()
+    status, out, err = loopctl.run("attach", "--number", "3", image)
+    assert (status, out) == (4, "")
+    assert one_sentence(err)
+    assert not is_attached(image)
+
+
+# --- in memory ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(area: Path) -> Path:
+    """An image that everyone may read; a copy of it is known for this test's by its name."""
+    return make_plain(area / f"{TOKEN}disk.img")
+
+
+@pytest.mark.parametrize("options", [[], ["--direct-io"]])
+def test_a_copy_in_memory_is_writable_and_its_file_stays_as_it_is(
+    daemon: Daemon, loopctl: Loopctl, source: Path, options: list[str]
+) -> None:
+    """A19"""
+    with loopctl.start("attach", "--in-memory", *options, source) as running:
+        node = running.line()
+        shown = loopctl.json("show", node)
+        assert shown["backing_file"] == f"/memfd:{source.name} (deleted)"
+        assert (shown["read_only"], shown["direct_io"]) == (False, False)
+        with open(node, "r+b", buffering=0) as device:
+            assert device.read(MIB) == pattern(0, MIB)
+            device.seek(0)
+            device.write(bytes(4096))
+            os.fsync(device)
+        running.signal(signal.SIGTERM)
+        status, _, err = running.end()
+    assert status == 0
+    assert f"{node} is a copy of {source} (1 MiB, read-write) until" in err
+    assert source.read_bytes() == pattern(0, MIB)
+
+
+def test_a_copy_in_memory_can_be_read_only(daemon: Daemon, loopctl: Loopctl, source: Path) -> None:
+    """A19"""
+    command = ["sh", "-c", 'cat "/sys/block/${LOOPDEV#/dev/}/ro"']
+    assert loopctl.run("run", "-r", "--in-memory", source, "--", *command) == (0, "1\n", "")
+
+
+def test_a_copy_has_the_partitions(daemon: Daemon, loopctl: Loopctl, area: Path) -> None:
+    """A19"""
+    disk = make_gpt(area / f"{TOKEN}gpt.img")
+    command = ["test", "-b", "{}p2"]
+    assert loopctl.run("run", "-P", "--in-memory", disk, "--", *command) == (0, "", "")
+
+
+def test_a_block_device_can_be_copied(
+    attached: tuple[Running, int], loopctl: Loopctl, area: Path
+) -> None:
+    """A19"""
+    _, number = attached
+    link = area / "link"
+    link.symlink_to(f"/dev/loop{number}")
+    command = (
+        "run",
+        "--in-memory",
+        link,
+        "--",
+        "sh",
+        "-c",
+        "cat {} >copy; losetup -O BACK-FILE -n {}",
+    )
+    status, out, err = loopctl.run(*command, user="root")
+    assert (status, err) == (0, "")
+    assert out == f"/memfd:loop{number} (deleted)\n"
+    assert (area / "copy").read_bytes() == pattern(0, MIB)
+
+
+@contextmanager
+def foreign_device(file: Path) -> Iterator[BoundLoop]:
+    """A loop device that losetup has made."""
+    made = subprocess.run(["losetup", "-f", "--show", file], check=True, capture_output=True)
+    loop = look_at(number_of(made.stdout.decode().strip()))
+    assert loop is not None
+    try:
+        yield loop
+    finally:
+        detach_leaked(loop)
+
+
+@pytest.fixture
+def hanging() -> Iterator[tuple[str, Fuse]]:
+    """A block device on which reads last until its Fuse goes on."""
+    with Fuse(size=8 * MIB) as fuse, foreign_device(fuse.file) as loop:
+        # Open, since the last one to close it would have to wait, too.
+        with open(loop.node, "rb"):
+            fuse.process.signal(signal.SIGSTOP)
+            try:
+                yield loop.node, fuse
+            finally:
+                fuse.process.signal(signal.SIGCONT)
+
+
+def read_until(terminal_fd: int, pattern: str) -> str:
+    """Read what a program writes to its terminal until it has written this."""
+    seen, deadline = b"", Deadline()
+    while not re.search(pattern, seen.decode(errors="replace")):
+        deadline.wait_readable([terminal_fd], f"{pattern} after {seen!r}")
+        seen += os.read(terminal_fd, 65536)
+    return seen.decode()
+
+
+def test_a_copy_shows_its_progress_on_a_terminal(
+    daemon: Daemon, loopctl: Loopctl, hanging: tuple[str, Fuse]
+) -> None:
+    """A19"""
+    node, fuse = hanging
+    command = ("attach", "--in-memory", node)
+    with terminal() as (keyboard, screen):
+        with loopctl.start(*command, user="root", stderr=screen) as running:
+            read_until(keyboard, f"copying {os.path.basename(node)} .+ 0%")
+            fuse.process.signal(signal.SIGCONT)
+            copy = running.line()
+            # The bar is gone before anything else is said.
+            read_until(keyboard, rf"\x1b\[2Kloopctl: {copy} is a copy of {node} .*\n")
+            running.signal(signal.SIGTERM)
+            assert running.end()[0] == 0
+
+
+def test_a_copy_that_hangs_can_be_given_up(
+    daemon: Daemon, loopctl: Loopctl, hanging: tuple[str, Fuse]
+) -> None:
+    """A19"""
+    node, _ = hanging
+    command = ("run", "--in-memory", node, "--", "true")
+    with terminal() as (keyboard, screen):
+        with loopctl.start(*command, user="root", stderr=screen) as running:
+            read_until(keyboard, f"copying {os.path.basename(node)} ")
+            running.signal(signal.SIGINT)
+            assert running.end()[:2] == (128 + signal.SIGINT, "")
+            read_until(keyboard, r"\x1b\[2K$")
+
+
+def test_progress_is_for_terminals_only(daemon: Daemon, loopctl: Loopctl, source: Path) -> None:
+    """A19"""
+    assert loopctl.run("run", "--in-memory", source, "--", "true") == (0, "", "")
+
+
 # --- resize and detach --------------------------------------------------------------------------
 
 
@@ -515,6 +777,11 @@ def odd_files(area: Path) -> None:
         ("attach /proc/version", 7),
         ("attach -o 3 disk.img", 2),
         ("attach -o 2M disk.img", 2),
+        ("attach --number 1048576 disk.img", 2),
+        ("attach --in-memory missing", 7),
+        ("attach --in-memory directory", 7),
+        ("attach --in-memory fifo", 7),
+        ("attach --in-memory secret", 7),
         ("detach disk.img", 5),
         ("detach directory", 5),
         ("resize disk.img", 5),
@@ -660,3 +927,37 @@ def test_the_blocking_front_does_all_of_it(
         assert device.wait_ended() is Ended.DETACHED
     with blocking.attach(image, address=bus.address) as device:
         assert device.detach()
+
+
+def test_the_blocking_front_changes_devices(daemon: Daemon, bus: PrivateBus, disk: Path) -> None:
+    with blocking.Client.connect(bus.address) as client:
+        with client.attach(disk, partition_scan=True, lock="shared") as device:
+            device.set_reference("x")
+            assert device.set_direct_io(False) is False
+            device.lock("exclusive")
+            device.set_sector_size(512)
+            assert device.rescan_partitions() == 2
+            found = device.properties()
+            assert (found.reference, found.locked, found.direct_io) == ("x", "exclusive", False)
+            assert [each.number for each in found.partitions] == [1, 2]
+            with device.open(partition=2) as fd:
+                assert os.pread(fd.fileno(), 16, 0) == pattern(2 * MIB, 16)
+                assert client.resize_by_fd(fd, size_limit=MIB // 2) == MIB // 2
+            assert device.properties().partitions[1].size == MIB // 2
+            device.lock("none")
+            with pytest.raises(NotSupported, match="SetLifetime"):
+                device.set_autoclear(False)
+
+
+def test_the_blocking_front_sets_autoclear_on_a_foreign_device(
+    authority: object, make_daemon: Callable[..., Daemon], bus: PrivateBus, image: Path
+) -> None:
+    # Open, since it would go at once with autoclear.
+    with foreign_device(image) as loop, open(loop.node, "rb"):
+        make_daemon()
+        with blocking.Client.connect(bus.address) as client:
+            device = client.device_by_node(loop.node)
+            device.set_autoclear(True)
+            assert device.properties().autoclear
+            device.set_autoclear(False)
+            assert not device.properties().autoclear
