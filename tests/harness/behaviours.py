@@ -183,7 +183,7 @@ def test_a_failure_at_any_call_leaves_nothing_bound_claimed_or_open(
         with suppress(OSError, LoopError):
             lab.detach(lab.attach(path, **request_))
         lab.script.clear()
-        assert lab.bound() == [], f"{name}, call {index}"
+        lab.require_bound([])
         assert lab.claims == []
         assert len(os.listdir("/proc/self/fd")) == before, f"{name}, call {index}"
 
@@ -282,7 +282,7 @@ def stale_partition(lab: Lab) -> int:
     with lab.open(number) as fd:
         kernel.blkpg_add_partition(fd.fileno(), 1, MIB, MIB)
     lab.clear(number)
-    lab._wait_unbound(number, binding)
+    lab.wait_cleared(number, binding)
     assert kernel.loop_partitions(number) == [PartitionExtent(1, MIB, MIB)]
     return number
 
@@ -471,7 +471,7 @@ def test_another_device_on_the_number_is_not_taken_for_it(lab: Lab) -> None:
     binding = kernel.loop_binding(number)
     assert binding is not None
     lab.clear(number)
-    lab._wait_unbound(number, binding)
+    lab.wait_cleared(number, binding)
     with pytest.raises(NoSuchDevice):
         loopops.open_existing(number, binding)
     again = lab.attach(lab.image(), number=number)

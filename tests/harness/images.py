@@ -5,6 +5,7 @@ All are small, sparse where they can be, and readable by everyone unless told ot
 makes one a user's own.
 """
 
+import array
 import os
 import shutil
 import struct
@@ -20,14 +21,12 @@ from tests.harness.area import TOKEN
 MIB = 1024 * 1024
 LINUX_DATA = uuids.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
 
-_WORD = struct.Struct("<Q")
-
 
 def pattern(offset: int, length: int) -> bytes:
     """Return what a patterned file holds there: each 8 bytes say where they are."""
     first = offset // 8
-    words = range(first, (offset + length + 7) // 8)
-    data = b"".join(_WORD.pack(word * 8) for word in words)
+    words = array.array("Q", range(first * 8, (offset + length + 7) // 8 * 8, 8))
+    data = words.tobytes()
     return data[offset - first * 8 :][:length]
 
 

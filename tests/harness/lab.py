@@ -109,9 +109,10 @@ class Lab:
 
     def wait_unbound(self, device: LoopDevice) -> None:
         """Wait until the kernel has let go of the file."""
-        self._wait_unbound(device.number, device.binding)
+        self.wait_cleared(device.number, device.binding)
 
-    def _wait_unbound(self, number: int, binding: int | None) -> None:
+    def wait_cleared(self, number: int, binding: int | None) -> None:
+        """Wait until a number has this binding no more."""
         if self.scripted:
             assert kernel.loop_binding(number) != binding
             return
@@ -171,6 +172,14 @@ class Lab:
             if loop.backing_file.startswith(f"{self.directory}/")
         )
 
+    def require_bound(self, numbers: list[int]) -> None:
+        """Fail unless exactly these are bound; udev may need a moment to let go of a device."""
+        if self.scripted or self.bound() == numbers:
+            assert self.bound() == numbers
+            return
+        with loops.Uevents() as events:
+            events.wait_until(lambda: self.bound() == numbers, f"only {numbers} to be bound")
+
     # --- the end
 
     def close(self) -> None:
@@ -183,7 +192,7 @@ class Lab:
         for number in list(self._foreign):
             binding = kernel.loop_binding(number)
             self.clear(number)
-            self._wait_unbound(number, binding)
+            self.wait_cleared(number, binding)
 
     def end(self, device: LoopDevice) -> None:
         """Detach a device, whatever has become of it."""
@@ -205,7 +214,7 @@ def lab(directory: Path, traits: Traits | None = None, *, real: bool = False) ->
         stack.enter_context(script.running())
         yield made
         made.close()
-        assert made.bound() == [], "left bound"
+        made.require_bound([])
         assert made.claims == [], "left claimed"
         if scripted:
             assert scripted.open_fds() == [], "left open"

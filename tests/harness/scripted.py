@@ -297,9 +297,12 @@ class ScriptedKernel:
         kept = binding.info.lo_flags & ~LO_FLAGS_AUTOCLEAR
         scans = bool(new & LO_FLAGS_PARTSCAN) and not binding.scanning
         binding.info.lo_flags = kept | new
-        binding.info.lo_offset, binding.info.lo_sizelimit = info.lo_offset, info.lo_sizelimit
         binding.info.lo_file_name = info.lo_file_name
-        loop.size = self._capacity(loop)
+        wanted = info.lo_offset, info.lo_sizelimit
+        if wanted != (binding.info.lo_offset, binding.info.lo_sizelimit):
+            # Only then is the file looked at.
+            binding.info.lo_offset, binding.info.lo_sizelimit = wanted
+            loop.size = self._capacity(loop)
         if scans:
             self._scan(loop)
 
