@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Loop devices that somebody else set up: seen, followed, and nobody's to touch without a yes."""
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from loopd import kernel
 from tests.harness import loops
 from tests.harness.caller import Caller
+from tests.harness.fuse import Fuse
+from tests.harness.images import MIB, make_plain
 from tests.harness.polkit import rules_allowing
 from tests.harness.wire import CallError
 from tests.harness.world import World, make_world
@@ -19,6 +25,7 @@ NOBODY = 0xFFFFFFFF
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     rules = rules_allowing("org.example.loop1.manage-others", users=("games",))
+    rules += rules_allowing("org.example.loop1.attach", users=("nobody",))
     with make_world(authority=rules) as made:
         yield made
 
@@ -149,3 +156,201 @@ def test_attaching_its_file_again_is_an_overlap(world: World, foreign: loops.Bou
     root = world.caller(None)
     with pytest.raises(CallError, match="Overlap"):
         root.attach(file)
+
+
+# Names
+
+
+def rename(loop: loops.BoundLoop, name: bytes) -> None:
+    """Set lo_file_name to any bytes; the kernel tells nobody."""
+    fd = os.open(loop.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = kernel.loop_get_status64(fd)
+        info.lo_file_name = name
+        kernel.loop_set_status64(fd, info)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (b"caf\xc3", "caf\ufffd"),
+        (b"\xff\xfe\xfd", "\ufffd\ufffd\ufffd"),
+        (b"two\nlines", "two\nlines"),
+        (b"x" * 63, "x" * 63),
+    ],
+)
+def test_a_name_that_is_no_text_costs_nobody_the_bus(
+    world: World, foreign: loops.BoundLoop, name: bytes, told: str
+) -> None:
+    """losetup cuts a long path anywhere, within a character too."""
+    rename(foreign, name)
+    # A loopd that starts now is the one to see it.
+    with make_world() as other, other.test():
+        caller = other.caller()
+        wait_added(caller, foreign)
+        assert caller.get(path_of(foreign), "Reference") == told
+        assert path_of(foreign) in caller.managed_objects()
+        assert other.daemon.process.status is None
+
+
+@pytest.mark.parametrize("name", [b"new\nline", b"caf\xc3", b"x (deleted)", b"x" * 255])
+def test_a_file_of_any_name_is_shown_as_it_is(world: World, name: bytes) -> None:
+    caller = world.caller()
+    path = os.fsencode(world.files) + b"/" + name
+    make_plain(Path(os.fsdecode(path)))
+    node = losetup("-f", "--show", os.fsdecode(path))
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+    assert loop
+    try:
+        wait_added(caller, loop)
+        shown = caller.get(path_of(loop), "BackingFile")
+        # sysfs writes a newline as it is, and ends with one.
+        assert shown == path + b"\0"
+        rows = caller.manager("ListDevices")[0]
+        assert [row[3] for row in rows if row[0] == path_of(loop)] == [shown]
+    finally:
+        loops.detach_leaked(loop)
+        caller.wait_signal("InterfacesRemoved", lambda each: each.args[0] == path_of(loop))
+
+
+# Hanging
+
+
+@contextmanager
+def stopped(fuse: Fuse) -> Iterator[None]:
+    """Whoever asks its filesystem for anything waits until the end of the block."""
+    fuse.process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        fuse.process.signal(signal.SIGCONT)
+
+
+def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -> None:
+    with Fuse() as fuse:
+        node = losetup("-f", "--show", str(fuse.file))
+        loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+        assert loop
+        try:
+            # One that is there already when loopd starts.
+            with stopped(fuse), make_world() as late, late.test():
+                caller = late.caller()
+                told = caller.get_all(path_of(loop))
+                assert told["BackingFile"] == os.fsencode(fuse.file) + b"\0"
+                assert (told["Size"], told["BackingInode"]) == (MIB, 0)
+                attached = late.caller(None).attach(late.image())
+                assert path_of(loop) in caller.managed_objects()
+                assert caller.manager("GetDeviceByNode", "s", node) == (path_of(loop),)
+                assert late.caller(None).detach(attached.path) is True
+                # It need not be stopped while it waits for the file.
+                fuse.process.signal(signal.SIGCONT)
+        finally:
+            loops.detach_leaked(loop)
+            loops.wait_unbound(loop.number, loop.diskseq)
+
+
+# Events that are lost
+
+
+SMALL_BUFFER = """
+import pyudev
+start = pyudev.Monitor.start
+def start_small(self):
+    self.set_receive_buffer_size(4096)
+    start(self)
+pyudev.Monitor.start = start_small
+"""
+"""udev gives it 128 MiB otherwise."""
+
+
+@pytest.fixture
+def forgetful(world: World) -> Iterator[World]:
+    """A loopd that soon loses events, and the files of `world`."""
+    rules = rules_allowing("org.example.loop1.attach", users=("nobody",))
+    with make_world(authority=rules, prelude=SMALL_BUFFER) as made, made.test() as testing:
+        yield testing
+
+
+def overflow(number: int) -> None:
+    """Have the kernel tell of a device more often than a socket has room for."""
+    for _ in range(300):
+        Path(f"/sys/block/loop{number}/uevent").write_text("change")
+
+
+def test_after_lost_events_all_devices_are_looked_at_again(
+    forgetful: World, foreign: loops.BoundLoop
+) -> None:
+    world = forgetful
+    caller = world.caller()
+    wait_added(caller, foreign)
+    daemon = world.daemon
+    image = world.image()
+    daemon.process.signal(signal.SIGSTOP)
+    try:
+        overflow(foreign.number)
+        # What happens now nobody will tell.
+        loops.detach_leaked(foreign)
+        loops.wait_unbound(foreign.number, foreign.diskseq)
+        node = losetup("-f", "--show", str(image))
+        loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+        assert loop
+    finally:
+        daemon.process.signal(signal.SIGCONT)
+    try:
+        wait_added(caller, loop)
+        caller.wait_signal("InterfacesRemoved", lambda each: each.args[0] == path_of(foreign))
+        assert "events of the kernel were lost" in daemon.log
+        # And the ones that come after them are heard.
+        image.open("r+b").truncate(2 * MIB)
+        losetup("-c", node)
+        caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Size") == 2 * MIB)
+    finally:
+        loops.detach_leaked(loop)
+        caller.wait_signal("InterfacesRemoved", lambda each: each.args[0] == path_of(loop))
+
+
+# What others do to a device of loopd's
+
+
+def test_a_device_of_ours_that_root_resizes_is_followed(world: World) -> None:
+    caller = world.caller()
+    image = world.image()
+    attached = caller.attach(image)
+    os.truncate(image, 2 * MIB)
+    losetup("-c", attached.node)
+    caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Size") == 2 * MIB)
+    assert caller.get(attached.path, "Size") == 2 * MIB
+    assert caller.detach(attached.path)
+
+
+def test_a_device_of_ours_that_root_detaches_stays_until_its_lease_ends(world: World) -> None:
+    """While loopd has it open the kernel only remembers; then everything goes at once."""
+    caller = world.caller()
+    attached = caller.attach(world.image())
+    losetup("-d", attached.node)
+    assert caller.get(attached.path, "State") == "attached"
+    assert caller.resize(attached.path, size_limit=4096) == 4096
+    assert loops.loop_is_bound(attached.number, attached.diskseq)
+    assert world.device_count() == 1
+    caller.kill()
+    loops.wait_unbound(attached.number, attached.diskseq)
+    world.wait_devices(0)
+
+
+def test_partitions_that_root_makes_and_removes_are_followed(world: World) -> None:
+    caller = world.caller()
+    attached = caller.attach(world.image(4 * MIB))
+    fd = os.open(attached.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kernel.blkpg_add_partition(fd, 5, MIB, MIB)
+        caller.wait_signal(
+            "PropertiesChanged",
+            lambda it: it.args[1].get("Partitions") == [(5, f"{attached.node}p5", MIB, MIB)],
+        )
+        kernel.blkpg_del_partition(fd, 5)
+        caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Partitions") == [])
+    finally:
+        os.close(fd)
+    assert caller.detach(attached.path)
