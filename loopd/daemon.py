@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, wire
+from . import __version__, codec, dial, loopdev, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -165,7 +165,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         monitor = Monitor(registry.look_at, registry.look_at_private)
         await registry.look_at_all()
         await bus.own(NAME)
-        await threads.run(markers.prune)
+        await threads.run(partial(_clean_up, markers))
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
         _notify("READY=1")
 
@@ -182,6 +182,15 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         bus.connection.close()
         if monitor:
             monitor.close()
+
+
+def _clean_up(markers: Markers) -> None:
+    """Take away what a loopd that was killed has left of its devices."""
+    for number in markers.prune():
+        try:
+            loopdev.clean(number)
+        except OSError as exc:
+            log.warning("cannot remove the partitions of loop%d: %s", number, exc.strerror)
 
 
 def _notify(state: str) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from . import backing, blockdev, kernel, loopinfo, partition
@@ -382,3 +382,11 @@ def remove(number: int) -> bool:
             time.sleep(pause)
     log.debug("loop%d stays, unbound or in use again", number)
     return False
+
+
+def clean(number: int) -> None:
+    """Remove what partitions an unbound device of a former loopd still has. Raises OSError."""
+    with suppress(FileNotFoundError), blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as fd:
+        locked = blockdev.try_lock(fd.fileno(), fcntl.LOCK_EX)
+        if locked and not kernel.loop_bound(number):
+            partition.remove_all(fd.fileno(), number)

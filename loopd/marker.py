@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Marks for our udev rules: which loop devices belong to ordinary users.
+"""Marks in the runtime directory: which loop devices are loopd's, and which are ordinary users'.
 
-A mark is an empty file named after the device. While it is there, the rules give the device no
-persistent links and let nothing assemble it, so it is written before binding and removed after
-unbinding.
+A mark is an empty file named after the device, written before binding and removed after unbinding.
+While one is in `unprivileged`, our udev rules give the device no persistent links and let nothing
+assemble it. Those in `attached` tell the next loopd what one that was killed has left.
 """
 
 import threading
@@ -17,29 +17,35 @@ Release = Callable[[bool], None]
 
 
 class Markers:
-    """The directory `unprivileged` in the runtime directory."""
+    """The directories `attached` and `unprivileged` in the runtime directory."""
 
     def __init__(self, runtime_directory: Path) -> None:
-        self._directory = runtime_directory / "unprivileged"
+        self._attached = runtime_directory / "attached"
+        self._unprivileged = runtime_directory / "unprivileged"
         self._lock = threading.Lock()
         self._claims: dict[int, _Claim] = {}
 
     def prepare(self) -> None:
-        """Make the directory."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        """Make the directories."""
+        for directory in (self._attached, self._unprivileged):
+            directory.mkdir(parents=True, exist_ok=True)
 
-    def prune(self) -> None:
-        """Remove marks of devices that are neither bound nor about to be.
+    def prune(self) -> list[int]:
+        """Remove marks of devices that are neither bound nor about to be; return their numbers.
 
         A daemon that was killed leaves its marks, and the next user of the number may be root. Only
         who owns the name may do this: the marks may be another daemon's.
         """
+        pruned = set()
         with self._lock:
-            for path in self._directory.glob("loop*"):
-                name = path.name.removeprefix("loop")
-                number = int(name) if name.isdecimal() else -1
-                if number not in self._claims and not kernel.loop_bound(number):
-                    path.unlink(missing_ok=True)
+            for directory in (self._attached, self._unprivileged):
+                for path in directory.glob("loop*"):
+                    name = path.name.removeprefix("loop")
+                    number = int(name) if name.isdecimal() else -1
+                    if number not in self._claims and not kernel.loop_bound(number):
+                        path.unlink(missing_ok=True)
+                        pruned.add(number)
+        return sorted(pruned - {-1})
 
     def claim(self, number: int, *, unprivileged: bool) -> Release:
         """Say whose file loopN is about to hold; returns what to call when loopd is done with it.
@@ -50,10 +56,12 @@ class Markers:
         """
         claim = _Claim()
         with self._lock:
+            attached, unprivileged_mark = self._paths(number)
+            attached.touch()
             if unprivileged:
-                self._path(number).touch()
+                unprivileged_mark.touch()
             else:
-                self._path(number).unlink(missing_ok=True)
+                unprivileged_mark.unlink(missing_ok=True)
             self._claims[number] = claim
 
         def release(still_bound: bool) -> None:
@@ -70,15 +78,16 @@ class Markers:
             if claim is None or claim.over:
                 # Without a claim it is a mark that a former daemon left on a bound device.
                 self._claims.pop(number, None)
-                self._path(number).unlink(missing_ok=True)
+                for path in self._paths(number):
+                    path.unlink(missing_ok=True)
 
     def claimed(self, number: int) -> bool:
         """Whether loopN is ours, is about to be, or was until its last user closes it."""
         with self._lock:
             return number in self._claims
 
-    def _path(self, number: int) -> Path:
-        return self._directory / f"loop{number}"
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        return self._attached / f"loop{number}", self._unprivileged / f"loop{number}"
 
 
 @dataclass(eq=False)

@@ -287,6 +287,18 @@ def stale_partition(lab: Lab) -> int:
     return number
 
 
+def test_what_a_former_daemon_left_on_an_unbound_device_is_removed(lab: Lab) -> None:
+    """A9: at start."""
+    number = stale_partition(lab)
+    loopdev.clean(number)
+    assert kernel.loop_partitions(number) == []
+    loopdev.clean(number)
+    device = lab.attach(lab.gpt(), partition_scan=True)
+    loopdev.clean(device.number)
+    assert kernel.loop_partitions(device.number) == GPT
+    loopdev.clean(0xFFFFF)
+
+
 def test_a_partition_that_appears_just_before_binding_does_not_stay(lab: Lab) -> None:
     """A9: looked for again after binding and before first use."""
 

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -149,6 +150,28 @@ class ScriptedKernel:
     def open_fds(self) -> list[int]:
         """Return the fds on device nodes."""
         return sorted(self._opens)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all devices."""
+        return sorted(self._loops)
+
+    # What others do behind loopd's back, and the kernel by itself
+
+    def let_go(self, number: int) -> None:
+        """Unbind a device although it is open."""
+        self._unbind(self._loops[number])
+
+    def bind_by_others(self, number: int, path: Path) -> None:
+        """Bind a file for ever."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        loop_fd = self.open_loop(number, os.O_RDWR)
+        self._bind(self._loops[number], loop_fd, fd, loop_info64(), 512)
+        self.close(loop_fd)
+        os.close(fd)
+
+    def take_up_size(self, number: int) -> None:
+        """Follow the file's size."""
+        self._loops[number].size = self._capacity(self._loops[number])
 
     # --- files ---------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from loopd import kernel
 from tests.harness import loops
 from tests.harness.area import CHECKOUT
-from tests.harness.images import make_ext4
+from tests.harness.images import MIB, make_ext4
 from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
 from tests.harness.world import USER, World, make_world
@@ -152,6 +153,24 @@ def test_marks_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path
         assert mark.exists()
     with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area):
         assert not mark.exists()
+
+
+def test_partitions_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path) -> None:
+    """Such as root makes them on a device that is not scanned: the kernel keeps them for ever."""
+    with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
+        attached = world.caller(None).attach(world.image(4 * MIB))
+        fd = os.open(attached.node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            kernel.blkpg_add_partition(fd, 1, MIB, MIB)
+        finally:
+            os.close(fd)
+        world.daemon.kill()
+        loops.wait_unbound(attached.number, attached.diskseq)
+    assert loops.partitions(attached.number) == (f"loop{attached.number}p1",)
+    with loops.Uevents() as events, make_world(authority=RULES_ALLOW_ALL, runtime_directory=area):
+        events.wait_until(
+            lambda: loops.partitions(attached.number) == (), "the left-over partition to go"
+        )
 
 
 def test_a_mark_that_a_killed_loopd_left_on_a_used_device_goes_with_the_device(area: Path) -> None:

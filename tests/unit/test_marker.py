@@ -24,8 +24,8 @@ def markers(tmp_path: Path) -> Markers:
     return markers
 
 
-def marks(tmp_path: Path) -> set[str]:
-    return {path.name for path in (tmp_path / "unprivileged").iterdir()}
+def marks(tmp_path: Path, kind: str = "unprivileged") -> set[str]:
+    return {path.name for path in (tmp_path / kind).iterdir()}
 
 
 def test_a_mark_lasts_from_claim_to_release(tmp_path: Path, markers: Markers) -> None:
@@ -41,9 +41,12 @@ def test_roots_devices_have_no_mark_and_take_away_a_left_over_one(
     tmp_path: Path, markers: Markers
 ) -> None:
     (tmp_path / "unprivileged" / "loop7").touch()
-    markers.claim(7, unprivileged=False)
+    release = markers.claim(7, unprivileged=False)
     assert marks(tmp_path) == set()
+    assert marks(tmp_path, "attached") == {"loop7"}
     assert markers.claimed(7)
+    release(False)
+    assert marks(tmp_path, "attached") == set()
 
 
 def test_the_end_of_a_former_claim_does_not_touch_a_newer_one(
@@ -81,14 +84,15 @@ def test_an_unbound_number_that_is_about_to_be_bound_keeps_its_mark(
 def test_left_over_marks_go_and_those_of_bound_and_claimed_devices_stay(
     tmp_path: Path, bound: set[int]
 ) -> None:
-    directory = tmp_path / "unprivileged"
-    directory.mkdir()
-    for name in ("loop3", "loop4", "loopx"):
-        (directory / name).touch()
+    for kind, names in (("unprivileged", "3 4 x"), ("attached", "3 4 6 x")):
+        directory = tmp_path / kind
+        directory.mkdir()
+        for name in names.split():
+            (directory / f"loop{name}").touch()
     bound.add(3)
     markers = Markers(tmp_path)
     markers.prepare()
     markers.claim(5, unprivileged=True)
     assert marks(tmp_path) == {"loop3", "loop4", "loop5", "loopx"}
-    markers.prune()
-    assert marks(tmp_path) == {"loop3", "loop5"}
+    assert markers.prune() == [4, 6]
+    assert marks(tmp_path) == marks(tmp_path, "attached") == {"loop3", "loop5"}

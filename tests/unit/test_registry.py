@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Registry and manager over a scripted kernel: what is done behind loopd's back is noticed."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loopd.access import Caller, Client
+from loopd.attaching import Attaching, AttachOptions
+from loopd.blockdev import Lock
+from loopd.config import Config, Limits
+from loopd.device import Device
+from loopd.errors import LimitsExceeded, NoSuchDevice
+from loopd.fd import OwnedFd
+from loopd.leases import Leases
+from loopd.locks import Locks
+from loopd.manager import Manager
+from loopd.marker import Markers
+from loopd.operations import Operations, ResizeOptions
+from loopd.polkit import Authority
+from loopd.registry import Listeners, Registry
+from loopd.threads import Threads
+from tests.harness.asynchronous import run_async
+from tests.harness.images import MIB, make_plain
+from tests.harness.scripted import ScriptedKernel
+
+UID = 1000
+
+
+class Parts:
+    """What the daemon is made of, without a bus: polkit says yes to everything."""
+
+    def __init__(self, directory: Path, scripted: ScriptedKernel) -> None:
+        self.scripted = scripted
+        self.directory = directory
+        self.told: list[tuple[str, str]] = []
+        self.threads = Threads()
+        markers = Markers(directory)
+        markers.prepare()
+        config = Config(limits=Limits(devices_per_user=1))
+
+        def removed(device: Device) -> None:
+            self.manager.device_gone(device)
+            self.told.append(("removed", device.path))
+
+        listeners = Listeners(
+            added=lambda device: self.told.append(("added", device.path)),
+            changed=lambda device: self.told.append(("changed", device.path)),
+            removed=removed,
+        )
+        self.registry = Registry(self.threads, markers, listeners, scripted.numbers)
+        authority = Authority(_says_yes, timeout=1, interactive_timeout=1, max_questions=4)
+        self.leases = Leases()
+        locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        self.manager = Manager(config, self.threads, authority, self.registry, self.leases, locks)
+        self.operations = Operations(self.manager, self.registry, locks, self.threads)
+        self.attaching = Attaching(
+            config,
+            self.threads,
+            authority,
+            markers,
+            self.registry,
+            self.leases,
+            locks,
+            let_go=self.manager.let_go,
+        )
+        left = asyncio.get_running_loop().create_future()
+        self.caller = Caller(Client(":1.7", UID, left), interactive=False)
+        self.image = make_plain(directory / "image", MIB)
+
+    async def attach(self, **options: Any) -> Device:
+        fd = OwnedFd(os.open(self.image, os.O_RDWR | os.O_CLOEXEC))
+        return await self.attaching.attach(self.caller, fd, AttachOptions(**options))
+
+    async def look(self, device: Device) -> None:
+        """Do as at an event of the kernel's, and wait until it has been dealt with."""
+        assert device.number is not None
+        await self.registry._look(device.number)
+        await self.registry._tasks.finish(10)
+
+
+async def _says_yes(*_: Any, **__: Any) -> list[Any]:
+    return [[True, False, {}]]
+
+
+@pytest.fixture
+def with_parts(area: Path) -> Callable[[Callable[[Parts], Coroutine[Any, Any, None]]], None]:
+    """Run a story with the parts of a daemon over a scripted kernel, and look for what it left."""
+
+    def run(story: Callable[[Parts], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            before = set(os.listdir("/proc/self/fd"))
+            parts = Parts(area, scripted)
+            await story(parts)
+            await parts.manager.stop(10)
+            for tasks in (parts.manager._tasks, parts.registry._tasks, parts.attaching._tasks):
+                await tasks.finish(10)
+            assert scripted.bound() == []
+            assert parts.threads.stop(10)
+            assert len(parts.leases) == 0
+            assert scripted.open_fds() == []
+            assert set(os.listdir("/proc/self/fd")) == before
+
+        scripted = ScriptedKernel()
+        with scripted.installed():
+            run_async(main())
+
+    return run
+
+
+WithParts = Callable[[Callable[[Parts], Coroutine[Any, Any, None]]], None]
+
+
+def test_a_device_that_the_kernel_lets_go_of_takes_lease_lock_and_place_with_it(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        with pytest.raises(LimitsExceeded):
+            await parts.attach(allow_overlap=True)
+        parts.scripted.let_go(device.number)
+        await parts.look(device)
+        assert ("removed", device.path) in parts.told
+        assert not parts.registry.knows(device)
+        assert parts.leases.of(device.path) is None
+        assert device.gone.is_set()
+        with pytest.raises(NoSuchDevice):
+            await parts.operations.resize(parts.caller, device, ResizeOptions())
+        # Its place is free again, and so is its file.
+        await parts.attach()
+
+    with_parts(story)
+
+
+def test_a_number_that_was_unbound_and_bound_anew_is_another_device(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach()
+        parts.scripted.let_go(device.number)
+        parts.scripted.bind_by_others(device.number, parts.image)
+        await parts.look(device)
+        assert ("removed", device.path) in parts.told
+        theirs = parts.registry.numbered(device.number or 0)
+        assert theirs
+        assert not theirs.managed
+        assert theirs.path != device.path
+        parts.scripted.let_go(device.number)
+        await parts.look(device)
+        assert parts.registry.numbered(device.number or 0) is None
+
+    with_parts(story)
+
+
+def test_what_others_change_is_told_and_nothing_is_told_of_what_stays(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach()
+        parts.told.clear()
+        await parts.look(device)
+        assert parts.told == []
+        os.truncate(parts.image, 2 * MIB)
+        parts.scripted.take_up_size(device.number)
+        await parts.look(device)
+        assert parts.told == [("changed", device.path)]
+        assert device.status.size == 2 * MIB
+
+    with_parts(story)
