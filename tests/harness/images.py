@@ -76,10 +76,11 @@ def make_gpt(
     size: int = 4 * MIB,
     *,
     sector_size: int = 512,
+    sparse: bool = False,
     owner: str | None = None,
     mode: int = 0o644,
 ) -> Path:
-    """Make a patterned file with a GPT; a part is its first sector and its count of sectors."""
+    """Make a patterned file with a GPT, or a sparse one; a part is its first sector and count."""
     last = size // sector_size - 1
     table = bytearray(128 * 128)
     disk = uuids.uuid5(uuids.NAMESPACE_URL, str(path))
@@ -113,7 +114,10 @@ def make_gpt(
     )
     protective[510:] = b"\x55\xaa"
 
-    path.write_bytes(pattern(0, size))
+    if sparse:
+        make_sparse(path, size)
+    else:
+        path.write_bytes(pattern(0, size))
     with path.open("r+b") as file:
         for sector, data in (
             (0, bytes(protective)),

@@ -183,7 +183,8 @@ def _stop(pid: int) -> None:
             return  # the pid has come to mean another
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        Deadline().wait_readable([pidfd], "the end of udevd")
+        # It finishes what it has begun, and writes all of that to a disk where /run is on one.
+        Deadline(60).wait_readable([pidfd], "the end of udevd")
         with suppress(ChildProcessError):
             os.waitpid(pid, 0)
     finally:
