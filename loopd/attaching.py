@@ -110,6 +110,7 @@ class Attaching:
                 # known of other files without asking may be stale: they are checked when bound.
                 request.check(backing_file, backing_file.size)
             await self._require_attach(caller, backing_file, request, trusted)
+            block = await self._status_of_block(backing_file)  # it may be another one by now
             caller.client.require_present()
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
@@ -195,7 +196,8 @@ class Attaching:
                 owner=caller.uid,
                 attached_at=_now(),
             )
-            device.held = fd.move()
+            # Closed as what it is: no filesystem has a say in it.
+            device.held = OwnedFd(fd.release(), kernel.close)
             device.place = place.keep()
         self._grant(device, caller)
         self._registry.record(device)

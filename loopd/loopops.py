@@ -161,8 +161,8 @@ def _direct_io(device: LoopDevice) -> bool:
 def set_sector_size(device: LoopDevice, size: int | None) -> int:
     """Change the logical sector size, in bytes; returns it.
 
-    None means as the partition table says, 512 without one. Partitions that were made are brought
-    in step with the table, which is another one for another sector size.
+    None means as the partition table says, 512 without one. Partitions that are scanned for are
+    brought in step with the table, which is another one for another sector size.
     Raises InvalidArgs for a size that does not fit, and DeviceBusy if the device is in use.
     """
     loop_fd = device.fd.fileno()
@@ -186,9 +186,13 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         if exc.errno == errno.EBUSY:
             raise busy from exc
         raise
-    if kernel.loop_partitions(device.number):
+    if _scans_partitions(device):
         partitions.scan(loop_fd, device.number)
     return size
+
+
+def _scans_partitions(device: LoopDevice) -> bool:
+    return blockdev.scans_partitions(partial(kernel.loop_attribute, device.number))
 
 
 def lock(device: LoopDevice, kind: Lock, held: Lock) -> OwnedFd | None:
@@ -229,7 +233,7 @@ def rescan_partitions(device: LoopDevice) -> list[PartitionExtent]:
     Raises DeviceBusy if one in use would have to change, TimedOut.
     """
     loop_fd = device.fd.fileno()
-    if not blockdev.scans_partitions(partial(kernel.loop_attribute, device.number)):
+    if not _scans_partitions(device):
         # Before any is made: without it partitions outlive their device. A kernel that has a parser
         # of its own uses it now, which could be kept from it only by shrinking the device.
         info = kernel.loop_get_status64(loop_fd)

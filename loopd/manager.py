@@ -295,11 +295,9 @@ class Manager:
         if device.place:
             device.place.free()
         self._locks.drop(device)
-        # Behind our back our fds are still open.
-        if device.loop and not device.ending:
-            self._tasks.start(self._threads.run(device.loop.close))
-        if device.held:
-            self._tasks.start(self._threads.run(device.held.close))
+        if (hold := device.loop or device.held) and not device.ending:
+            # Behind our back, and our fds are still open.
+            self._tasks.start(self._threads.run(hold.close))
         if device.loop:
             device.loop.release(False)
             self._threads.remove(loopdev.remove, device.loop.number)

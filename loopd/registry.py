@@ -55,6 +55,8 @@ class Registry:
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
+        self._looking_at_private = asyncio.Lock()
+        self._private_changed = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -137,16 +139,25 @@ class Registry:
             self._tasks.start(self._look_at_private())
 
     async def _look_at_private(self) -> None:
-        for device in [each for each in self if each.private]:
-            try:
-                status = await self._threads.look(partial(_sight_of_block, device))
-            except OSError as exc:
-                log.warning("cannot look at %s: %s", device.node, exc.strerror)
-                continue
-            if status is None:
-                self.forget(device)
-            elif self.knows(device):
-                self._update(device, status)
+        self._private_changed = True
+        if self._looking_at_private.locked():
+            return
+        async with self._looking_at_private:
+            while self._private_changed:
+                self._private_changed = False
+                for device in [each for each in self if each.private]:
+                    await self._look_at_block(device)
+
+    async def _look_at_block(self, device: Device) -> None:
+        try:
+            status = await self._threads.look(partial(_sight_of_block, device))
+        except OSError as exc:
+            log.warning("cannot look at %s: %s", device.node, exc.strerror)
+            return
+        if status is None:
+            self.forget(device)
+        elif self.knows(device):
+            self._update(device, status)
 
     async def _look(self, number: int) -> None:
         if number in self._looks:
