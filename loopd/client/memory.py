@@ -5,15 +5,16 @@ Of the source it knows an fd only. What nobody waits for any more is closed by w
 """
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from .. import errors
+from .. import errors, kernel
 from ..fd import OwnedFd
 
 _T = TypeVar("_T")
@@ -101,23 +102,23 @@ class _Copy:
         if kind not in (stat.S_IFREG, stat.S_IFBLK):
             raise errors.UnsupportedFile("the file is neither a regular one nor a block device")
         with OwnedFd(os.memfd_create(_name(source_fd), os.MFD_CLOEXEC)) as memory:
-            position = os.lseek(source_fd, 0, os.SEEK_CUR)
-            try:
-                self.total = _size(source_fd)
-                os.ftruncate(memory.fileno(), self.total)
-                self._copy_data(source_fd, memory.fileno(), self.total)
-                left = _size(source_fd)
-                if left < self.total:
-                    os.ftruncate(memory.fileno(), left)
-                    self.total = left
-                self.done = self.total
-            finally:
-                os.lseek(source_fd, position, os.SEEK_SET)
+            self.total = size = _size(source_fd, kind)
+            os.ftruncate(memory.fileno(), size)
+            if kind == stat.S_IFBLK:
+                # It cannot tell, and lseek(2) on it would wait for others who read it.
+                self._copy_data(source_fd, memory.fileno(), [(0, size)])
+            else:
+                with _position_kept(source_fd):
+                    self._copy_data(source_fd, memory.fileno(), _data(source_fd, size))
+            left = _size(source_fd, kind)
+            if left < size:
+                os.ftruncate(memory.fileno(), left)
+            self.done = self.total = min(left, size)
             return memory.move()
 
-    def _copy_data(self, source_fd: int, memory_fd: int, size: int) -> None:
+    def _copy_data(self, source_fd: int, memory_fd: int, parts: Iterable[tuple[int, int]]) -> None:
         buffer = memoryview(mmap.mmap(-1, _CHUNK))
-        for start, end in _data(source_fd, size):
+        for start, end in parts:
             self.done = start
             while self.done < end:
                 if self.given_up:
@@ -138,9 +139,17 @@ def _name(fd: int) -> str:
     return os.fsdecode(os.path.basename(path)[:_MAX_NAME])
 
 
-def _size(fd: int) -> int:
-    found = os.fstat(fd)
-    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(found.st_mode) else found.st_size
+def _size(fd: int, kind: int) -> int:
+    return kernel.blkgetsize64(fd) if kind == stat.S_IFBLK else os.fstat(fd).st_size
+
+
+@contextlib.contextmanager
+def _position_kept(fd: int) -> Iterator[None]:
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        yield
+    finally:
+        os.lseek(fd, position, os.SEEK_SET)
 
 
 def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -153,10 +162,10 @@ def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
         except OSError as exc:
             if exc.errno == errno.ENXIO:  # nothing but a hole is left
                 return
-            if exc.errno != errno.EINVAL:  # it cannot tell, as a block device
+            if exc.errno != errno.EINVAL:  # it cannot tell
                 raise
             start, end = end, size
-        yield start, min(end, size)
+        yield min(start, size), min(end, size)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

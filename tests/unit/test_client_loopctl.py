@@ -41,7 +41,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:
     }
 
     async def connect(*_: object, **how: object) -> Client:
-        return Client(Link(made, Watch(), interactive=False))  # type: ignore[arg-type]
+        return Client(Link(made, Watch(), interactive=False))
 
     monkeypatch.setattr(attachment.Client, "connect", connect)
     return made

@@ -121,7 +121,7 @@ def test_holes_stay_holes(area: Path) -> None:
 def test_what_does_not_tell_of_its_holes_is_read_whole(
     area: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A19: as block devices are"""
+    """A19"""
     really = os.lseek
 
     def lseek(fd: int, offset: int, whence: int) -> int:
@@ -284,6 +284,23 @@ def test_a_copy_that_ends_after_its_loop_leaves_nothing(
 
     run_async(give_up())
     hang.end()
+
+
+def test_a_loop_that_is_closed_under_a_copy_leaves_nothing(
+    area: Path, on_read: Callable[[Reading], None]
+) -> None:
+    """A19"""
+    path, hang = make_plain(area / "disk.img", MIB), Hang(on_read)
+    loop = asyncio.new_event_loop()
+    copying = loop.create_task(copy_into_memory(opened(path)))
+    loop.run_until_complete(asyncio.wait([copying], timeout=0))
+    assert hang.begun.wait(30)
+    loop.close()
+    hang.end()
+    wait_threads()
+    # Nobody has given up, but nobody can be told either; asyncio is not to complain of the task.
+    copying.get_coro().close()
+    copying._log_destroy_pending = False
 
 
 def test_a_copy_that_is_there_when_it_is_given_up_is_closed(area: Path) -> None:
