@@ -32,7 +32,7 @@ class AttachRequest:
     def check(self, file: BackingFile, size: int) -> None:
         """Refuse what the kernel would take and round, clamp or fail later; `size` is the file's.
 
-        Raises InvalidArgs naming the option.
+        Raises InvalidArgs naming the option, if it is one.
         """
         if not self.read_only and file.sealed:
             raise InvalidArgs("read-only: the memfd is sealed against writing, so it must be true")
@@ -40,13 +40,15 @@ class AttachRequest:
             raise InvalidArgs("read-only: the file is open for reading only, so it cannot be false")
         if self.offset % 512:
             raise InvalidArgs("offset: not a multiple of 512")
-        if self.offset >= size:
+        if self.offset and self.offset >= size:
             raise InvalidArgs(f"offset: not inside the file, which has {size} bytes")
         sector_size = self.sector_size or DEFAULT_SECTOR_SIZE
         if sector_size < 512 or sector_size & (sector_size - 1):
             raise InvalidArgs("sector-size: not a power of two from 512")
         if self.size_limit % sector_size:
             raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
+        if size < sector_size:
+            raise InvalidArgs(f"the file has {size} bytes, less than a sector of {sector_size}")
         if self.size_limit > size - self.offset:
             raise InvalidArgs(
                 f"size-limit: reaches past the end of the file, which has {size} bytes"

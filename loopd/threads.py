@@ -48,17 +48,29 @@ class Threads:
         """Call a function in a thread and wait for it, at most `timeout` seconds.
 
         The thread goes on when the time is over, and `late` gets what it returns then, in that
-        thread. `ended` is called when the thread is free again. Raises TimedOut.
+        thread. `ended` is called on the event loop when all of that is over. Raises TimedOut.
         """
+        loop = asyncio.get_running_loop()
+
+        def over(done: Future[_T]) -> None:
+            if not done.exception():
+                late(done.result())
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(ended)
+
         future = self._submit(self._calls, function)
         waited = asyncio.wrap_future(future)
-        waited.add_done_callback(lambda _: ended())
-        await asyncio.wait([waited], timeout=timeout)
-        if waited.done():
-            return waited.result()
-        waited.add_done_callback(_note_late)
-        future.add_done_callback(lambda done: done.exception() or late(done.result()))
-        raise TimedOut(f"the kernel did not finish within {timeout:g} s")
+        try:
+            await asyncio.wait([waited], timeout=timeout)
+        finally:
+            if waited.done():
+                ended()
+            else:
+                waited.add_done_callback(_note_late)
+                future.add_done_callback(over)
+        if not waited.done():
+            raise TimedOut(f"the kernel did not finish within {timeout:g} s")
+        return waited.result()
 
     async def look(self, function: Callable[[], _T]) -> _T:
         """Call a function that only reads sysfs, and so waits for nobody, in a thread."""
