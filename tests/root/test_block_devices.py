@@ -30,7 +30,7 @@ from tests.harness.caller import (
     Signal,
 )
 from tests.harness.images import MIB, make_gpt, pattern
-from tests.harness.polkit import rules_allowing
+from tests.harness.polkit import RULES_ALLOW_ALL, rules_allowing
 from tests.harness.raw import BUS
 from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World, make_world
@@ -106,14 +106,23 @@ def opened(path: str | Path, flags: int = os.O_RDWR) -> Iterator[int]:
 
 
 @contextmanager
-def partition(disk: loops.BoundLoop, number: int, start: int, length: int) -> Iterator[str]:
-    """Have a partition device on a disk; its node."""
+def partitions(disk: loops.BoundLoop, *extents: tuple[int, int]) -> Iterator[list[str]]:
+    """Have partition devices on a disk, of a start and a length in bytes; their nodes."""
     with opened(disk.node, os.O_RDONLY) as fd:
-        blkpg(fd, ADD_PARTITION, number, start, length)
+        # Else a running udevd, whom losetup's close has woken, would drop all partitions.
+        lock(fd, "shared")
         try:
-            yield f"{disk.node}p{number}"
+            for number, (start, length) in enumerate(extents, 1):
+                blkpg(fd, ADD_PARTITION, number, start, length)
+            yield [f"{disk.node}p{number}" for number in range(1, len(extents) + 1)]
         finally:
-            blkpg(fd, DELETE_PARTITION, number)
+            lock(fd, "exclusive")  # nobody probes one
+            for number in range(1, len(loops.partitions(disk.number)) + 1):
+                blkpg(fd, DELETE_PARTITION, number)
+
+
+def lock(fd: int, kind: str) -> None:
+    subprocess.run(["flock", f"--{kind}", "--timeout", "20", str(fd)], check=True, pass_fds=[fd])
 
 
 def blkpg(fd: int, operation: int, number: int, start: int = 0, length: int = 0) -> None:
@@ -299,18 +308,18 @@ def test_a_disk_with_big_sectors_says_so(world: World, owner: Caller) -> None:
 def test_a_disk_whose_partitions_are_scanned_already_needs_none_either(
     world: World, owner: Caller
 ) -> None:
-    with bound(world.image(), "--partscan") as disk, partition(disk, 3, 4096, 8192) as node:
+    with bound(world.image(), "--partscan") as disk, partitions(disk, (4096, 8192)) as (node,):
         attached = attach(owner, disk.node, partition_scan=True)
         assert (attached.node, above(disk.node)) == (disk.node, [])
         properties = owner.get_all(attached.path)
         assert properties["PartitionScan"] is True
-        assert [tuple(row) for row in properties["Partitions"]] == [(3, node, 4096, 8192)]
+        assert [tuple(row) for row in properties["Partitions"]] == [(1, node, 4096, 8192)]
 
 
 def test_a_whole_partition_is_a_block_device_of_its_own(
     owner: Caller, disk: loops.BoundLoop
 ) -> None:
-    with partition(disk, 1, 64 * 1024, 4096) as node:
+    with partitions(disk, (64 * 1024, 4096)) as (node,):
         attached = attach(owner, node)
         assert attached.node == node
         assert attached.path.startswith(f"{MANAGER_PATH}/device/loop{disk.number}p1_")
@@ -569,6 +578,37 @@ def test_a_tower_of_loop_devices_goes_with_its_client(world: World, owner: Calle
     world.wait_devices(0)
 
 
+def test_a_tower_on_ones_own_partition_goes_with_its_client(world: World, owner: Caller) -> None:
+    image = make_gpt(world.new_path(), ((128, 64), (512, 1024)), MIB, owner=USER)
+    lower = owner.attach(image, partition_scan=True)
+    fd = owner.open_device(lower.path, "rw", partition=2)
+    (path, node, _) = owner.attach_begin(fd).end()
+    assert (node, owner.get(path, "Size")) == (f"{lower.node}p2", 1024 * 512)
+    upper = Attached(*owner.attach_begin(fd, offset=4096).end())
+    loops.used_numbers.add(upper.number)
+    assert content(upper.node, 0, 4096) == pattern(512 * 512 + 4096, 4096)
+    owner.kill()
+    loops.wait_unbound(upper.number, upper.diskseq)
+    loops.wait_unbound(lower.number, lower.diskseq)
+    with loops.Uevents() as events:
+        events.wait_until(lambda: loops.partitions(lower.number) == (), "the partitions to go")
+
+
+@pytest.mark.parametrize("ends", ["terminated", "killed"])
+def test_the_end_of_loopd_leaves_the_block_device_alone(disk: loops.BoundLoop, ends: str) -> None:
+    with make_world(authority=RULES_ALLOW_ALL) as ending, ending.test():
+        owner = ending.caller(USER)
+        attach(owner, disk.node)
+        upper = attach(owner, disk.node, offset=4096)
+        loops.used_numbers.add(upper.number)
+        if ends == "killed":
+            ending.daemon.kill()
+        else:
+            assert ending.daemon.terminate() == 0
+        loops.wait_unbound(upper.number, upper.diskseq)
+    assert is_bound(disk)
+
+
 # Where a loop device is needed
 
 
@@ -723,7 +763,7 @@ def test_no_more_is_discarded_than_the_block_device_can(
     limit = queue(disk.number, "discard_max_bytes")
     limit.write_text("65536")
     try:
-        with partition(disk, 1, 4096, 65536) as part:
+        with partitions(disk, (4096, 65536)) as (part,):
             for node in (disk.node, part):
                 attached = attach(owner, node, reference="discards")
                 loops.used_numbers.add(attached.number)
@@ -767,10 +807,7 @@ def test_readers_share_a_block_device(owner: Caller, disk: loops.BoundLoop) -> N
 
 def test_a_partition_is_a_part_of_its_disk(owner: Caller, disk: loops.BoundLoop) -> None:
     quarter = MIB // 4
-    with (
-        partition(disk, 1, quarter, quarter) as first,
-        partition(disk, 2, 2 * quarter, quarter) as second,
-    ):
+    with partitions(disk, (quarter, quarter), (2 * quarter, quarter)) as (first, second):
         over = attach(owner, first, reference="first")
         assert content(over.node, 0, MIB) == pattern(quarter, quarter)
         for node, options in (
@@ -798,7 +835,7 @@ def test_a_device_of_somebody_elses_over_the_same_block_device_counts(
     world: World, owner: Caller, disk: loops.BoundLoop
 ) -> None:
     quarter = MIB // 4
-    with partition(disk, 1, quarter, quarter) as node:
+    with partitions(disk, (quarter, quarter)) as (node,):
         with bound(node) as foreign:
             wait_known(owner, foreign)
             for options in ({"reference": "x"}, {"offset": quarter}):

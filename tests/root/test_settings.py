@@ -459,11 +459,35 @@ def test_partitions_follow_the_table_of_the_new_sector_size(world: World, owner:
     image = make_gpt(world.new_path(), ((128, 64), (256, 64)), 2 * MIB, owner=USER)
     attached = owner.attach(image, partition_scan=True)
     assert len(loops.partitions(attached.number)) == 2
-    set_sector_size(owner, attached.path, 4096)
+    with opened(attached.node) as fd:
+        # A udevd that has one of them open for a probe would be in the way.
+        subprocess.run(
+            ["flock", "--exclusive", "--timeout", "20", str(fd)], check=True, pass_fds=[fd]
+        )
+        set_sector_size(owner, attached.path, 4096)
     assert loops.partitions(attached.number) == ()
     properties = owner.get_all(attached.path)
     assert (properties["SectorSize"], properties["Partitions"]) == (4096, [])
     assert properties["PartitionScan"] is True
+    # They come again with the sector size that the table was made for.
+    set_sector_size(owner, attached.path, 0)
+    properties = owner.get_all(attached.path)
+    assert properties["SectorSize"] == 512
+    assert [tuple(row) for row in properties["Partitions"]] == [
+        (1, f"{attached.node}p1", 128 * 512, 64 * 512),
+        (2, f"{attached.node}p2", 256 * 512, 64 * 512),
+    ]
+
+
+def test_partitions_that_were_not_asked_for_do_not_come_with_the_sector_size(
+    world: World, owner: Caller
+) -> None:
+    image = make_gpt(world.new_path(), ((128, 64),), MIB, owner=USER)
+    attached = owner.attach(image, sector_size=4096)
+    set_sector_size(owner, attached.path, 0)
+    properties = owner.get_all(attached.path)
+    assert (properties["SectorSize"], properties["Partitions"]) == (512, [])
+    assert loops.partitions(attached.number) == ()
 
 
 # Autoclear
