@@ -121,6 +121,7 @@ def test_limits_take_effect(new_world: Callable[..., World]) -> None:
 
 
 def test_direct_io_can_be_off_unless_asked_for(new_world: Callable[..., World]) -> None:
+    """A15."""
     usual, off = new_world(), new_world(config="direct_io = false")
 
     def uses(world: World, **options: Any) -> bool:

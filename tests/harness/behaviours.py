@@ -784,3 +784,42 @@ def test_a_loop_device_can_be_over_a_block_device(lab: Lab) -> None:
     assert limit <= 65536
     lab.detach(upper)
     assert kernel.loop_binding(lower.number) == lower.binding
+
+
+# --- the calls before LOOP_CONFIGURE ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY])
+def test_the_calls_before_loop_configure_come_to_the_same(lab: Lab, flags: int) -> None:
+    """A6: they are still there on every kernel."""
+    request: dict[str, Any] = {
+        "offset": 8192,
+        "size_limit": 65536,
+        "sector_size": 4096,
+        "reference": b"name",
+        "lock": Lock.SHARED,
+    }
+    told = []
+    for configures in (True, False):
+        lab.driver.configures = configures
+        device = lab.attach(lab.image(), flags, **request)
+        found = status(device)
+        asked = loopinfo.binding(device.number, device.binding)
+        told.append(
+            (
+                *(found.offset, found.size_limit, found.size, found.sector_size),
+                *(found.read_only, found.direct_io, found.autoclear, found.partition_scan),
+                asked.reference,
+            )
+        )
+    assert told[0] == told[1]
+    assert lab.script.calls.count("loop_set_fd") == 1
+
+
+def test_partitions_are_made_after_the_older_calls_too(lab: Lab) -> None:
+    """A6."""
+    lab.driver.configures = False
+    device = lab.attach(lab.gpt(), partition_scan=True)
+    told = status(device)
+    assert list(told.partitions) == GPT
+    assert (told.size, told.size_limit, told.partition_scan) == (4 * MIB, 0, True)
