@@ -23,7 +23,7 @@ import pytest
 
 from tests.harness import loops
 from tests.harness.area import CHECKOUT, area
-from tests.harness.caller import MANAGER, Attached, Caller, File, Variant, options
+from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Caller, File, Variant, options
 from tests.harness.daemon import Daemon
 from tests.harness.images import MIB, make_gpt, make_mbr, pattern
 from tests.harness.polkit import RULES_ALLOW_ALL, rules_allowing
@@ -34,6 +34,8 @@ from tests.harness.world import OTHER, USER, World, make_world
 ERROR = f"{MANAGER}.Error."
 INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
 
+MANAGING = "mail"
+"""A user who may manage what is others'."""
 TABLE_READER = CHECKOUT / "loopd" / "tablereader.py"
 
 BLKPG = 0x1269
@@ -50,6 +52,7 @@ Extents = dict[int, tuple[int, int]]
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
+    rules += rules_allowing("org.example.loop1.manage-others", users=(MANAGING,))
     with make_world(authority=rules) as made:
         yield made
 
@@ -564,6 +567,50 @@ def test_another_user_rescans_and_resizes_nothing(world: World, owner: Caller) -
     check(owner, attached, in_bytes((2048, 2048)))
     # Another connection of the owner may, and so may root.
     assert rescan(world.caller(USER), attached) == rescan(world.caller(None), attached) == 1
+
+
+def test_who_may_manage_others_rescans_and_resizes(world: World, owner: Caller) -> None:
+    attached = owner.attach(gpt(world, (2048, 1024), (4096, 512)))
+    manager = world.caller(MANAGING)
+    assert rescan(manager, attached) == 2
+    with opened(f"{attached.node}p1") as part:
+        assert resize_by_fd(manager, part, {"size-limit": 0}) == MIB
+    check(owner, attached, {1: (MIB, MIB), 2: (2 * MIB, 512 * 512)})
+
+
+def test_partitions_of_somebody_elses_device(world: World, owner: Caller) -> None:
+    image = gpt(world, (2048, 1024), (4096, 512))
+    done = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    )
+    node = done.stdout.strip()
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+    assert loop
+    foreign = Attached(
+        f"{MANAGER_PATH}/device/loop{loop.number}_{loop.diskseq}", node, loop.diskseq
+    )
+    try:
+        manager = world.caller(MANAGING)
+        for caller in (owner, manager):
+            if foreign.path not in caller.managed_objects():
+                caller.wait_signal("InterfacesAdded", lambda it: it.args[0] == foreign.path)
+        assert error_of(rescan, owner, foreign).name.endswith("InteractiveAuthorizationRequired")
+        assert rescan(manager, foreign) == 2
+        check(owner, foreign, in_bytes((2048, 1024), (4096, 512)))
+        assert owner.get(foreign.path, "PartitionScan") is True
+        with opened(f"{node}p1") as part:
+            error = error_of(resize_by_fd, owner, part, {"size-limit": 512})
+            assert error.name.endswith("InteractiveAuthorizationRequired")
+            assert resize_by_fd(manager, part, {"size-limit": 0}) == MIB
+        fd = manager.open_device(foreign.path, "rw", partition=2)
+        assert fd.read(512) == pattern(2 * MIB, 512)
+        fd.close()
+        # It is as much theirs as before, and its partitions go with it.
+        assert loops.loop_is_bound(loop.number, loop.diskseq)
+        assert owner.get(foreign.path, "Autoclear") is False
+    finally:
+        loops.detach_leaked(loop)
+    wait_gone(foreign)
 
 
 # Resize by a partition's fd
