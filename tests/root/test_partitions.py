@@ -921,7 +921,7 @@ def shared_bent(reader: Path) -> Iterator[World]:
     prelude = (
         "from pathlib import Path\n"
         "from loopd import table\n"
-        f"table._READER, table._TIMEOUT, table._GRACE = Path({str(reader)!r}), 0.5, 0.25\n"
+        f"table._READER, table._TIMEOUT, table._GRACE = Path({str(reader)!r}), 1.0, 0.25\n"
     )
     with make_world(authority=RULES_ALLOW_ALL, prelude=prelude) as made:
         yield made
