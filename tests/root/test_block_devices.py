@@ -339,7 +339,6 @@ def test_each_attach_has_an_object_of_its_own(
     first, second = attach(owner, disk.node), attach(owner, disk.node, os.O_RDONLY)
     third = attach(world.caller(USER), disk.node)
     assert len({first.path, second.path, third.path}) == 3
-    assert world.device_count() == 3
     assert owner.detach(first.path) is True
     assert owner.get(second.path, "ReadOnly") is True
     assert error_of(owner.get_all, first.path).name == UNKNOWN_OBJECT
@@ -442,8 +441,8 @@ def test_it_ends_with_its_client(world: World, owner: Caller, disk: loops.BoundL
     owner.kill()
     second.wait_signal("InterfacesRemoved", lambda it: it.args[0] == attached.path)
     assert second.get(kept.path, "State") == "attached"
+    assert error_of(second.get_all, attached.path).name == UNKNOWN_OBJECT
     assert is_bound(disk)
-    world.wait_devices(1)
 
 
 def test_sync_writes_back(world: World, owner: Caller) -> None:
@@ -489,7 +488,6 @@ def test_it_counts_in_the_quota(disk: loops.BoundLoop) -> None:
             owner, other = world.caller(USER), world.caller(OTHER)
             owner.attach(world.image())
             held = attach(owner, disk.node)
-            assert world.device_count() == 2
             for options in ({}, {"offset": 4096}):
                 error = error_of(attach, owner, disk.node, **options)
                 assert error.name == f"{BUS}.Error.LimitsExceeded"
@@ -497,7 +495,7 @@ def test_it_counts_in_the_quota(disk: loops.BoundLoop) -> None:
             attach(other, disk.node)
             assert owner.detach(held.path) is True
             attach(owner, disk.node)
-            assert world.device_count() == 3
+            assert error_of(attach, owner, disk.node).name == f"{BUS}.Error.LimitsExceeded"
 
 
 def test_it_follows_the_size_of_its_block_device(world: World, owner: Caller) -> None:
@@ -571,7 +569,6 @@ def test_a_tower_of_loop_devices_goes_with_its_client(world: World, owner: Calle
     Attached(*owner.attach_begin(fd).end())
     upper = Attached(*owner.attach_begin(fd, size_limit=4096).end())
     loops.used_numbers.add(upper.number)
-    assert world.device_count() == 3
     owner.kill()
     loops.wait_unbound(upper.number, upper.diskseq)
     loops.wait_unbound(lower.number, lower.diskseq)
