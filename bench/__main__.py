@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from loopd import backing, kernel, loopdev, uapi
+from loopd import attachment, backing, kernel, loopdev, uapi
 from loopd.fd import OwnedFd
 from loopd.request import AttachRequest
 from tests.harness import images
@@ -93,7 +93,7 @@ def library_pair(image: Path) -> tuple[float, float]:
     with OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC)) as file:
         begun = time.perf_counter()
         examined = backing.examine(file.fileno())
-        device = loopdev.attach(file, examined, AttachRequest())
+        device = attachment.attach(file, examined, AttachRequest())
         attached = time.perf_counter()
         if not loopdev.detach(device):
             device.close()  # udev looks at it

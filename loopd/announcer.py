@@ -46,7 +46,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "Offset": ("t", lambda device: device.status.offset),
     "SizeLimit": ("t", lambda device: device.status.size_limit),
     "Size": ("t", lambda device: device.status.size),
-    "SectorSize": ("u", lambda device: device.status.sector_size),
+    "SectorSize": ("u", lambda device: device.sector_size),
     "ReadOnly": ("b", lambda device: device.status.read_only),
     "DirectIO": ("b", lambda device: device.status.direct_io),
     "Autoclear": ("b", lambda device: device.status.autoclear),

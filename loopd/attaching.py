@@ -14,47 +14,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from . import access, backing, kernel, loopdev, loopinfo, overlap
+from . import access, attachment, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Caller
-from .blockdev import Lock
+from .backing import BackingFile
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
 from .errors import Failed, TimedOut
 from .fd import OwnedFd
 from .leases import CONNECTION, Lease, Leases, Place, Quota
 from .locks import Locks
-from .loopinfo import Status
 from .marker import Markers
-from .overlap import Mapping
+from .overlap import Claims, Mapping
 from .polkit import Authority
+from .proposal import AttachOptions, Block, Proposal, Proposals
 from .registry import Registry
-from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttachOptions:
-    """What a client asks for; None means not given. Sizes and offsets in bytes."""
-
-    read_only: bool | None = None
-    offset: int = 0
-    size_limit: int = 0
-    sector_size: int | None = None
-    probe_sector_size: bool = False
-    """Whether the sector size is to be found from the partition table."""
-    partition_scan: bool = False
-    direct_io: bool | None = None
-    reference: bytes = b""
-    lock: Lock = Lock.NONE
-    allow_overlap: bool = False
-    number: int | None = None
-
-
 @dataclass(frozen=True)
-class _Binding:
+class _Attempt:
     """A file that is being bound, for somebody who may give up waiting."""
 
     task: asyncio.Task[Device]
@@ -73,6 +54,7 @@ class Attaching:
         registry: Registry,
         leases: Leases,
         locks: Locks,
+        claims: Claims,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -82,10 +64,10 @@ class Attaching:
         self._registry = registry
         self._leases = leases
         self._locks = locks
+        self._claims = claims
         self._let_go = let_go
-        self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
+        self._proposals = Proposals(config, threads)
         self._quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
-        self._binding: set[Mapping] = set()
         self._counter = itertools.count(1)
         self._stopping = False
         self._tasks = Tasks()
@@ -95,96 +77,52 @@ class Attaching:
         """Attach nothing any more, also in calls that are under way."""
         self._stopping = True
 
-    async def attach(self, caller: Caller, file: OwnedFd, options: AttachOptions) -> Device:
+    async def attach(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Device:
         """Attach a file for as long as the caller's connection lasts. Takes the fd over."""
-        with file:
-            backing_file = await self._threads.run(
-                partial(backing.examine, file.fileno()), timeout=self._config.deadlines.operation
-            )
-            block = await self._status_of_block(backing_file)
-            request = self._request(backing_file, options, block)
-            # What is behind a block device is the kernel's, wherever its node is.
-            trusted = bool(block) or backing_file.filesystem in self._trusted
-            if trusted:
+        with fd:
+            proposal = await self._proposals.look(fd, options)
+            if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
-                request.check(backing_file, backing_file.size)
-            await self._require_attach(caller, backing_file, request, trusted)
-            block = await self._status_of_block(backing_file)  # it may be another one by now
+                proposal.request.check(proposal.file, proposal.file.size)
+            await self._require_attach(caller, proposal)
+            if proposal.block:
+                proposal = await self._proposals.look(fd, options)  # it may have changed
             caller.client.require_present()
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
-            if block and not _needs_loop_device(options, request, block):
-                return self._hold(caller, file, backing_file, block)
-            binding = self._admit(
-                caller, file, backing_file, request, options.allow_overlap, may_hang=not trusted
-            )
+            if proposal.block and not proposal.needs_loop_device:
+                return self._hold(caller, fd, proposal.file, proposal.block)
+            attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
-        await asyncio.wait([binding.task], timeout=timeout)
-        if not binding.task.done():
-            binding.abandoned.set()
+        await asyncio.wait([attempt.task], timeout=timeout)
+        if not attempt.task.done():
+            attempt.abandoned.set()
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
-        return binding.task.result()
+        return attempt.task.result()
 
-    async def _status_of_block(self, file: backing.BackingFile) -> Status | None:
-        """How a block device is that was passed; None if it is a file."""
-        block = file.identity.block
-        if block is None:
-            return None
-        return await self._threads.look(
-            partial(loopinfo.block_status, block.number, read_only=not file.writable)
-        )
-
-    def _request(
-        self, file: backing.BackingFile, options: AttachOptions, block: Status | None
-    ) -> AttachRequest:
-        read_only, direct_io = options.read_only, options.direct_io
-        sector_size = options.sector_size
-        if sector_size is None and block:
-            sector_size = block.sector_size
-        elif sector_size is None and not options.probe_sector_size:
-            sector_size = DEFAULT_SECTOR_SIZE
-        return AttachRequest(
-            # A sealed memfd is writable by its mode: saying nothing does not mean read-only.
-            read_only=not (file.writable or file.sealed) if read_only is None else read_only,
-            offset=options.offset,
-            size_limit=options.size_limit,
-            sector_size=sector_size,
-            partition_scan=options.partition_scan,
-            direct_io=self._config.direct_io if direct_io is None else direct_io,
-            reference=options.reference,
-            lock=options.lock,
-            number=options.number,
-        )
-
-    async def _require_attach(
-        self,
-        caller: Caller,
-        file: backing.BackingFile,
-        request: AttachRequest,
-        trusted: bool,
-    ) -> None:
+    async def _require_attach(self, caller: Caller, proposal: Proposal) -> None:
+        file, number = proposal.file, proposal.request.number
         details = {
-            "read-only": str(request.read_only).lower(),
+            "read-only": str(proposal.request.read_only).lower(),
             "lifetime": CONNECTION,
-            "filesystem": file.filesystem or ("none" if file.identity.block else "unknown"),
+            "filesystem": file.filesystem or ("none" if proposal.block else "unknown"),
             "size": str(file.size),
         }
-        if request.number is not None:
-            details["device"] = loopinfo.node(request.number)
+        if number is not None:
+            details["device"] = loopinfo.node(number)
         for action in access.needed_to_attach(
-            block_device=file.identity.block is not None,
-            trusted=trusted,
-            wants_number=request.number is not None,
+            block_device=proposal.block is not None,
+            trusted=proposal.trusted,
+            wants_number=number is not None,
         ):
             await self._authority.require(caller, action, details)
 
     # --- block devices that need no loop device -------------------------------------------------
 
-    def _hold(
-        self, caller: Caller, fd: OwnedFd, file: backing.BackingFile, status: Status
-    ) -> Device:
+    def _hold(self, caller: Caller, fd: OwnedFd, file: BackingFile, block: Block) -> Device:
         """Record a block device as its own: nothing is bound, and nothing will be cleared."""
+        status = block.status
         with self._quota.take(caller.uid) as place:
             device = Device(
                 number=None,
@@ -193,6 +131,7 @@ class Attaching:
                 which=next(self._counter),
                 status=status,
                 file=file.identity,
+                sector_size=block.sector_size,
                 owner=caller.uid,
                 attached_at=_now(),
             )
@@ -209,80 +148,60 @@ class Attaching:
 
     # --- all others -----------------------------------------------------------------------------
 
-    def _admit(
-        self,
-        caller: Caller,
-        file: OwnedFd,
-        backing_file: backing.BackingFile,
-        request: AttachRequest,
-        allow_overlap: bool,
-        *,
-        may_hang: bool,
-    ) -> "_Binding":
+    def _admit(self, caller: Caller, fd: OwnedFd, proposal: Proposal) -> _Attempt:
         """Check overlap and quota, and begin to bind; from here on a task goes to the end."""
-        size = request.size_limit or max(backing_file.size - request.offset, 0)
-        mapping = Mapping.of(
-            backing_file.identity, request.offset, size, writable=not request.read_only
-        )
-        if not allow_overlap:
-            overlap.require_none(
+        file, request = proposal.file, proposal.request
+        size = request.size_limit or max(file.size - request.offset, 0)
+        mapping = Mapping.of(file.identity, request.offset, size, writable=not request.read_only)
+        if not proposal.options.allow_overlap:
+            self._claims.require_none(
                 mapping,
                 bound=(
                     (device.node, device.mapping) for device in self._registry if device.mapping
                 ),
-                binding=self._binding,
             )
         abandoned = asyncio.Event()
         place = self._quota.take(caller.uid)
-        self._binding.add(mapping)
-        task = self._tasks.start(
-            self._bind(
-                caller,
-                file.move(),
-                backing_file,
-                request,
-                mapping,
-                place,
-                abandoned,
-                may_hang=may_hang,
-            )
-        )
-        return _Binding(task, abandoned)
+        unclaim = self._claims.claim(mapping)
+        binding = self._bind(caller, fd.move(), proposal, unclaim, place, abandoned)
+        return _Attempt(self._tasks.start(binding), abandoned)
 
     async def _bind(
         self,
         caller: Caller,
-        file: OwnedFd,
-        backing_file: backing.BackingFile,
-        request: AttachRequest,
-        mapping: Mapping,
+        fd: OwnedFd,
+        proposal: Proposal,
+        unclaim: Callable[[], None],
         place: Place,
         abandoned: asyncio.Event,
-        *,
-        may_hang: bool,
     ) -> Device:
         """Attach in a thread and record it, or undo it if nobody waits for it any more."""
         with place, ExitStack() as admitted:
-            admitted.callback(self._binding.discard, mapping)
+            admitted.callback(unclaim)
+            admitted.enter_context(fd)
+            request = proposal.request
+            for work in (Work.OPERATION, Work.SCAN)[: 2 if request.partition_scan else 1]:
+                admitted.callback(await self._threads.turn(caller.uid, work, None))
+            if abandoned.is_set() or caller.client.gone:
+                raise Failed("the attach was given up")
             loop, status = await self._threads.run(
                 partial(
                     _attach,
-                    file,
-                    backing_file,
-                    request,
+                    fd.move(),
+                    proposal,
                     partial(self._claim, caller.uid),
-                    may_hang,
                 )
             )
             unrecorded = admitted.enter_context(ExitStack())
-            unrecorded.callback(self._drop, loop)
+            unrecorded.callback(self._drop, caller.uid, loop)
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
             device = Device(
                 number=loop.number,
                 name=f"loop{loop.number}",
                 diskseq=loop.diskseq,
                 status=status,
-                file=backing_file.identity,
+                file=proposal.file.identity,
+                sector_size=loopops.sector_size(loop),
                 reference=request.reference,
                 owner=caller.uid,
                 loop=loop,
@@ -304,16 +223,16 @@ class Attaching:
         log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
         return device
 
-    def _drop(self, loop: loopdev.LoopDevice) -> None:
+    def _drop(self, uid: int, loop: loopdev.LoopDevice) -> None:
         """Detach what a failure has left bound and unrecorded."""
-        self._tasks.start(self._threads.run(partial(_undo, loop)))
+        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, partial(_undo, loop)))
 
-    def _claim(self, uid: int, number: int) -> Callable[[bool], None]:
+    def _claim(self, uid: int, number: int) -> loopdev.Release:
         """Take a number from the thread that is about to bind it."""
         release = self._markers.claim(number, unprivileged=uid != ROOT)
 
-        def undo(still_bound: bool) -> None:
-            release(still_bound)
+        def undo(waiting: int | None) -> None:
+            release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
             self._loop.call_soon_threadsafe(self._registry.look_at, number)
 
@@ -324,28 +243,12 @@ def _now() -> int:
     return time.time_ns() // 1000
 
 
-def _needs_loop_device(options: AttachOptions, request: AttachRequest, block: Status) -> bool:
-    """Whether anything is asked for that a block device does not offer by itself."""
-    return bool(
-        request.offset
-        or request.size_limit
-        or request.sector_size != block.sector_size
-        or (request.partition_scan and not block.partition_scan)
-        or (options.read_only and not block.read_only)
-        or request.reference
-        or request.lock is not Lock.NONE
-        or request.number is not None
-    )
-
-
 def _attach(
-    file: OwnedFd,
-    backing_file: backing.BackingFile,
-    request: AttachRequest,
-    claim: loopdev.Claim,
-    may_hang: bool,
+    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
-    loop = loopdev.attach(file, backing_file, request, claim, may_hang=may_hang)
+    loop = attachment.attach(
+        fd, proposal.file, proposal.request, claim, may_hang=not proposal.trusted
+    )
     try:
         return loop, loopinfo.status(loop.number)
     except BaseException:
@@ -357,4 +260,5 @@ def _undo(loop: loopdev.LoopDevice) -> None:
     if not loopdev.detach(loop):
         # No client has ever had it, so nobody turns autoclear off.
         loop.close()
-    loop.release(kernel.loop_bound(loop.number))
+    waits = kernel.loop_binding(loop.number) == loop.binding
+    loop.release(loop.binding if waits else None)

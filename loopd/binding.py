@@ -80,6 +80,7 @@ class Driver:
         config = _config(file_fd, request)
         if self.configures and self._configure(loop_fd, config):
             bound()
+            _require_size(loop_fd, config)
             if forgotten := _forgotten(number, loop_fd, config):
                 self.configures = False
                 # Not on the same device: clearing it is not done at once.
@@ -92,12 +93,14 @@ class Driver:
                 # Before Linux 5.0 the cache would keep what was read of another range.
                 _try(partial(kernel.blkflsbuf, loop_fd), "flush the cache")
             _set_block_size(loop_fd, config.block_size)
+            _require_size(loop_fd, config)
             if request.direct_io:
                 _try(partial(kernel.loop_set_direct_io, loop_fd, True), "turn direct I/O on")
         _verify_direct_io(number, loop_fd, request)
         if request.partition_scan:
             config.info.lo_sizelimit = request.size_limit
             set_status(loop_fd, config.info)
+            _require_size(loop_fd, config)
 
     def _configure(self, loop_fd: int, config: loop_config) -> bool:
         """Call LOOP_CONFIGURE; false if this kernel has none."""
@@ -119,7 +122,7 @@ class Driver:
 
 
 def _has_loop_configure(loop_fd: int) -> bool:
-    """Whether EINVAL meant that the call is unknown, which no client shall make us believe."""
+    """Whether EINVAL was about the arguments, and did not mean that the call is unknown."""
     try:
         kernel.loop_configure(loop_fd, loop_config(fd=_NO_FD))
     except OSError as exc:
@@ -148,12 +151,18 @@ def _forgotten(number: int, loop_fd: int, config: loop_config) -> str:
     if kernel.blksszget(loop_fd) != config.block_size:
         return "sector size"
     limit = config.info.lo_sizelimit
-    if limit and kernel.blkgetsize64(loop_fd) != limit:
+    if limit and kernel.blkgetsize64(loop_fd) > limit:
         return "size limit"
     scans = config.info.lo_flags & LO_FLAGS_PARTSCAN
     if scans and not blockdev.scans_partitions(partial(kernel.loop_attribute, number)):
         return "partition scan"
     return ""
+
+
+def _require_size(loop_fd: int, config: loop_config) -> None:
+    """Refuse a file that its owner has made smaller since it was checked."""
+    if kernel.blkgetsize64(loop_fd) < (config.info.lo_sizelimit or config.block_size):
+        raise InvalidArgs("the file has become smaller while it was attached")
 
 
 def _set_fd(loop_fd: int, config: loop_config) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from . import kernel
-from .errors import InvalidArgs
+from .errors import InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,10 @@ def control_locked(control_fd: int, *, timeout: float) -> Iterator[None]:
 
 
 def in_use(number: int, partition: int | None = None) -> bool:
-    """Whether a device or a partition of it, or just that one, is mounted or exclusively open."""
+    """Whether a device or a partition of it, or just that one, is mounted or exclusively open.
+
+    Raises NoSuchDevice, OSError.
+    """
     flags = os.O_RDONLY | os.O_EXCL
     for attempt in range(_IN_USE_ATTEMPTS):
         if attempt:
@@ -109,6 +112,8 @@ def in_use(number: int, partition: int | None = None) -> bool:
             else:
                 fd = kernel.open_partition(number, partition, flags)
         except OSError as exc:
+            if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+                raise NoSuchDevice(f"loop{number} is gone") from exc
             if exc.errno != errno.EBUSY:
                 raise
         else:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The serving end of the bus: who calls, with which fds, within which bounds, and how it ends.
 
-Every method call goes one way: admitted from its header, parsed, its fds matched one by one with
-the method's signature, answered by exactly one reply. What a method means is the service's.
+Every method call goes one way: counted, its caller identified, admitted from its header, parsed,
+its fds matched one by one with the method's signature, answered by exactly one reply. What a method
+means is the service's.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from .config import Limits
 from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,19 @@ class Method:
     handler: Callable[..., Awaitable[tuple[Any, ...]]]
 
 
-Find = Callable[[str, str, str], tuple[Method, Any]]
-"""Path, interface (may be empty) and member to the method and its object; raises LoopError."""
+Find = Callable[[int, str, str, str], tuple[Method, Any]]
+"""The caller's uid, path, interface (may be empty) and member to the method and its object; raises
+LoopError."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call that is under way, and what came with it."""
+
+    header: frame.Header
+    data: bytes
+    fds: list[OwnedFd]
+    fds_lost: bool
 
 
 class _Session:
@@ -59,7 +71,8 @@ class _Session:
         self.name = name
         self.left: asyncio.Future[None] = loop.create_future()
         self.client: Client | None = None
-        self.identified = asyncio.Lock()
+        self.waiting: list[_Call] = []
+        """Calls that came before we knew who it is."""
         self.calls = 0
 
 
@@ -171,16 +184,22 @@ class Bus:
         if session.client:
             self._client_left(session.client)
 
-    async def _identify(self, session: _Session) -> Client:
-        """Who a connection is, which the bus knows and which never changes."""
-        async with session.identified:
-            if session.client is None:
-                (uid,) = await self.connection.call_bus(
-                    "GetConnectionUnixUser", "s", [session.name]
-                )
-                session.client = Client(session.name, uid, session.left)
-        session.client.require_present()
-        return session.client
+    async def _identify(self, session: _Session) -> None:
+        """Find out who a connection is, which the bus knows and which never changes."""
+        try:
+            (uid,) = await self.connection.call_bus("GetConnectionUnixUser", "s", [session.name])
+        except (LoopError, BusError) as exc:
+            # It has left, or the bus has.
+            log.debug("nobody knows who %s is: %s", session.name, exc)
+        else:
+            session.client = Client(session.name, uid, session.left)
+        waiting, session.waiting = session.waiting, []
+        for call in waiting:
+            if session.client:
+                self._begin(session, session.client, call)
+            else:
+                self._answer_error(call.header, Failed("the bus does not say who is calling"))
+                self._end(session, call)
 
     # --- calls ----------------------------------------------------------------------------------
 
@@ -188,87 +207,113 @@ class Bus:
         header = incoming.header
         if header is None or not header.sender:
             return
-        try:
-            self._admit(header, incoming)
-        except LoopError as exc:
-            self._answer_error(header, exc)
-
-    def _admit(self, header: frame.Header, incoming: frame.Frame) -> None:
-        """Take on a call and its fds, or raise; synchronous, so that nothing is left half-owned."""
-        if not incoming.data:
-            raise LimitsExceeded(f"a message may have {MAX_MESSAGE} bytes at most")
         session = self._sessions.get(header.sender)
         if session is None:
             session = self._sessions[header.sender] = _Session(header.sender, self._loop)
+        try:
+            self._require_room(session, incoming)
+        except LoopError as exc:
+            self._answer_error(header, exc)
+            return
+        fds, incoming.fds = incoming.fds, []
+        owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
+        call = _Call(header, incoming.data, owned, incoming.fds_lost)
+        session.calls += 1
+        self._calls += 1
+        if session.client:
+            self._begin(session, session.client, call)
+            return
+        session.waiting.append(call)
+        if len(session.waiting) == 1:
+            self._tasks.start(self._identify(session))
+
+    def _require_room(self, session: _Session, incoming: frame.Frame) -> None:
+        """Raise LimitsExceeded if the message is too large, or too many are under way."""
+        if not incoming.data:
+            raise LimitsExceeded(f"a message may have {MAX_MESSAGE} bytes at most")
         if session.calls >= self._limits.calls_per_connection:
             raise LimitsExceeded(
                 f"{session.calls} calls of this connection are under way: wait for their answers"
             )
         if self._calls >= self._limits.calls:
             raise LimitsExceeded("too many calls are under way: try again later")
-        if session.client:
-            self._require_room(session.client)
-        method, target = self._find(header.path, header.interface, header.member)
+
+    def _begin(self, session: _Session, client: Client, call: _Call) -> None:
+        """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
+        try:
+            client.require_present()
+            if (
+                client.uid != ROOT
+                and self._calls_of_user[client.uid] >= self._limits.calls_per_user
+            ):
+                raise LimitsExceeded("too many calls of this user are under way: try again later")
+            header = call.header
+            method, target = self._find(client.uid, header.path, header.interface, header.member)
+            arguments = self._arguments(method, call)
+        except LoopError as exc:
+            self._answer_error(call.header, exc)
+            self._end(session, call)
+            return
+        self._calls_of_user[client.uid] += 1
+        self._tasks.start(self._serve(session, client, call, method, target, arguments))
+
+    def _end(self, session: _Session, call: _Call) -> None:
+        """Close what came with a call and nobody has taken, and count it no more."""
+        for fd in call.fds:
+            fd.close()
+        session.calls -= 1
+        self._calls -= 1
+
+    def _arguments(self, method: Method, call: _Call) -> list[Any]:
+        """The arguments of a call, its fds in the places of their indices.
+
+        Raises InvalidArgs unless all is as the method's signature says, and each fd used once.
+        """
+        header = call.header
         if header.signature != method.in_signature:
             raise InvalidArgs(
                 f"{method.name} takes arguments of the signature '{method.in_signature}', "
                 f"not '{header.signature}'"
             )
-        if incoming.fds_lost:
+        if call.fds_lost:
             raise LimitsExceeded("the file descriptors did not arrive: try again later")
         # Checked before parsing: a variant may hold a handle too, and no option of ours does.
         wanted = method.in_signature.count("h")
-        if not len(incoming.fds) == header.unix_fds == wanted:
+        if not len(call.fds) == header.unix_fds == wanted:
             raise InvalidArgs(
-                f"{method.name} takes {wanted} file descriptors, and {len(incoming.fds)} came"
+                f"{method.name} takes {wanted} file descriptors, and {len(call.fds)} came"
             )
         try:
-            arguments = codec.parse(incoming.data).body
+            arguments: list[Any] = codec.parse(call.data).body
         except codec.MalformedMessage as exc:
             log.debug("a message of %s cannot be read: %s", header.sender, exc)
             raise InvalidArgs("the message cannot be read") from exc
-        arguments = self._with_fds(method, arguments, incoming)
-        session.calls += 1
-        self._calls += 1
-        self._tasks.start(self._serve(session, header, method, target, arguments))
-
-    def _with_fds(self, method: Method, arguments: list[Any], incoming: frame.Frame) -> list[Any]:
-        """Put fds that we own in the place of their indices, each used exactly once."""
         # A handle is always an argument of its own in our signatures, so its place is known.
         places = [
             place
             for place, kind in enumerate(codec.argument_types(method.in_signature))
             if kind == "h"
         ]
-        if sorted(arguments[place] for place in places) != [*range(len(incoming.fds))]:
+        if sorted(arguments[place] for place in places) != [*range(len(call.fds))]:
             raise InvalidArgs(f"{method.name} got a handle that is no file descriptor it passed")
-        fds, incoming.fds = incoming.fds, []
         for place in places:
-            arguments[place] = OwnedFd(fds[arguments[place]], self._threads.close_fd)
+            arguments[place] = call.fds[arguments[place]]
         return arguments
-
-    def _require_room(self, client: Client) -> None:
-        """Raise LimitsExceeded if the user has too many calls under way; root is not bound."""
-        if client.uid != ROOT and self._calls_of_user[client.uid] >= self._limits.calls_per_user:
-            raise LimitsExceeded("too many calls of this user are under way: try again later")
 
     async def _serve(
         self,
         session: _Session,
-        header: frame.Header,
+        client: Client,
+        call: _Call,
         method: Method,
         target: object,
         arguments: list[Any],
     ) -> None:
-        uid = None
+        header = call.header
         try:
-            client = await self._identify(session)
-            self._require_room(client)
-            uid = client.uid
-            self._calls_of_user[uid] += 1
             interactive = bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION)
             result = await method.handler(Caller(client, interactive), target, *arguments)
-            await self._answer(header, method, result)
+            await self._answer(header, client, method, result)
         except LoopError as exc:
             self._answer_error(header, exc)
         except OSError as exc:
@@ -280,20 +325,17 @@ class Bus:
             log.exception("%s of %s failed", method.name, header.sender)
             self._answer_error(header, Failed("loopd failed; its log says why"))
         finally:
-            for argument in arguments:
-                if isinstance(argument, OwnedFd):
-                    argument.close()
-            session.calls -= 1
-            self._calls -= 1
-            if uid is not None:
-                self._calls_of_user[uid] -= 1
-                if not self._calls_of_user[uid]:
-                    del self._calls_of_user[uid]
+            self._end(session, call)
+            self._calls_of_user[client.uid] -= 1
+            if not self._calls_of_user[client.uid]:
+                del self._calls_of_user[client.uid]
 
-    async def _answer(self, header: frame.Header, method: Method, result: tuple[Any, ...]) -> None:
-        self._before_reply()
+    async def _answer(
+        self, header: frame.Header, client: Client, method: Method, result: tuple[Any, ...]
+    ) -> None:
         fds = [value for value in result if isinstance(value, OwnedFd)]
         try:
+            self._before_reply()
             if header.flags & frame.NO_REPLY_EXPECTED:
                 return
             body = [fds.index(value) if isinstance(value, OwnedFd) else value for value in result]
@@ -305,8 +347,9 @@ class Bus:
                 await asyncio.wait([written])
         finally:
             for fd in fds:
-                # Not with the clients' files: these never hang, and a device waits for them.
-                self._tasks.start(self._threads.run(fd.move().close))
+                # Not with the clients' files: these are devices, whose ends may wait for them.
+                close = fd.move().close
+                self._tasks.start(self._threads.run_in_turn(client.uid, Work.ENDING, close))
 
     def _answer_error(self, header: frame.Header, error: LoopError) -> None:
         if header.flags & frame.NO_REPLY_EXPECTED:

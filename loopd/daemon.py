@@ -29,6 +29,7 @@ from .manager import Manager
 from .marker import Markers
 from .monitor import Monitor, loop_numbers
 from .operations import Operations
+from .overlap import Claims
 from .polkit import Authority
 from .registry import Listeners, Registry
 from .service import Service
@@ -151,9 +152,10 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     leases = Leases()
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
     manager = Manager(config, threads, authority, registry, leases, locks)
-    operations = Operations(manager, registry, locks, threads)
+    claims = Claims()
+    operations = Operations(manager, registry, locks, claims, threads)
     attaching = Attaching(
-        config, threads, authority, markers, registry, leases, locks, let_go=manager.let_go
+        config, threads, authority, markers, registry, leases, locks, claims, let_go=manager.let_go
     )
     service.serve(manager, operations, attaching)
     announcer.start()

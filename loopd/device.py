@@ -36,6 +36,8 @@ class Device:
     status: Status
     file: FileIdentity | None = None
     """The backing file, as far as known."""
+    sector_size: int = 0
+    """The logical one in bytes; 0 if a foreign device did not say."""
     reference: bytes = b""
     owner: int = NOBODY
     loop: LoopDevice | None = None

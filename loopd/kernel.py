@@ -10,7 +10,6 @@ import errno
 import fcntl
 import mmap
 import os
-import platform
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -328,5 +327,5 @@ def block_partitions(major: int, minor: int) -> list[PartitionExtent]:
 
 def release() -> tuple[int, int]:
     """The running kernel's version, major and minor."""
-    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -6,16 +6,17 @@ up on the device for good, so an exclusive one of an ordinary user ends before t
 """
 
 import asyncio
+import fcntl
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from . import kernel
 from .access import ROOT, Client
 from .blockdev import Lock
 from .device import Device
-from .fd import OwnedFd
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Locks:
 
     def note(self, device: Device, client: Client, kind: Lock) -> None:
         """Note the lock that has been taken on a device, in place of the one there was."""
+        if kind is device.lock:
+            return  # an exclusive one does not begin anew: nobody else had a chance
         self._forget(device)
         held = self._held[device.path] = _Held(device=device, client=client)
         if kind is Lock.EXCLUSIVE and client.uid != ROOT:
@@ -63,7 +66,10 @@ class Locks:
         device.lock = Lock.NONE
         self._changed(device)
         if device.loop and device.loop.lock:
-            self._close(device.loop.lock.move())
+            lock, device.loop.lock = device.loop.lock, None
+            # Now, whoever has a copy of the fd; its close may have to wait, and so makes udev look.
+            kernel.flock(lock.fileno(), fcntl.LOCK_UN)
+            self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, lock.close))
 
     def client_left(self, client: Client) -> None:
         """Drop all that a connection held."""
@@ -78,6 +84,3 @@ class Locks:
         held = self._held.pop(device.path, None)
         if held and held.expiry:
             held.expiry.cancel()
-
-    def _close(self, fd: OwnedFd) -> None:
-        self._tasks.start(self._threads.run(fd.close))

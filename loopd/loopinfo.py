@@ -35,7 +35,6 @@ class Status:
     offset: int
     size_limit: int
     size: int
-    sector_size: int
     read_only: bool
     direct_io: bool
     autoclear: bool
@@ -56,6 +55,7 @@ def diskseq(block_fd: int, binding: int) -> int:
 def status(number: int) -> Status:
     """How a bound device is set up, from sysfs alone: no ioctl, so no filesystem is asked.
 
+    Nothing below queue/ is read, where a change that waits for a hanging file makes readers wait.
     Raises NoSuchDevice if it is not bound, OSError if sysfs cannot be read now.
     """
 
@@ -74,7 +74,6 @@ def status(number: int) -> Status:
             offset=number_in("loop/offset"),
             size_limit=number_in("loop/sizelimit"),
             size=number_in("size") * 512,
-            sector_size=number_in("queue/logical_block_size"),
             read_only=number_in("ro") != 0,
             direct_io=number_in("loop/dio") != 0,
             autoclear=number_in("loop/autoclear") != 0,
@@ -110,7 +109,6 @@ def block_status(number: int, *, read_only: bool) -> Status:
             offset=0,
             size_limit=0,
             size=int(read("size")) * 512,
-            sector_size=int(read(f"{disk}queue/logical_block_size")),
             read_only=read_only or read("ro") != b"0",
             direct_io=False,
             autoclear=False,
@@ -151,6 +149,7 @@ class Binding:
 
     file: FileIdentity
     reference: bytes
+    sector_size: int
 
 
 def binding(number: int, which: int) -> Binding:
@@ -162,6 +161,7 @@ def binding(number: int, which: int) -> Binding:
     try:
         with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
             info = kernel.loop_get_status64(loop_fd.fileno())
+            sector_size = kernel.blksszget(loop_fd.fileno())
             still = kernel.loop_binding(number)
     except OSError as exc:
         raise NoSuchDevice(f"loop{number} has no file attached") from exc
@@ -177,6 +177,7 @@ def binding(number: int, which: int) -> Binding:
             block=backing.block(*rdevice) if is_block else None,
         ),
         reference=info.lo_file_name,
+        sector_size=sector_size,
     )
 
 

@@ -7,7 +7,6 @@ which `open_existing` opens for the while. What is as it should be already cause
 
 import errno
 import os
-from contextlib import ExitStack
 from functools import partial
 
 from . import backing, binding, blockdev, kernel, loopinfo
@@ -59,8 +58,8 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     """Change offset and limit, or with neither take up the file's size; returns the new size.
 
     All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already
-    cause no call. Raises InvalidArgs for a range outside the file and DeviceBusy, unless `force`,
-    if a device in use would shrink or move.
+    are not set again. Raises InvalidArgs for a range outside the file and DeviceBusy, unless
+    `force`, if a device in use would shrink or move.
     """
     loop_fd = device.fd.fileno()
     info = kernel.loop_get_status64(loop_fd)
@@ -158,6 +157,11 @@ def _direct_io(device: LoopDevice) -> bool:
     return kernel.loop_attribute(device.number, "loop/dio") == b"1"
 
 
+def sector_size(device: LoopDevice) -> int:
+    """The logical sector size in bytes. Waits for nobody, unlike the same in sysfs."""
+    return kernel.blksszget(device.fd.fileno())
+
+
 def set_sector_size(device: LoopDevice, size: int | None) -> int:
     """Change the logical sector size, in bytes; returns it.
 
@@ -195,26 +199,35 @@ def _scans_partitions(device: LoopDevice) -> bool:
     return blockdev.scans_partitions(partial(kernel.loop_attribute, device.number))
 
 
-def lock(device: LoopDevice, kind: Lock, held: Lock) -> OwnedFd | None:
-    """Take or change the BSD lock; returns the fd of a lock that is new.
+class LockLost(DeviceBusy):
+    """A lock could not be changed, and somebody else has taken the one there was."""
 
-    `held` is the lock that there is already, by `device.lock`; if it cannot be changed, it stays.
-    Never waits. Raises DeviceBusy if others hold one that is in the way.
-    After systemd's loop_device_flock.
+
+def take_lock(device: LoopDevice, kind: Lock) -> OwnedFd:
+    """Take the BSD lock, on a second fd, which is returned.
+
+    Waits for no more than a glance of somebody else's. Raises DeviceBusy if others hold a lock
+    that is in the way. After systemd's loop_device_flock, as is `change_lock`.
     """
-    with ExitStack() as failed:
-        if device.lock is None:
-            lock_fd = blockdev.opened(kernel.open_loop(device.number, os.O_RDONLY))
-            failed.callback(lock_fd.close)
-            _require_binding(device)
-        else:
-            lock_fd = device.lock
-            # flock(2) lets go of the old one before it tries for the new.
-            failed.callback(blockdev.try_lock, lock_fd.fileno(), held.operation)
+    with blockdev.opened(kernel.open_loop(device.number, os.O_RDONLY)) as lock_fd:
+        _require_binding(device)
         if not blockdev.try_lock(lock_fd.fileno(), kind.operation, timeout=_LOCK_TIMEOUT):
             raise DeviceBusy(f"{device.node} is locked by someone else")
-        failed.pop_all()
-    return lock_fd if device.lock is None else None
+        return lock_fd.move()
+
+
+def change_lock(device: LoopDevice, lock_fd: OwnedFd, kind: Lock, *, held: Lock) -> None:
+    """Change the lock that is `held` by an fd of `take_lock`.
+
+    Raises DeviceBusy if others hold one that is in the way, and LockLost if the old one is gone.
+    """
+    fd = lock_fd.fileno()
+    if blockdev.try_lock(fd, kind.operation, timeout=_LOCK_TIMEOUT):
+        return
+    # flock(2) has let go of the old one before it tried for the new.
+    if not blockdev.try_lock(fd, held.operation):
+        raise LockLost(f"{device.node} is locked by someone else, who took our lock's place")
+    raise DeviceBusy(f"{device.node} is locked by someone else")
 
 
 def _require_binding(device: LoopDevice) -> None:
@@ -269,9 +282,8 @@ def _opened_node(device: LoopDevice, flags: int, partition: int | None) -> Owned
     if partition is None:
         return blockdev.opened(kernel.open_loop(device.number, flags))
     try:
-        fd = blockdev.opened(kernel.open_partition(device.number, partition, flags))
+        return blockdev.opened(kernel.open_partition(device.number, partition, flags))
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             raise NoSuchDevice(f"{device.node} has no partition {partition}") from exc
         raise
-    return fd

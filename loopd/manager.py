@@ -33,7 +33,7 @@ from .locks import Locks
 from .polkit import Authority
 from .registry import Registry
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work, remaining
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 # How long Detach waits for udev and other short-lived openers.
 _DETACH_WAIT = 1.0
 # Seconds between the attempts to clear a device that others have open; the last one stays.
-_CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25)
+_CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25, 0.25, 0.25, 1.0)
 # What works on a block device that needed no loop device.
 _ON_BLOCK_DEVICES = frozenset({Operation.DETACH, Operation.SYNC})
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
@@ -95,16 +95,18 @@ class Manager:
         file it is: the caller's own come first. Takes the fd over.
         Raises NoSuchDevice, Ambiguous.
         """
-        named = await self.in_thread(partial(loopinfo.named_by, fd.move()))
-        own = [
+        named = await self._threads.run(
+            partial(loopinfo.named_by, fd.move()), timeout=self._config.deadlines.operation
+        )
+        if named.number is not None:
+            # A loop device may also be the backing file of another, but it is itself first.
+            return self.device_by_node(f"loop{named.number}"), named.partition
+        found = [
             device
             for device in self._registry.seen_by(caller.uid)
             if device.file and device.file.is_same_as(named.file)
         ]
-        if named.number is not None:
-            # A loop device may also be the backing file of another, but it is itself first.
-            return self.device_by_node(f"loop{named.number}"), named.partition
-        found = [device for device in own if device.owner == caller.uid] or own
+        found = [device for device in found if device.owner == caller.uid] or found
         found = [device for device in found if device.state == ATTACHED] or found
         if not found:
             raise NoSuchDevice("the file is not attached to a loop device")
@@ -145,26 +147,30 @@ class Manager:
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
         late: Callable[[_T], object] = lambda _: None,
-        admit: Callable[[], None] = lambda: None,
+        admit: Callable[[ExitStack], None] = lambda _: None,
         *,
         alone: bool = True,
+        scans: bool = False,
     ) -> _T:
         """Run a function on the device in a thread, whatever becomes of the device meanwhile.
 
-        One that is to be `alone` waits for the others that are. `admit` is called just before and
-        may raise; `late` gets what comes when nobody waits for it any more.
+        One that is to be `alone` waits for the others that are; one that `scans` partitions, for
+        the user's other scans. `admit` is called just before, and may raise, or say what is to be
+        done when all is over; `late` gets what comes when nobody waits for it any more.
         Raises TimedOut, NoSuchDevice, AccessDenied.
         """
-        timeout = self._config.deadlines.operation
+        deadline = asyncio.get_running_loop().time() + self._config.deadlines.operation
+        uid = _at_whose_expense(caller, device)
         with ExitStack() as failed:
             # Whoever has an fd of a device can put a file behind it that hangs.
-            failed.callback(await self._threads.turn(caller.uid, timeout))
+            for work in (Work.OPERATION, Work.SCAN) if scans else (Work.OPERATION,):
+                failed.callback(await self._threads.turn(uid, work, remaining(deadline)))
             if alone:
-                await self._take(device, timeout)
+                await self._take(device, remaining(deadline))
                 failed.callback(device.operating.release)
             caller.client.require_present()
             self.require_attached(device)
-            admit()
+            admit(failed)
             # Borrowed here, where nothing can come between the check and the copy of the fd.
             borrowed = device.loop.borrow() if device.loop else None
             ended = failed.pop_all().close
@@ -178,21 +184,25 @@ class Manager:
                         raise NoSuchDevice(f"{device.node} is gone") from exc
                     raise
 
-        return await self._threads.run(operate, timeout=timeout, late=late, ended=ended)
+        return await self._threads.run(operate, timeout=remaining(deadline), late=late, ended=ended)
 
     @staticmethod
-    async def _take(device: Device, timeout: float) -> None:
+    async def _take(device: Device, timeout: float | None) -> None:
         try:
             await asyncio.wait_for(device.operating.acquire(), timeout)
         except TimeoutError as exc:
             raise TimedOut(f"another operation on {device.node} does not end") from exc
 
-    async def in_thread(
-        self, function: Callable[[], _T], late: Callable[[_T], object] = lambda _: None
-    ) -> _T:
-        """Run a function in a thread, with the deadline of an operation."""
-        return await self._threads.run(
-            function, timeout=self._config.deadlines.operation, late=late
+    async def in_thread(self, caller: Caller, device: Device, function: Callable[[], _T]) -> _T:
+        """Run a function in a thread that asks a device, when it is its owner's turn.
+
+        Raises TimedOut.
+        """
+        return await self._threads.run_in_turn(
+            _at_whose_expense(caller, device),
+            Work.OPERATION,
+            function,
+            timeout=self._config.deadlines.operation,
         )
 
     # --- detaching ------------------------------------------------------------------------------
@@ -201,7 +211,8 @@ class Manager:
         """Detach; whether it is gone, or the kernel will finish at the last close."""
         await self.require(caller, Operation.DETACH, device)
         if not lazy and device.state == ATTACHED and device.number is not None:
-            if await self.in_thread(partial(blockdev.in_use, device.number)):
+            in_use = partial(blockdev.in_use, device.number)
+            if await self.in_thread(caller, device, in_use):
                 raise DeviceBusy(
                     f"{device.node} is mounted or exclusively open: unmount it first, or pass lazy"
                 )
@@ -258,16 +269,18 @@ class Manager:
     async def _end(self, device: Device) -> None:
         """End the hold on a block device that needed no loop device: nothing of it is ours."""
         if device.held:
-            await self._threads.run(device.held.close)
+            await self._threads.run_in_turn(device.owner, Work.ENDING, device.held.close)
         self._registry.forget(device)
 
     async def _clear(self, device: Device) -> None:
+        end = partial(self._threads.run_in_turn, device.owner, Work.ENDING)
+
         def detach() -> tuple[loopdev.LoopDevice, bool]:
             loop = device.loop or _open(device)
             return loop, loopdev.detach(loop)
 
         try:
-            loop, cleared = await self._threads.run(detach)
+            loop, cleared = await end(detach)
         except (LoopError, OSError) as exc:
             # Someone else's, which is as it was.
             log.warning("cannot detach %s: %s", device.node, exc)
@@ -282,7 +295,7 @@ class Manager:
             # The kernel tells nobody when another opener closes.
             pause = next(pauses, pause)
             await asyncio.sleep(pause)
-            cleared = await self._threads.run(partial(loopdev.clear, loop))
+            cleared = await end(partial(loopdev.clear, loop))
         if kernel.loop_binding(loop.number) != device.status.binding:
             self._registry.forget(device)
         # Else an operation still under way has it open, or others have someone else's device. The
@@ -297,11 +310,16 @@ class Manager:
         self._locks.drop(device)
         if (hold := device.loop or device.held) and not device.ending:
             # Behind our back, and our fds are still open.
-            self._tasks.start(self._threads.run(hold.close))
+            self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, hold.close))
         if device.loop:
-            device.loop.release(False)
+            device.loop.release(None)
             self._threads.remove(loopdev.remove, device.loop.number)
             log.info("%s is gone", device.node)
+
+
+def _at_whose_expense(caller: Caller, device: Device) -> int:
+    """Whose turns an operation takes: who attached a device can make it hang for all."""
+    return device.owner if device.managed else caller.uid
 
 
 def _open(device: Device) -> loopdev.LoopDevice:

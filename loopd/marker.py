@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import kernel
 
-Release = Callable[[bool], None]
+Release = Callable[[int | None], None]
 
 
 class Markers:
@@ -50,9 +50,10 @@ class Markers:
     def claim(self, number: int, *, unprivileged: bool) -> Release:
         """Say whose file loopN is about to hold; returns what to call when loopd is done with it.
 
-        That takes whether the kernel still has the file bound, because somebody else has the
-        device open: then the mark stays until `unbound`. The number may be in use again, for
-        someone else, before the last user's claim is released: only the newest claim counts.
+        That takes the binding (`kernel.loop_binding`) that still waits for a last close, because
+        somebody else has the device open: then the mark stays until that is over; else None. The
+        number may be in use again, for someone else, before the last user's claim is released:
+        only the newest claim counts.
         """
         claim = _Claim()
         with self._lock:
@@ -64,9 +65,9 @@ class Markers:
                 unprivileged_mark.unlink(missing_ok=True)
             self._claims[number] = claim
 
-        def release(still_bound: bool) -> None:
-            claim.over = True
-            if not still_bound:
+        def release(waiting: int | None) -> None:
+            claim.over, claim.waiting = True, waiting
+            if waiting is None:
                 self.unbound(number)
 
         return release
@@ -81,10 +82,17 @@ class Markers:
                 for path in self._paths(number):
                     path.unlink(missing_ok=True)
 
-    def claimed(self, number: int) -> bool:
-        """Whether loopN is ours, is about to be, or was until its last user closes it."""
+    def claimed(self, number: int, binding: int) -> bool:
+        """Whether a binding of loopN is ours, is about to be, or was until its last user closes."""
         with self._lock:
-            return number in self._claims
+            claim = self._claims.get(number)
+            if claim is None:
+                return False
+            if not claim.over or claim.waiting == binding:
+                return True
+        # Somebody has bound it anew before we saw that it was unbound.
+        self.unbound(number)
+        return False
 
     def _paths(self, number: int) -> tuple[Path, Path]:
         return self._attached / f"loop{number}", self._unprivileged / f"loop{number}"
@@ -93,3 +101,4 @@ class Markers:
 @dataclass(eq=False)
 class _Claim:
     over: bool = False
+    waiting: int | None = None

@@ -6,7 +6,7 @@ answer. Whatever a step leaves behind is undone when the caller has left.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -21,7 +21,7 @@ from .locks import Locks
 from .manager import Manager
 from .registry import Registry
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work
 
 _T = TypeVar("_T")
 
@@ -42,11 +42,17 @@ class Operations:
     """What can be done to a device, beside detaching it."""
 
     def __init__(
-        self, manager: Manager, registry: Registry, locks: Locks, threads: Threads
+        self,
+        manager: Manager,
+        registry: Registry,
+        locks: Locks,
+        claims: overlap.Claims,
+        threads: Threads,
     ) -> None:
         self._manager = manager
         self._registry = registry
         self._locks = locks
+        self._claims = claims
         self._threads = threads
         self._tasks = Tasks()
 
@@ -55,13 +61,24 @@ class Operations:
         caller: Caller,
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
-        admit: Callable[[], None] = lambda: None,
+        admit: Callable[[ExitStack], None] = lambda _: None,
+        *,
+        scans: bool = False,
     ) -> _T:
         """Do what changes the device, and take up the change."""
+
+        def change(loop: loopdev.LoopDevice) -> _T:
+            try:
+                return function(loop)
+            finally:
+                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
+                device.sector_size = loopops.sector_size(loop)
+
         try:
-            return await self._manager.with_loop(caller, device, function, admit=admit)
+            return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)
         finally:
             await self._registry.refresh(device)
+            self._registry.changed(device)
 
     # --- size -----------------------------------------------------------------------------------
 
@@ -77,11 +94,11 @@ class Operations:
                 size_limit=options.size_limit,
                 force=options.force,
             ),
-            admit=partial(self._require_no_overlap, device, options),
+            admit=partial(self._claim_range, device, options),
         )
 
-    def _require_no_overlap(self, device: Device, options: ResizeOptions) -> None:
-        """Raise Overlap if the device would grow or move into what another one maps."""
+    def _claim_range(self, device: Device, options: ResizeOptions, over: ExitStack) -> None:
+        """Claim what the device is to map; Overlap if it would reach into what another one maps."""
         now = device.mapping
         if now is None:
             return
@@ -90,15 +107,15 @@ class Operations:
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
         others = (other for other in self._registry if other is not device)
-        overlap.require_none(
+        self._claims.require_none(
             then,
             bound=(
                 (other.node, other.mapping)
                 for other in others
                 if other.mapping and not now.conflicts_with(other.mapping)
             ),
-            binding=(),
         )
+        over.callback(self._claims.claim(then))
 
     async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
         """As `resize`, on what the fd names; an fd on a partition means the partition."""
@@ -135,20 +152,24 @@ class Operations:
     async def set_reference(self, caller: Caller, device: Device, reference: bytes) -> None:
         """Change the free-form name."""
         await self._manager.require(caller, Operation.SET_REFERENCE, device)
-        await self._set(caller, device, partial(loopops.set_reference, reference=reference))
-        # The kernel tells nobody.
-        device.reference = reference
-        self._registry.changed(device)
+
+        def rename(loop: loopdev.LoopDevice) -> None:
+            loopops.set_reference(loop, reference)
+            # The kernel tells nobody; here, so that of two names the later one stays.
+            device.reference = reference
+
+        await self._set(caller, device, rename)
 
     async def set_sector_size(self, caller: Caller, device: Device, size: int | None) -> None:
         """Change the logical sector size, in bytes; None means as the partition table says."""
         await self._manager.require(caller, Operation.SET_SECTOR_SIZE, device)
-        await self._set(caller, device, partial(loopops.set_sector_size, size=size))
+        function = partial(loopops.set_sector_size, size=size)
+        await self._set(caller, device, function, scans=True)
 
     async def rescan_partitions(self, caller: Caller, device: Device) -> int:
         """Bring the partition devices in step with the table; returns how many there are."""
         await self._manager.require(caller, Operation.RESCAN_PARTITIONS, device)
-        return len(await self._set(caller, device, loopops.rescan_partitions))
+        return len(await self._set(caller, device, loopops.rescan_partitions, scans=True))
 
     # --- the rest -------------------------------------------------------------------------------
 
@@ -158,13 +179,14 @@ class Operations:
         if device.held is None:
             await self._manager.with_loop(caller, device, loopops.sync, alone=False)
             return
-        fd = OwnedFd(kernel.dup(device.held.fileno()))
+        self._manager.require_attached(device)
+        fd = OwnedFd(kernel.dup(device.held.fileno()), kernel.close)
 
         def sync() -> None:
             with fd:
                 kernel.fsync(fd.fileno())
 
-        await self._manager.in_thread(sync)
+        await self._manager.in_thread(caller, device, sync)
 
     async def open(
         self, caller: Caller, device: Device, *, writable: bool, partition: int | None
@@ -180,7 +202,7 @@ class Operations:
             partial(loopops.open_node, writable=writable, partition=partition),
             late=_close,
         )
-        with self._or_close(fd):
+        with self._closed_on_failure(caller, fd):
             caller.client.require_present()
             self._manager.require_attached(device)
         return fd
@@ -192,14 +214,30 @@ class Operations:
         if kind is Lock.NONE:
             self._locks.drop(device)
             return
-        fd = await self._manager.with_loop(
-            caller,
-            device,
-            lambda loop: loopops.lock(loop, kind, held=device.lock),
-            late=_close,
-            admit=partial(self._require_no_other_holder, caller, device),
-        )
-        with self._or_close(fd):
+        own, held = None, Lock.NONE
+
+        def admit(over: ExitStack) -> None:
+            nonlocal own, held
+            self._require_no_other_holder(caller, device)
+            if device.loop and device.loop.lock:
+                # A copy, because the lock may be dropped while it is being changed.
+                own = OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close)
+                held = device.lock
+                over.callback(own.close)
+
+        def change(loop: loopdev.LoopDevice) -> OwnedFd | None:
+            if own is None:
+                return loopops.take_lock(loop, kind)
+            with own:
+                loopops.change_lock(loop, own, kind, held=held)
+            return None
+
+        try:
+            fd = await self._manager.with_loop(caller, device, change, late=_close, admit=admit)
+        except loopops.LockLost:
+            self._locks.drop(device)
+            raise
+        with self._closed_on_failure(caller, fd):
             caller.client.require_present()
             self._manager.require_attached(device)
             if device.loop is None or (fd is None and device.loop.lock is None):
@@ -212,12 +250,13 @@ class Operations:
             raise DeviceBusy(f"another connection holds the lock on {device.node}")
 
     @contextmanager
-    def _or_close(self, fd: OwnedFd | None) -> Iterator[None]:
+    def _closed_on_failure(self, caller: Caller, fd: OwnedFd | None) -> Iterator[None]:
         """Close an fd in a thread if the block fails."""
         try:
             yield
         except BaseException:
-            self._tasks.start(self._threads.run(partial(_close, fd)))
+            close = partial(_close, fd)
+            self._tasks.start(self._threads.run_in_turn(caller.uid, Work.ENDING, close))
             raise
 
 

@@ -7,11 +7,11 @@ Types are compared to the letter, so nothing nested, and no handle, gets through
 from collections.abc import Mapping
 from typing import Any
 
-from .attaching import AttachOptions
 from .blockdev import Lock
 from .codec import Variant
 from .errors import InvalidArgs, NotSupported
 from .operations import ResizeOptions
+from .proposal import AttachOptions
 
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
 _MAX_NUMBER = 0xFFFFF  # the kernel has 20 bits for it

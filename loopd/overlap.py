@@ -4,8 +4,9 @@
 Two filesystems mounted from the same bytes destroy each other, without a word from the kernel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from .backing import FileIdentity
@@ -41,15 +42,24 @@ class Mapping:
         )
 
 
-def require_none(
-    mapping: Mapping, *, bound: Iterable[tuple[str, Mapping]], binding: Iterable[Mapping]
-) -> None:
-    """Raise Overlap if a device that is bound, by its node, or is being bound is in the way."""
-    for node, other in bound:
-        if mapping.conflicts_with(other):
-            raise Overlap(
-                f"{node} maps the same bytes of the file, and one of the two is writable: "
-                "detach it, attach both read-only, or pass allow-overlap"
-            )
-    if any(mapping.conflicts_with(other) for other in binding):
-        raise Overlap("another call is attaching the same bytes of the file")
+class Claims:
+    """The ranges that are being bound or moved to, and are not seen on any device yet."""
+
+    def __init__(self) -> None:
+        self._claimed: set[Mapping] = set()
+
+    def claim(self, mapping: Mapping) -> Callable[[], None]:
+        """Claim a range; returns what to call when it is seen, or given up."""
+        self._claimed.add(mapping)
+        return partial(self._claimed.discard, mapping)
+
+    def require_none(self, mapping: Mapping, bound: Iterable[tuple[str, Mapping]]) -> None:
+        """Raise Overlap if a device that is bound, by its node, or a claim is in the way."""
+        for node, other in bound:
+            if mapping.conflicts_with(other):
+                raise Overlap(
+                    f"{node} maps the same bytes of the file, and one of the two is writable: "
+                    "detach it, attach both read-only, or pass allow-overlap"
+                )
+        if any(mapping.conflicts_with(other) for other in self._claimed):
+            raise Overlap("another call is attaching the same bytes of the file")

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import loopinfo
+from .access import NOBODY
 from .device import Device
 from .errors import LoopError, NoSuchDevice
 from .marker import Markers
 from .tasks import Tasks
-from .threads import Threads
+from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Registry:
         if seen is None:
             self._markers.unbound(number)
         if known is None:
-            if seen and not self._markers.claimed(number):
+            if seen and not self._markers.claimed(number, seen.binding):
                 await self._discover(number, seen)
         elif seen is None:
             self.forget(known)
@@ -209,14 +210,20 @@ class Registry:
         """Record a device that someone else set up."""
         device = Device(number=number, name=f"loop{number}", diskseq=status.diskseq, status=status)
         try:
-            told = await self._threads.run(
-                partial(loopinfo.binding, number, status.binding), timeout=_FOREIGN_TIMEOUT
+            # All foreign devices together have but the turns of one user.
+            told = await self._threads.run_in_turn(
+                NOBODY,
+                Work.OPERATION,
+                partial(loopinfo.binding, number, status.binding),
+                timeout=_FOREIGN_TIMEOUT,
             )
         except LoopError as exc:
             log.debug("%s does not say what it is bound to: %s", device.node, exc)
         else:
             device.file, device.reference = told.file, told.reference
-        if number not in self._by_number and not self._markers.claimed(number):
+            device.sector_size = told.sector_size
+        claimed = self._markers.claimed(number, status.binding)
+        if number not in self._by_number and not claimed:
             self.record(device)
             self._looks[number] = True  # it may have gone while it was asked
 

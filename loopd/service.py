@@ -7,7 +7,6 @@ Introspect shows; a test compares it with the tables here.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ _ANCESTORS: dict[str, list[str]] = {
     PATH: ["device"],
     _DEVICES: [],
 }
-_NO_OBJECT = "there is no such object: its device may be gone"
 _MACHINE_ID = Path("/etc/machine-id")
 
 _OptionDict = dict[str, Variant]
@@ -74,7 +72,7 @@ class Target:
     device: Device | None = None
 
     @property
-    def bound(self) -> Device:
+    def its_device(self) -> Device:
         """The device, on the objects that have one."""
         if self.device is None:
             raise TypeError(f"{self.path} is no device object")
@@ -125,7 +123,7 @@ class Service:
                 in_signature=in_signature,
                 out_signature=out_signature,
                 authorization=authorization,
-                handler=partial(self._call, handler),
+                handler=handler,
             )
 
         method(MANAGER, "Attach", "ha{sv}", "ost", manager, self._attach)
@@ -153,9 +151,10 @@ class Service:
         method(PEER, "GetMachineId", "", "s", free, self._machine_id)
         return table
 
-    def find(self, path: str, interface: str, member: str) -> tuple[Method, Target]:
-        """The method that a call means, and the object it is called on."""
-        target = Target(path, self._registry.at(path))
+    def find(self, uid: int, path: str, interface: str, member: str) -> tuple[Method, Target]:
+        """The method that a call means, and the object it is called on, as that user sees it."""
+        device = self._registry.at(path)
+        target = Target(path, device if device and device.seen_by(uid) else None)
         interfaces = self._interfaces(target)
         if interface and interface not in interfaces:
             raise UnknownInterface("the object has no interface of that name")
@@ -172,14 +171,7 @@ class Service:
             return (MANAGER, OBJECT_MANAGER, PROPERTIES, INTROSPECTABLE, PEER)
         if target.path in _ANCESTORS:
             return (INTROSPECTABLE, PEER)
-        raise UnknownObject(_NO_OBJECT)
-
-    async def _call(
-        self, handler: Callable[..., Awaitable[_Answer]], caller: Caller, target: Target, *args: Any
-    ) -> _Answer:
-        if target.device and not target.device.seen_by(caller.uid):
-            raise UnknownObject(_NO_OBJECT)
-        return await handler(caller, target, *args)
+        raise UnknownObject("there is no such object: its device may be gone")
 
     # --- org.example.Loop1 ----------------------------------------------------------------------
 
@@ -223,11 +215,11 @@ class Service:
 
     async def _detach(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
         lazy = detach_options(options)
-        return (await self._manager.detach(caller, target.bound, lazy=lazy),)
+        return (await self._manager.detach(caller, target.its_device, lazy=lazy),)
 
     async def _resize(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
         wanted = resize_options(options)
-        return (await self._operations.resize(caller, target.bound, wanted),)
+        return (await self._operations.resize(caller, target.its_device, wanted),)
 
     async def _open(
         self, caller: Caller, target: Target, mode: str, options: _OptionDict
@@ -235,7 +227,7 @@ class Service:
         writable, partition = open_options(mode, options)
         return (
             await self._operations.open(
-                caller, target.bound, writable=writable, partition=partition
+                caller, target.its_device, writable=writable, partition=partition
             ),
         )
 
@@ -243,46 +235,46 @@ class Service:
         self, caller: Caller, target: Target, enable: bool, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        await self._operations.set_autoclear(caller, target.bound, enable)
+        await self._operations.set_autoclear(caller, target.its_device, enable)
         return ()
 
     async def _set_direct_io(
         self, caller: Caller, target: Target, enable: bool, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        return (await self._operations.set_direct_io(caller, target.bound, enable),)
+        return (await self._operations.set_direct_io(caller, target.its_device, enable),)
 
     async def _set_reference(
         self, caller: Caller, target: Target, text: str, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        await self._operations.set_reference(caller, target.bound, reference(text))
+        await self._operations.set_reference(caller, target.its_device, reference(text))
         return ()
 
     async def _set_sector_size(
         self, caller: Caller, target: Target, size: int, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        await self._operations.set_sector_size(caller, target.bound, sector_size(size))
+        await self._operations.set_sector_size(caller, target.its_device, sector_size(size))
         return ()
 
     async def _lock(
         self, caller: Caller, target: Target, kind: str, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        await self._operations.lock(caller, target.bound, lock_kind(kind))
+        await self._operations.lock(caller, target.its_device, lock_kind(kind))
         return ()
 
     async def _sync(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
         no_options(options)
-        await self._operations.sync(caller, target.bound)
+        await self._operations.sync(caller, target.its_device)
         return ()
 
     async def _rescan_partitions(
         self, caller: Caller, target: Target, options: _OptionDict
     ) -> _Answer:
         no_options(options)
-        return (await self._operations.rescan_partitions(caller, target.bound),)
+        return (await self._operations.rescan_partitions(caller, target.its_device),)
 
     # --- the standard interfaces ----------------------------------------------------------------
 

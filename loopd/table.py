@@ -6,6 +6,7 @@ libblkid does the reading (`tablereader`), as for partx. Its answer is as trustw
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from . import blockdev, kernel
 from .errors import Failed, TimedOut
 from .fd import OwnedFd
 from .kernel import PartitionExtent
-from .uapi import DISK_MAX_PARTS
+from .uapi import BLKGETSIZE64, BLKSSZGET, DISK_MAX_PARTS
 
 _READER = Path(__file__).with_name("tablereader.py")
 # A child's start and some reads from a file take 12 to 30 ms; a file that hangs takes for ever.
@@ -72,12 +73,16 @@ def _ask(device_fd: int) -> bytes:
         with answering:
             # -I -S: its modules are Python's own, whatever the environment or a directory says.
             child = subprocess.Popen(
-                [sys.executable or "/usr/bin/python3", "-I", "-S", _READER],
+                [
+                    *(sys.executable or "/usr/bin/python3", "-I", "-S", _READER),
+                    *map(str, (BLKGETSIZE64, BLKSSZGET)),
+                ],
                 stdin=device_fd,
                 stdout=answering.fileno(),
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 env={},
+                start_new_session=True,
             )
         running.callback(_end, child)
         answer = _all_of(answers.fileno())
@@ -94,7 +99,8 @@ def _ask(device_fd: int) -> bytes:
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Kill a child that runs; a file that hangs may keep it for longer than we wait."""
     if child.poll() is None:
-        child.kill()
+        # Its group: where nothing keeps it from that, it may have made others.
+        os.killpg(child.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             child.wait(_GRACE)
 

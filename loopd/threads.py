@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,25 +17,35 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Operations on devices that one user may have in threads at a time.
-_TURNS = 6
+
+class Work(Enum):
+    """What a user's devices are worked at for, and how much of it may run for one user."""
+
+    OPERATION = 6
+    """What a client waits for; on its own device it can hang for ever."""
+    ENDING = 8
+    """Detaching and closing, which is never to wait behind the former."""
+    SCAN = 1
+    """A child that reads a partition table: 15 ms of a processor."""
 
 
 class Threads:
-    """Bounded pools: calls into the kernel, closes of clients' files, device removals.
+    """Bounded pools: operations, ends of devices, looks, closes of clients' files, removals.
 
     They are apart because each can be stuck for as long as somebody else likes: a call on a
     hanging file, the flush of one, or a device that stays busy. Files whose close is sure to end
-    do not wait behind those for which it is not.
+    do not wait behind those for which it is not. Within a pool, turns keep what one user makes
+    hang to a few threads.
     """
 
     def __init__(self) -> None:
         self._calls = ThreadPoolExecutor(64, "call")
+        self._endings = ThreadPoolExecutor(64, "ending")
         self._looks = ThreadPoolExecutor(8, "look")
         self._closes = ThreadPoolExecutor(4, "close")
         self._slow_closes = ThreadPoolExecutor(256, "slow-close")
         self._removals = ThreadPoolExecutor(16, "removal")
-        self._turns: dict[int, asyncio.Semaphore] = {}
+        self._turns: dict[tuple[int, Work], asyncio.Semaphore] = {}
         self._running: set[Future[Any]] = set()
 
     async def run(
@@ -44,6 +55,7 @@ class Threads:
         timeout: float | None = None,
         late: Callable[[_T], object] = lambda _: None,
         ended: Callable[[], object] = lambda: None,
+        work: Work = Work.OPERATION,
     ) -> _T:
         """Call a function in a thread and wait for it, at most `timeout` seconds.
 
@@ -53,12 +65,15 @@ class Threads:
         loop = asyncio.get_running_loop()
 
         def over(done: Future[_T]) -> None:
-            if not done.exception():
-                late(done.result())
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(ended)
+            try:
+                if not done.exception():
+                    late(done.result())
+            finally:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(ended)
 
-        future = self._submit(self._calls, function)
+        pool = self._endings if work is Work.ENDING else self._calls
+        future = self._submit(pool, function)
         waited = asyncio.wrap_future(future)
         try:
             await asyncio.wait([waited], timeout=timeout)
@@ -72,24 +87,35 @@ class Threads:
             raise TimedOut(f"the kernel did not finish within {timeout:g} s")
         return waited.result()
 
-    async def look(self, function: Callable[[], _T]) -> _T:
-        """Call a function that only reads sysfs, and so waits for nobody, in a thread."""
-        return await asyncio.wrap_future(self._submit(self._looks, function))
+    async def run_in_turn(
+        self,
+        uid: int,
+        work: Work,
+        function: Callable[[], _T],
+        *,
+        timeout: float | None = None,
+    ) -> _T:
+        """As `run`, when it is the turn of that user, with one deadline for both."""
+        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        give_back = await self.turn(uid, work, timeout)
+        return await self.run(function, timeout=remaining(deadline), ended=give_back, work=work)
 
-    async def turn(self, uid: int, timeout: float) -> Callable[[], None]:
+    async def turn(self, uid: int, work: Work, timeout: float | None) -> Callable[[], None]:
         """Wait for a user's turn to have a thread, and return what gives it back.
 
-        What a user can make hang for ever takes that user's own threads and nobody else's.
-        Raises TimedOut.
+        `uid` is the owner of what is worked at: what a user can make hang takes that user's own
+        turns and nobody else's. Raises TimedOut.
         """
-        turns = self._turns.setdefault(uid, asyncio.Semaphore(_TURNS))
+        turns = self._turns.setdefault((uid, work), asyncio.Semaphore(work.value))
         try:
             await asyncio.wait_for(turns.acquire(), timeout)
         except TimeoutError as exc:
-            raise TimedOut(
-                f"other operations of this user did not end within {timeout:g} s"
-            ) from exc
+            raise TimedOut("other operations of this user did not end in time") from exc
         return turns.release
+
+    async def look(self, function: Callable[[], _T]) -> _T:
+        """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
+        return await asyncio.wrap_future(self._submit(self._looks, function))
 
     def close_fd(self, fd: int) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
@@ -112,6 +138,7 @@ class Threads:
         """
         self._removals.shutdown(wait=False, cancel_futures=True)
         self._calls.shutdown(wait=False)
+        self._endings.shutdown(wait=False)
         self._looks.shutdown(wait=False)
         self._closes.shutdown(wait=False)
         self._slow_closes.shutdown(wait=False)
@@ -122,6 +149,11 @@ class Threads:
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         return future
+
+
+def remaining(deadline: float | None) -> float | None:
+    """The seconds that are left until a time of the event loop's clock."""
+    return None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 0)
 
 
 def _close(fd: int) -> None:

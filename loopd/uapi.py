@@ -5,6 +5,7 @@ Nothing here does anything; the calls are in `kernel`.
 """
 
 import ctypes
+import os
 
 LOOP_MAJOR = 7
 
@@ -29,12 +30,17 @@ LO_FLAGS_DIRECT_IO = 16
 # What LOOP_SET_STATUS64 heeds; the rest has calls of its own.
 LOOP_SET_STATUS_SETTABLE_FLAGS = LO_FLAGS_AUTOCLEAR | LO_FLAGS_PARTSCAN
 
+# include/uapi/asm-generic/ioctl.h, and the few architectures with an ioctl.h of their own
+_OWN = os.uname().machine.startswith(("alpha", "mips", "ppc", "sparc"))
+_IO = 1 << 29 if _OWN else 0
+_IOR = 2 << 29 if _OWN else 2 << 30
+
 # include/uapi/linux/fs.h and blkpg.h
-BLKFLSBUF = 0x1261
-BLKSSZGET = 0x1268
-BLKPG = 0x1269
-BLKGETSIZE64 = 0x80081272
-BLKGETDISKSEQ = 0x80081280
+BLKFLSBUF = _IO | 0x1261
+BLKSSZGET = _IO | 0x1268
+BLKPG = _IO | 0x1269
+BLKGETSIZE64 = _IOR | ctypes.sizeof(ctypes.c_size_t) << 16 | 0x1272
+BLKGETDISKSEQ = _IOR | 8 << 16 | 0x1280
 BLKPG_ADD_PARTITION = 1
 BLKPG_DEL_PARTITION = 2
 BLKPG_RESIZE_PARTITION = 3

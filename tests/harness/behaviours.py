@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loopd import backing, blockdev, kernel, loopdev, loopinfo, loopops, partition
+from loopd import attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, partition
 from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, LoopError, NoSuchDevice, UnsupportedFile
 from loopd.fd import OwnedFd
@@ -49,7 +49,8 @@ def test_a_file_is_attached_and_described(lab: Lab) -> None:
     device = lab.attach(path)
     told = status(device)
     assert told.backing_file == os.fsencode(path)
-    assert (told.size, told.offset, told.size_limit, told.sector_size) == (MIB, 0, 0, 512)
+    assert (told.size, told.offset, told.size_limit) == (MIB, 0, 0)
+    assert loopops.sector_size(device) == 512
     assert (told.autoclear, told.read_only, told.partition_scan) == (True, False, False)
     file = path.stat()
     asked = loopinfo.binding(device.number, device.binding)
@@ -79,7 +80,8 @@ def test_offset_limit_reference_and_sector_size_are_set(lab: Lab) -> None:
         lab.image(MIB), offset=8192, size_limit=65536, sector_size=4096, reference=b"name"
     )
     told = status(device)
-    assert (told.offset, told.size_limit, told.size, told.sector_size) == (8192, 65536, 65536, 4096)
+    assert (told.offset, told.size_limit, told.size) == (8192, 65536, 65536)
+    assert loopops.sector_size(device) == 4096
     assert loopinfo.binding(device.number, device.binding).reference == b"name"
 
 
@@ -124,6 +126,7 @@ def test_bound_or_not(lab: Lab) -> None:
         ({"sector_size": 768}, "sector-size"),
         ({"sector_size": 2 * os.sysconf("SC_PAGE_SIZE") * 64}, "sector-size"),
         ({"sector_size": 4096, "size_limit": 512}, "size-limit"),
+        ({"sector_size": None, "offset": 2**63}, "offset"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_bound(
@@ -133,6 +136,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_bound(
         lab.attach(lab.sparse(64 * MIB if key == "sector-size" else MIB), **request_)
     assert lab.bound() == []
     assert "loop_set_status64" not in lab.script.calls
+
+
+@pytest.mark.parametrize(
+    ("request_", "left"),
+    [({"size_limit": MIB // 2}, 4096), ({}, 0), ({"partition_scan": True}, 511)],
+)
+def test_a_file_that_its_owner_cuts_meanwhile_is_refused_and_blames_nobody_else(
+    lab: Lab, request_: dict[str, Any], left: int
+) -> None:
+    """A5: that the size is not what it should be need not be the kernel's fault."""
+    path = lab.image(MIB)
+    lab.script.before("loop_configure", lambda: os.truncate(path, left))
+    with pytest.raises(InvalidArgs, match="has become smaller"):
+        lab.attach(path, **request_)
+    lab.require_bound([])
+    assert lab.driver.configures
 
 
 @pytest.mark.parametrize("what", ["directory", "fifo", "character device"])
@@ -255,14 +274,14 @@ def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
 
 def test_the_64th_attempt_is_the_last(lab: Lab) -> None:
     """A8."""
-    lab.script.fail("loop_configure", errno.EBUSY, times=loopdev.ATTEMPTS)
+    lab.script.fail("loop_configure", errno.EBUSY, times=attachment.ATTEMPTS)
     pauses: list[float] = []
     lab.pauses = pauses
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockdev, "retry_pauses", lambda attempts: [0.0] * attempts)
         with pytest.raises(DeviceBusy, match="64 attempts"):
             lab.attach(lab.image())
-        lab.script.fail("loop_configure", errno.EBUSY, times=loopdev.ATTEMPTS - 1)
+        lab.script.fail("loop_configure", errno.EBUSY, times=attachment.ATTEMPTS - 1)
         lab.attach(lab.image())
 
 
@@ -367,19 +386,35 @@ def test_the_lock_is_kept_downgraded_or_dropped_as_asked(
 def test_a_lock_is_taken_changed_and_dropped_later(lab: Lab) -> None:
     """A25."""
     device = lab.attach(lab.image())
-    device.lock = loopops.lock(device, Lock.EXCLUSIVE, held=Lock.NONE)
+    lock = device.lock = loopops.take_lock(device, Lock.EXCLUSIVE)
     with lab.open(device.number) as fd:
         assert not try_flock(fd, fcntl.LOCK_SH)
-        assert loopops.lock(device, Lock.SHARED, held=Lock.EXCLUSIVE) is None
+        loopops.change_lock(device, lock, Lock.SHARED, held=Lock.EXCLUSIVE)
         assert try_flock(fd, fcntl.LOCK_SH)
         # Somebody else shares it now: no upgrade, and ours is still there.
-        with pytest.raises(DeviceBusy, match="locked by someone else"):
-            loopops.lock(device, Lock.EXCLUSIVE, held=Lock.SHARED)
+        with pytest.raises(DeviceBusy, match="locked by someone else") as refused:
+            loopops.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
+        assert not isinstance(refused.value, loopops.LockLost)
         kernel.flock(fd.fileno(), fcntl.LOCK_UN)
         assert not try_flock(fd, fcntl.LOCK_EX)
-        assert device.lock
-        device.lock.close()
+        lock.close()
         assert try_flock(fd, fcntl.LOCK_EX)
+
+
+def test_a_lock_that_others_take_while_it_is_changed_is_said_to_be_lost(lab: Lab) -> None:
+    """A25: flock(2) lets go of the one before it has the other."""
+    device = lab.attach(lab.image())
+    lock = device.lock = loopops.take_lock(device, Lock.SHARED)
+    with lab.open(device.number) as fd:
+        assert try_flock(fd, fcntl.LOCK_SH)
+
+        def take() -> None:
+            assert try_flock(fd, fcntl.LOCK_EX)
+
+        # After our attempt to get it exclusively, which lost the shared one.
+        lab.script.after_error("flock", take)
+        with pytest.raises(loopops.LockLost):
+            loopops.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
 
 
 def test_a_lock_of_somebody_else_is_not_waited_for(lab: Lab) -> None:
@@ -388,7 +423,7 @@ def test_a_lock_of_somebody_else_is_not_waited_for(lab: Lab) -> None:
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)
         with pytest.raises(DeviceBusy):
-            loopops.lock(device, Lock.SHARED, held=Lock.NONE)
+            loopops.take_lock(device, Lock.SHARED)
 
 
 # --- detach -------------------------------------------------------------------------------------
@@ -429,6 +464,17 @@ def test_a_device_that_others_lock_for_ever_is_cleared_without_the_lock(lab: Lab
     lab.end(device)
 
 
+def test_a_device_that_is_gone_is_not_in_use(lab: Lab) -> None:
+    device = lab.attach(lab.image())
+    assert not blockdev.in_use(device.number)
+    with lab.open(device.number, os.O_RDONLY | os.O_EXCL):
+        assert blockdev.in_use(device.number)
+    lab.detach(device)
+    assert loopdev.remove(device.number)
+    with pytest.raises(NoSuchDevice):
+        blockdev.in_use(device.number)
+
+
 def test_a_device_in_use_is_not_removed(lab: Lab) -> None:
     """A20: LOOP_CTL_REMOVE is tried while the device is free, and no longer."""
     device = lab.attach(lab.image())
@@ -465,7 +511,7 @@ def test_an_existing_device_is_opened_by_number_fd_and_partition(lab: Lab) -> No
         device.diskseq,
         device.binding,
     )
-    found.lock = loopops.lock(found, Lock.SHARED, held=Lock.NONE)
+    found.lock = loopops.take_lock(found, Lock.SHARED)
     with lab.open(device.number) as fd:
         assert not try_flock(fd, fcntl.LOCK_EX)
     found.close()
@@ -591,7 +637,7 @@ def test_a_setting_does_not_undo_another(lab: Lab) -> None:
 def test_the_sector_size_changes_live(lab: Lab) -> None:
     device = lab.attach(lab.image(MIB))
     assert loopops.set_sector_size(device, 4096) == 4096
-    assert status(device).sector_size == 4096
+    assert loopops.sector_size(device) == 4096
     assert loopops.set_sector_size(device, None) == 512
     with lab.open(device.number, os.O_RDONLY | os.O_EXCL), pytest.raises(DeviceBusy):
         loopops.set_sector_size(device, 1024)
@@ -601,7 +647,7 @@ def test_the_sector_size_changes_live(lab: Lab) -> None:
     resize(device, size_limit=0)
     with pytest.raises(InvalidArgs, match=r"^sector-size: "):
         loopops.set_sector_size(device, 64 * MIB)
-    assert status(device).sector_size == 512
+    assert loopops.sector_size(device) == 512
 
 
 def test_a_device_is_synced_and_the_error_is_seen(lab: Lab) -> None:
@@ -622,7 +668,7 @@ def test_the_sector_size_is_found_from_the_table(lab: Lab, size: int) -> None:
     path = lab.path()
     path.write_bytes(bytes(size) + gpt_header() + bytes(MIB))
     device = lab.attach(path, sector_size=None)
-    assert status(device).sector_size == size
+    assert loopops.sector_size(device) == size
 
 
 def gpt_header(*, revision: int = 0x10000, length: int = 92, sector: int = 1) -> bytes:
@@ -644,7 +690,7 @@ def test_what_is_no_table_means_512(lab: Lab, header: bytes) -> None:
     """A16."""
     path = lab.path()
     path.write_bytes(bytes(2048) + header + bytes(MIB))
-    assert status(lab.attach(path, sector_size=None)).sector_size == 512
+    assert loopops.sector_size(lab.attach(path, sector_size=None)) == 512
 
 
 def test_tables_for_more_than_one_sector_size_are_refused(lab: Lab) -> None:
@@ -664,12 +710,12 @@ def test_the_table_is_looked_for_where_the_device_begins(
     path = lab.path()
     path.write_bytes(bytes(offset + 2048) + gpt_header() + bytes(MIB))
     device = lab.attach(path, os.O_RDWR | direct, sector_size=None, offset=offset, direct_io=False)
-    assert status(device).sector_size == 2048
+    assert loopops.sector_size(device) == 2048
 
 
 def test_a_file_of_one_sector_has_no_table(lab: Lab) -> None:
     """A16."""
-    assert status(lab.attach(lab.image(512), sector_size=None)).sector_size == 512
+    assert loopops.sector_size(lab.attach(lab.image(512), sector_size=None)) == 512
 
 
 # --- partitions ---------------------------------------------------------------------------------
@@ -807,7 +853,7 @@ def test_the_calls_before_loop_configure_come_to_the_same(lab: Lab, flags: int) 
         asked = loopinfo.binding(device.number, device.binding)
         told.append(
             (
-                *(found.offset, found.size_limit, found.size, found.sector_size),
+                *(found.offset, found.size_limit, found.size, loopops.sector_size(device)),
                 *(found.read_only, found.direct_io, found.autoclear, found.partition_scan),
                 asked.reference,
             )

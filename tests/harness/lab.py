@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import backing, blockdev, kernel, loopdev
+from loopd import attachment, backing, blockdev, kernel, loopdev
 from loopd.binding import Driver
 from loopd.fd import OwnedFd
 from loopd.loopdev import LoopDevice
@@ -76,7 +76,7 @@ class Lab:
 
     def attach_fd(self, file: OwnedFd, examined: backing.BackingFile, **request: Any) -> LoopDevice:
         """Attach what an fd is open on, and take the fd over."""
-        device = loopdev.attach(
+        device = attachment.attach(
             file, examined, AttachRequest(**request), self._claim, driver=self.driver
         )
         self._devices.append(device)
@@ -104,7 +104,7 @@ class Lab:
 
     def forget(self, device: LoopDevice) -> None:
         """Leave a device that the kernel has let go of to nobody."""
-        device.release(False)
+        device.release(None)
         self._devices.remove(device)
 
     def wait_unbound(self, device: LoopDevice) -> None:

@@ -304,8 +304,10 @@ class LoopMachine(RuleBasedStateMachine):
             if device.lock:
                 device.lock.close()
                 device.lock = None
+        elif device.lock:
+            loopops.change_lock(device, device.lock, kind, held=expected.lock)
         else:
-            device.lock = loopops.lock(device, kind, held=expected.lock) or device.lock
+            device.lock = loopops.take_lock(device, kind)
         expected.lock = kind
 
     # --- partitions
@@ -407,12 +409,12 @@ class LoopMachine(RuleBasedStateMachine):
         for expected in self.attached:
             told = loopinfo.status(expected.device.number)
             assert told.binding == expected.device.binding
-            assert (told.offset, told.size_limit, told.size, told.sector_size) == (
+            assert (told.offset, told.size_limit, told.size) == (
                 expected.offset,
                 expected.limit,
                 expected.size,
-                expected.sector_size,
             )
+            assert loopops.sector_size(expected.device) == expected.sector_size
             assert told.read_only == expected.read_only
             assert told.autoclear
             assert told.partition_scan == expected.scanned

@@ -33,6 +33,7 @@ class Script:
         self.calls: list[str] = []
         """The names of the functions called so far."""
         self._cues: list[_Cue] = []
+        self._after_errors: dict[str, Callable[[], None]] = {}
 
     @contextmanager
     def running(self) -> Iterator["Script"]:
@@ -55,6 +56,10 @@ class Script:
         """Do something after a function has done its work, before its caller goes on."""
         self._cues.append(_Cue(name, skip, times, action, after=True))
 
+    def after_error(self, name: str, action: Callable[[], None]) -> None:
+        """Do something after the next call of a function that fails."""
+        self._after_errors[name] = action
+
     def fail(self, name: str, code: int = errno.EIO, *, skip: int = 0, times: int = 1) -> None:
         """Have a function fail instead of doing anything."""
 
@@ -71,6 +76,7 @@ class Script:
     def clear(self) -> None:
         """Forget all cues."""
         self._cues.clear()
+        self._after_errors.clear()
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -78,7 +84,12 @@ class Script:
             before, after = self._due(name)
             for cue in before:
                 cue.action()
-            result = function(*args, **named)
+            try:
+                result = function(*args, **named)
+            except OSError:
+                if action := self._after_errors.pop(name, None):
+                    action()
+                raise
             for cue in after:
                 cue.action()
             return result

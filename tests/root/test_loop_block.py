@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import backing, kernel, loopdev, loopinfo, loopops
+from loopd import attachment, backing, kernel, loopdev, loopinfo, loopops
 from loopd.blockdev import Lock
 from loopd.fd import OwnedFd
 from loopd.request import AttachRequest
@@ -63,7 +63,7 @@ def attach(file_fd: int, **request: object) -> loopdev.LoopDevice:
     """Attach as the library does, from a copy of an fd."""
     file = OwnedFd(os.dup(file_fd))
     examined = backing.examine(file.fileno())
-    device = loopdev.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
+    device = attachment.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
     loops.used_numbers.add(device.number)
     return device
 
@@ -156,10 +156,10 @@ def test_five_threads_attach_what_is_mounted_from_one_fd(image: Path) -> None:
         told = loopinfo.status(device.number)
         assert [each.number for each in told.partitions] == [*FILESYSTEMS]
         make_filesystems(device.node)
-        assert loopops.lock(device, Lock.SHARED, held=Lock.EXCLUSIVE) is None
+        assert device.lock
+        loopops.change_lock(device, device.lock, Lock.SHARED, held=Lock.EXCLUSIVE)
         with mounted(device.node):
             # Whatever is mounted cannot be scanned away any more.
-            assert device.lock
             device.lock.close()
 
             def work(_: int) -> None:

@@ -18,10 +18,11 @@ LAYERS = (
     ("client.device",),
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
-    ("manager", "cli.signals", "client.properties", "client.watch", "client.image"),
+    ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("registry", "locks", "monitor", "polkit", "wire", "dial"),
     ("device", "threads", "tasks", "config", "client.memory"),
     ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
+    ("attachment",),
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table"),
@@ -79,7 +80,7 @@ def test_imports_go_down_only(module: str) -> None:
     "module",
     [
         *("uapi", "kernel", "blockdev", "backing", "loopinfo", "table", "tablereader"),
-        *("partition", "binding", "loopdev", "loopops", "marker"),
+        *("partition", "binding", "loopdev", "attachment", "loopops", "marker"),
     ],
 )
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:

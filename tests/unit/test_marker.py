@@ -31,10 +31,10 @@ def marks(tmp_path: Path, kind: str = "unprivileged") -> set[str]:
 def test_a_mark_lasts_from_claim_to_release(tmp_path: Path, markers: Markers) -> None:
     release = markers.claim(7, unprivileged=True)
     assert marks(tmp_path) == {"loop7"}
-    assert markers.claimed(7)
-    release(False)
+    assert markers.claimed(7, 41)
+    release(None)
     assert marks(tmp_path) == set()
-    assert not markers.claimed(7)
+    assert not markers.claimed(7, 41)
 
 
 def test_roots_devices_have_no_mark_and_take_away_a_left_over_one(
@@ -44,8 +44,8 @@ def test_roots_devices_have_no_mark_and_take_away_a_left_over_one(
     release = markers.claim(7, unprivileged=False)
     assert marks(tmp_path) == set()
     assert marks(tmp_path, "attached") == {"loop7"}
-    assert markers.claimed(7)
-    release(False)
+    assert markers.claimed(7, 41)
+    release(None)
     assert marks(tmp_path, "attached") == set()
 
 
@@ -54,10 +54,10 @@ def test_the_end_of_a_former_claim_does_not_touch_a_newer_one(
 ) -> None:
     release_former = markers.claim(7, unprivileged=True)
     release_newer = markers.claim(7, unprivileged=True)
-    release_former(False)
+    release_former(None)
     assert marks(tmp_path) == {"loop7"}
-    assert markers.claimed(7)
-    release_newer(False)
+    assert markers.claimed(7, 41)
+    release_newer(None)
     assert marks(tmp_path) == set()
 
 
@@ -65,12 +65,12 @@ def test_a_mark_outlasts_its_release_while_others_keep_the_device_bound(
     tmp_path: Path, markers: Markers
 ) -> None:
     release = markers.claim(7, unprivileged=True)
-    release(True)
+    release(41)
     assert marks(tmp_path) == {"loop7"}
-    assert markers.claimed(7)
+    assert markers.claimed(7, 41)
     markers.unbound(7)
     assert marks(tmp_path) == set()
-    assert not markers.claimed(7)
+    assert not markers.claimed(7, 41)
 
 
 def test_an_unbound_number_that_is_about_to_be_bound_keeps_its_mark(
@@ -96,3 +96,10 @@ def test_left_over_marks_go_and_those_of_bound_and_claimed_devices_stay(
     assert marks(tmp_path) == {"loop3", "loop4", "loop5", "loopx"}
     assert markers.prune() == [4, 6]
     assert marks(tmp_path) == marks(tmp_path, "attached") == {"loop3", "loop5"}
+
+
+def test_what_somebody_else_has_bound_since_is_theirs(tmp_path: Path, markers: Markers) -> None:
+    markers.claim(7, unprivileged=True)(41)
+    assert markers.claimed(7, 41)
+    assert not markers.claimed(7, 42)
+    assert marks(tmp_path) == marks(tmp_path, "attached") == set()

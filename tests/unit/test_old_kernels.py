@@ -66,8 +66,8 @@ def is_everything(device: loopdev.LoopDevice) -> bool:
     told = status(device)
     asked = loopinfo.binding(device.number, device.binding)
     return (
-        (told.offset, told.size_limit, told.size, told.sector_size)
-        == (4096, 64 * 1024, 64 * 1024, 4096)
+        (told.offset, told.size_limit, told.size) == (4096, 64 * 1024, 64 * 1024)
+        and loopops.sector_size(device) == 4096
         and (told.direct_io, told.autoclear, told.read_only) == (True, True, False)
         and asked.reference == b"name"
     )
@@ -124,7 +124,7 @@ def test_what_loop_configure_forgets_is_seen_and_it_is_not_asked_again(
     device = lab.attach(lab.gpt(), **request_)
     told = status(device)
     assert told.size == request_.get("size_limit", 4 * MIB)
-    assert told.sector_size == request_.get("sector_size", 512)
+    assert loopops.sector_size(device) == request_.get("sector_size", 512)
     assert list(told.partitions) == (GPT if request_.get("partition_scan") else [])
     assert not lab.driver.configures
     assert device.number != 0
@@ -324,6 +324,39 @@ def test_a_number_that_somebody_may_have_open_is_not_used(on: MakeLab) -> None:
         with pytest.raises(DeviceBusy, match=f"/dev/loop{number} did not come free"):
             lab.attach(lab.image(), number=number)
     assert lab.attach(lab.image(), number=number).number == number
+
+
+def test_an_attempt_that_fails_leaves_no_number_behind(on: MakeLab) -> None:
+    """Each is a new one there, and nobody else would take them away."""
+    lab = on(UNBINDS_WHILE_OPEN)
+    assert lab.scripted
+    for _ in range(5):
+        with pytest.raises(InvalidArgs):
+            lab.attach(lab.sparse(MIB), sector_size=131072)
+    assert lab.scripted.numbers() == []
+    lab.script.fail("loop_configure", errno.EBUSY, times=3)
+    device = lab.attach(lab.image())
+    assert lab.scripted.numbers() == [device.number]
+
+
+def test_another_opener_that_goes_at_the_last_moment_loses_nobody_a_device(on: MakeLab) -> None:
+    """A20: of the two calls that find out whether we are alone, the second one unbinds then."""
+    lab = on(UNBINDS_WHILE_OPEN)
+    assert lab.scripted
+    device = lab.attach(lab.image())
+    theirs = lab.open(device.number)
+    lab.script.before("loop_clr_fd", theirs.close, skip=1)
+    assert loopdev.detach(device) is True
+    lab.forget(device)
+    assert lab.bound() == []
+    # And whatever somebody has bound to the number by now is theirs.
+    device = lab.attach(lab.image())
+    lab.scripted.let_go(device.number)
+    lab.scripted.bind_by_others(device.number, lab.image())
+    assert loopdev.clear(device) is True
+    assert lab.bound() == [device.number]
+    lab.forget(device)
+    lab.clear(device.number)
 
 
 # --- others -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopd.attaching import AttachOptions
 from loopd.blockdev import Lock
 from loopd.codec import Variant
 from loopd.errors import InvalidArgs, LoopError, NotSupported
@@ -20,6 +19,7 @@ from loopd.options import (
     resize_options,
     sector_size,
 )
+from loopd.proposal import AttachOptions
 
 TYPES = {
     "read-only": ("b", True),

@@ -3,25 +3,30 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from loopd import blockdev, kernel, loopinfo, loopops
 from loopd.access import Caller, Client
-from loopd.attaching import Attaching, AttachOptions
+from loopd.attaching import Attaching
 from loopd.blockdev import Lock
 from loopd.config import Config, Limits
 from loopd.device import Device
-from loopd.errors import LimitsExceeded, NoSuchDevice
+from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
 from loopd.leases import Leases
 from loopd.locks import Locks
 from loopd.manager import Manager
 from loopd.marker import Markers
 from loopd.operations import Operations, ResizeOptions
+from loopd.overlap import Claims
 from loopd.polkit import Authority
+from loopd.proposal import AttachOptions
 from loopd.registry import Listeners, Registry
 from loopd.threads import Threads
 from tests.harness.asynchronous import run_async
@@ -34,14 +39,14 @@ UID = 1000
 class Parts:
     """What the daemon is made of, without a bus: polkit says yes to everything."""
 
-    def __init__(self, directory: Path, scripted: ScriptedKernel) -> None:
+    def __init__(self, directory: Path, scripted: ScriptedKernel, devices: int) -> None:
         self.scripted = scripted
         self.directory = directory
         self.told: list[tuple[str, str]] = []
         self.threads = Threads()
         markers = Markers(directory)
         markers.prepare()
-        config = Config(limits=Limits(devices_per_user=1))
+        config = Config(limits=Limits(devices_per_user=devices))
 
         def removed(device: Device) -> None:
             self.manager.device_gone(device)
@@ -55,9 +60,10 @@ class Parts:
         self.registry = Registry(self.threads, markers, listeners, scripted.numbers)
         authority = Authority(_says_yes, timeout=1, interactive_timeout=1, max_questions=4)
         self.leases = Leases()
-        locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        locks = self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        claims = self.claims = Claims()
         self.manager = Manager(config, self.threads, authority, self.registry, self.leases, locks)
-        self.operations = Operations(self.manager, self.registry, locks, self.threads)
+        self.operations = Operations(self.manager, self.registry, locks, claims, self.threads)
         self.attaching = Attaching(
             config,
             self.threads,
@@ -66,6 +72,7 @@ class Parts:
             self.registry,
             self.leases,
             locks,
+            claims,
             let_go=self.manager.let_go,
         )
         left = asyncio.get_running_loop().create_future()
@@ -87,14 +94,18 @@ async def _says_yes(*_: Any, **__: Any) -> list[Any]:
     return [[True, False, {}]]
 
 
+Story = Callable[[Parts], Coroutine[Any, Any, None]]
+WithParts = Callable[..., None]
+
+
 @pytest.fixture
-def with_parts(area: Path) -> Callable[[Callable[[Parts], Coroutine[Any, Any, None]]], None]:
+def with_parts(area: Path) -> WithParts:
     """Run a story with the parts of a daemon over a scripted kernel, and look for what it left."""
 
-    def run(story: Callable[[Parts], Coroutine[Any, Any, None]]) -> None:
+    def run(story: Story, devices: int = 1) -> None:
         async def main() -> None:
             before = set(os.listdir("/proc/self/fd"))
-            parts = Parts(area, scripted)
+            parts = Parts(area, scripted, devices)
             await story(parts)
             await parts.manager.stop(10)
             for tasks in (parts.manager._tasks, parts.registry._tasks, parts.attaching._tasks):
@@ -110,9 +121,6 @@ def with_parts(area: Path) -> Callable[[Callable[[Parts], Coroutine[Any, Any, No
             run_async(main())
 
     return run
-
-
-WithParts = Callable[[Callable[[Parts], Coroutine[Any, Any, None]]], None]
 
 
 def test_a_device_that_the_kernel_lets_go_of_takes_lease_lock_and_place_with_it(
@@ -169,5 +177,101 @@ def test_what_others_change_is_told_and_nothing_is_told_of_what_stays(
         await parts.look(device)
         assert parts.told == [("changed", device.path)]
         assert device.status.size == 2 * MIB
+
+    with_parts(story)
+
+
+def test_an_exclusive_lock_does_not_begin_anew_when_it_is_asked_for_again(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        (held,) = parts.locks._held.values()
+        await parts.operations.lock(parts.caller, device, Lock.EXCLUSIVE)
+        assert [*parts.locks._held.values()] == [held]
+        assert held.expiry
+        assert not held.expiry.cancelled()
+        await parts.operations.lock(parts.caller, device, Lock.SHARED)
+        assert held.expiry.cancelled()
+
+    with_parts(story)
+
+
+def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        assert device.loop
+        assert device.loop.lock
+        with OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close):
+            parts.locks.drop(device)
+            with blockdev.opened(kernel.open_loop(device.loop.number, os.O_RDONLY)) as other:
+                assert blockdev.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
+        assert device.lock is Lock.NONE
+        # What comes after an unlock works as before.
+        await parts.operations.sync(parts.caller, device)
+        await parts.operations.lock(parts.caller, device, Lock.SHARED)
+        assert device.lock is Lock.SHARED
+
+    with_parts(story)
+
+
+def test_a_lock_that_is_lost_while_it_is_changed_is_no_longer_told(with_parts: WithParts) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach(lock=Lock.SHARED)
+
+        def lose(*_: Any, **__: Any) -> None:
+            raise loopops.LockLost("gone")
+
+        with mock.patch.object(loopops, "change_lock", lose), pytest.raises(DeviceBusy):
+            await parts.operations.lock(parts.caller, device, Lock.EXCLUSIVE)
+        assert device.lock is Lock.NONE
+        assert parts.locks.holder(device) is None
+
+    with_parts(story)
+
+
+def test_a_device_that_grows_and_one_that_is_attached_do_not_meet(with_parts: WithParts) -> None:
+    """Each looks at what the other is about to map."""
+
+    async def story(parts: Parts) -> None:
+        device = await parts.attach(size_limit=4096)
+        held, go_on = threading.Event(), threading.Event()
+        real = kernel.loop_set_status64
+
+        def slowly(loop_fd: int, info: Any) -> None:
+            held.set()
+            go_on.wait(20)
+            real(loop_fd, info)
+
+        with mock.patch.object(kernel, "loop_set_status64", slowly):
+            growing = asyncio.ensure_future(
+                parts.operations.resize(parts.caller, device, ResizeOptions(size_limit=0))
+            )
+            await asyncio.to_thread(held.wait, 20)
+            try:
+                with pytest.raises(Overlap):
+                    await parts.attach(offset=MIB // 2)
+            finally:
+                go_on.set()
+            assert await growing == MIB
+        await parts.operations.resize(parts.caller, device, ResizeOptions(size_limit=4096))
+        # What was claimed is free again.
+        assert parts.claims._claimed == set()
+
+    with_parts(story, devices=2)
+
+
+def test_a_name_that_was_set_later_is_the_one_that_is_told(with_parts: WithParts) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach()
+        names = [b"%d" % number for number in range(20)]
+        await asyncio.gather(
+            *(parts.operations.set_reference(parts.caller, device, name) for name in names)
+        )
+        assert device.number is not None
+        told = loopinfo.binding(device.number, device.status.binding).reference
+        assert device.reference == told
 
     with_parts(story)

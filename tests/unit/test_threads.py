@@ -11,7 +11,9 @@ import pytest
 
 from loopd import threads as module
 from loopd.errors import TimedOut
-from loopd.threads import Threads
+from loopd.threads import Threads, Work
+
+OPERATION = Work.OPERATION
 
 
 @contextmanager
@@ -68,17 +70,17 @@ def test_what_takes_too_long_is_left_and_its_late_result_handed_over() -> None:
 def test_a_user_who_hangs_all_its_turns_waits_for_itself_and_nobody_else_does() -> None:
     async def body(threads: Threads) -> None:
         with hanging() as hang:
-            for _ in range(module._TURNS):
-                give_back = await threads.turn(1000, 1)
+            for _ in range(OPERATION.value):
+                give_back = await threads.turn(1000, OPERATION, 1)
                 with pytest.raises(TimedOut):
                     await threads.run(hang, timeout=0.001, ended=give_back)
             with pytest.raises(TimedOut):
-                await threads.turn(1000, 0.01)
-            other = await threads.turn(1001, 0.01)
+                await threads.turn(1000, OPERATION, 0.01)
+            other = await threads.turn(1001, OPERATION, 0.01)
             assert await threads.run(lambda: "served", timeout=5, ended=other) == "served"
         # The threads are free again, and so are the turns.
-        for _ in range(module._TURNS):
-            await threads.turn(1000, 5)
+        for _ in range(OPERATION.value):
+            await threads.turn(1000, OPERATION, 5)
 
     story(body)
 

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Attach: a file becomes a loop device, whoever else races us; after systemd's loop-util.
+
+Synchronous, for threads, and usable as a library of its own, with `loopdev`. It knows files and
+devices, not clients: who may do what is decided above.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from . import backing, blockdev, kernel, loopdev, loopinfo, partition
+from .backing import BackingFile
+from .binding import DirectIORefused, Driver, Retry, StalePartitions, Taken
+from .blockdev import Lock
+from .errors import DeviceBusy, NotSupported
+from .fd import OwnedFd
+from .loopdev import LoopDevice, Release
+from .loopinfo import node
+from .request import DEFAULT_SECTOR_SIZE, AttachRequest
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 64
+# loop-control's lock spares retries and is not needed for being right: not worth a long wait.
+_CONTROL_LOCK_TIMEOUT = 1.0
+
+# What a device says that somebody has cleared, removed or mounted under our hands.
+_NO_LONGER_OURS = (errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.EBUSY)
+
+# Our own threads queue here fairly instead of polling loop-control's lock against each other.
+_allocation = threading.Lock()
+
+THIS_KERNEL = Driver()
+
+Claim = Callable[[int], Release]
+
+
+def attach(
+    file_fd: OwnedFd,
+    file: BackingFile,
+    request: AttachRequest,
+    claim: Claim = lambda _: lambda _: None,
+    *,
+    may_hang: bool = False,
+    driver: Driver = THIS_KERNEL,
+) -> LoopDevice:
+    """Bind a file to a free loop device, retrying while others race us.
+
+    Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
+    is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device
+    carries autoclear: it goes when the last opener, us included, is gone. With `may_hang` no lock
+    is held while the file's filesystem is asked, and a number of its own is taken. With
+    `request.partition_scan` the partitions' nodes are there when it returns.
+
+    Raises InvalidArgs for options that do not fit the file, NotSupported, TimedOut, OSError, and
+    DeviceBusy when the wanted device is in use or 64 attempts found no free one.
+    """
+    with file_fd, _open_control() as control_fd:
+        request.check(file, backing.size(file_fd.fileno()))
+        if request.sector_size is None:
+            found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
+            request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
+            request.check(file, backing.size(file_fd.fileno()))
+        attempt = _Attempt(
+            control_fd=control_fd.fileno(),
+            file_fd=file_fd,
+            file=file,
+            request=request,
+            claim=claim,
+            may_hang=may_hang,
+            driver=driver,
+            # Of a device that is there already, a former user may have an fd that sees our file.
+            fresh=may_hang or blockdev.unbinds_while_open(),
+        )
+        for pause in blockdev.retry_pauses(ATTEMPTS):
+            try:
+                return attempt.bind()
+            except DirectIORefused:
+                # From scratch: some kernels answer I/O errors on a device where it failed.
+                log.debug("attach: direct I/O refused; trying again without")
+                attempt.request = replace(request, direct_io=False)
+                continue
+            except Retry as exc:
+                log.debug("attach: %s; trying again", exc)
+                if request.number is not None and kernel.loop_bound(request.number):
+                    raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
+                # A device that someone keeps locked is offered by GET_FREE again and again.
+                attempt.fresh = True
+            time.sleep(pause)
+    if request.number is not None:
+        raise DeviceBusy(f"{node(request.number)} did not come free in {ATTEMPTS} attempts")
+    raise DeviceBusy(f"no loop device came free in {ATTEMPTS} attempts: try again later")
+
+
+def _open_control() -> OwnedFd:
+    try:
+        return blockdev.opened(kernel.open_loop_control())
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise NotSupported("the kernel's loop driver is not loaded: modprobe loop") from exc
+        raise
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """What all attempts to bind one file share, and what changes from one to the next."""
+
+    control_fd: int
+    file_fd: OwnedFd
+    file: BackingFile
+    request: AttachRequest
+    claim: Claim
+    may_hang: bool
+    driver: Driver
+    fresh: bool
+    """Whether a new device is to be made instead of taking one that is there."""
+
+    def bind(self) -> LoopDevice:
+        """Take a device and bind the file to it, or raise and leave nothing."""
+        wanted = self.request.number
+        anew = wanted is not None and blockdev.unbinds_while_open()
+        # Before any lock, since a removal takes 46 ms.
+        if anew and not loopdev.try_remove(self.control_fd, wanted or 0):
+            raise Taken(f"somebody has loop{wanted} open")
+        # Lock order: loop-control first, the device second. Nothing is waited for with the first
+        # held.
+        with ExitStack() as stray, ExitStack() as allocating:
+            if _allocation.acquire(timeout=_CONTROL_LOCK_TIMEOUT):
+                allocating.callback(_allocation.release)
+            allocating.enter_context(
+                blockdev.control_locked(self.control_fd, timeout=_CONTROL_LOCK_TIMEOUT)
+            )
+            number, is_new = self._allocate()
+            if is_new:
+                # Nobody else would remove it, and one more stays with each failure.
+                stray.callback(loopdev.try_remove, self.control_fd, number)
+            with self._free_device(number) as (loop_fd, lock_fd):
+                if self.may_hang:
+                    # Binding asks the file's filesystem: only this attach is to wait for it.
+                    allocating.close()
+                device = self._bind(number, loop_fd, lock_fd, allocating.close)
+            stray.pop_all()
+            return device
+
+    def _allocate(self) -> tuple[int, bool]:
+        """The number of a device that may be free, and whether it was made for us."""
+        wanted = self.request.number
+        if wanted is None:
+            if self.fresh:
+                return kernel.loop_ctl_add(self.control_fd, -1), True
+            return kernel.loop_ctl_get_free(self.control_fd), False
+        try:
+            return kernel.loop_ctl_add(self.control_fd, wanted), True
+        except OSError as exc:
+            if exc.errno != errno.EEXIST:
+                raise
+        return wanted, False
+
+    @contextmanager
+    def _free_device(self, number: int) -> Iterator[tuple[OwnedFd, OwnedFd]]:
+        """An unbound device that we have open and locked: its fd, and that of the lock."""
+        # By sysfs, and before it is opened: a device that someone has bound to a hanging file
+        # hangs whoever opens it or asks it anything.
+        if kernel.loop_bound(number):
+            raise Taken(f"loop{number} is bound already")
+        with (
+            _open_free(number, os.O_RDONLY if self.request.read_only else os.O_RDWR) as loop_fd,
+            # A second fd for the lock: udev looks again when a device is closed, loop_fd stays.
+            _open_free(number, os.O_RDONLY) as lock_fd,
+        ):
+            if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX):
+                raise Taken(f"loop{number} is locked by someone else")
+            if kernel.loop_bound(number):
+                raise Taken(f"loop{number} is bound already")
+            if count := partition.remove_all(loop_fd.fileno(), number):
+                raise StalePartitions(f"loop{number} had {count} partitions of a former life")
+            yield loop_fd, lock_fd
+
+    def _bind(
+        self, number: int, loop_fd: OwnedFd, lock_fd: OwnedFd, allocated: Callable[[], None]
+    ) -> LoopDevice:
+        """Bind, and make the device what it is to be; `allocated` is called once it is bound."""
+        request = self.request
+        which: int | None = None
+        with ExitStack() as undo:
+            release = self.claim(number)
+            # Whoever was faster has it, and udev has waited for our lock.
+            undo.callback(lambda: release(_waiting(number, which)))
+
+            def bound() -> None:
+                nonlocal which
+                allocated()
+                # Last first: the lock's fd goes before CLR_FD, which would be lazy with two
+                # openers, and the claim lasts until the device is closed.
+                undo.callback(loop_fd.close)
+                undo.callback(loopdev.clear_half_made, number, loop_fd.fileno())
+                undo.callback(lock_fd.close)
+                which = kernel.loop_binding(number)
+
+            try:
+                self.driver.bind(number, loop_fd.fileno(), self.file_fd.fileno(), request, bound)
+            except OSError as exc:
+                if which is not None and exc.errno in _NO_LONGER_OURS:
+                    raise Taken(f"somebody got hold of loop{number}") from exc
+                raise
+            if which is None:
+                raise Taken(f"loop{number} was cleared by someone else")
+            # Since our look somebody may have added a partition, to see the file through it.
+            partition.remove_all(loop_fd.fileno(), number)
+            if kernel.loop_partitions(number):
+                raise StalePartitions(f"a partition of a former life of loop{number} is in use")
+            if self.file.identity.block:
+                blockdev.mirror_discard_limit(number, self.file.identity.block.number)
+            if request.partition_scan:
+                partition.scan(loop_fd.fileno(), number)
+            diskseq = loopinfo.diskseq(loop_fd.fileno(), which)
+            keeps_lock = request.lock is not Lock.NONE
+            if keeps_lock and not blockdev.try_lock(lock_fd.fileno(), request.lock.operation):
+                raise Taken("someone else came in while the lock was changed")
+            undo.pop_all()
+        return LoopDevice(
+            number=number,
+            fd=loop_fd.move(),
+            file=self.file_fd.move(),
+            diskseq=diskseq,
+            binding=which,
+            writable=not request.read_only,
+            lock=lock_fd.move() if keeps_lock else None,
+            release=release,
+        )
+
+
+def _waiting(number: int, binding: int | None) -> int | None:
+    """The binding, if it is still there."""
+    return binding if binding is not None and kernel.loop_binding(number) == binding else None
+
+
+def _open_free(number: int, flags: int) -> OwnedFd:
+    try:
+        return blockdev.opened(kernel.open_loop(number, flags))
+    except OSError as exc:
+        # Removed since GET_FREE, or its node not made yet.
+        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            raise Taken(f"loop{number} vanished") from exc
+        raise

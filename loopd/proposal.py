@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a client proposes to attach: the file as it is seen, and what its options come to.
+
+Only calls that a hanging filesystem cannot stop are made of the file. Nothing is decided here about
+who may do it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from . import backing, kernel, loopinfo
+from .backing import BackingFile
+from .blockdev import Lock
+from .config import Config
+from .fd import OwnedFd
+from .loopinfo import Status
+from .request import DEFAULT_SECTOR_SIZE, AttachRequest
+from .threads import Threads
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachOptions:
+    """What a client asks for; None means not given. Sizes and offsets in bytes."""
+
+    read_only: bool | None = None
+    offset: int = 0
+    size_limit: int = 0
+    sector_size: int | None = None
+    probe_sector_size: bool = False
+    """Whether the sector size is to be found from the partition table."""
+    partition_scan: bool = False
+    direct_io: bool | None = None
+    reference: bytes = b""
+    lock: Lock = Lock.NONE
+    allow_overlap: bool = False
+    number: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """How a block device is that was passed."""
+
+    status: Status
+    sector_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What is to be attached, and as what."""
+
+    options: AttachOptions
+    file: BackingFile
+    block: Block | None
+    """None if it is a regular file."""
+    request: AttachRequest
+    trusted: bool
+    """Whether nobody can make the file's filesystem hang."""
+
+    @property
+    def needs_loop_device(self) -> bool:
+        """Whether anything is asked for that a block device does not offer by itself."""
+        block, request = self.block, self.request
+        return (
+            block is None
+            or request.offset != 0
+            or request.size_limit != 0
+            or request.sector_size != block.sector_size
+            or (request.partition_scan and not block.status.partition_scan)
+            or (self.options.read_only is True and not block.status.read_only)
+            or request.reference != b""
+            or request.lock is not Lock.NONE
+            or request.number is not None
+        )
+
+
+class Proposals:
+    """Looks at what clients pass, in threads."""
+
+    def __init__(self, config: Config, threads: Threads) -> None:
+        self._config = config
+        self._threads = threads
+        self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
+
+    async def look(self, fd: OwnedFd, options: AttachOptions) -> Proposal:
+        """Make a proposal of an fd, which stays the caller's, and of options.
+
+        Raises UnsupportedFile, UntrustedFilesystem, NoSuchDevice, TimedOut, OSError.
+        """
+        file = await self._with_copy(fd, backing.examine)
+        block = await self._look_at_block(fd, file)
+        return Proposal(
+            options=options,
+            file=file,
+            block=block,
+            request=self._request(file, options, block),
+            # What is behind a block device is the kernel's, wherever its node is.
+            trusted=block is not None or file.filesystem in self._trusted,
+        )
+
+    async def _look_at_block(self, fd: OwnedFd, file: BackingFile) -> Block | None:
+        block = file.identity.block
+        if block is None:
+            return None
+
+        def look(block_fd: int) -> Block:
+            status = loopinfo.block_status(block.number, read_only=not file.writable)
+            return Block(status=status, sector_size=kernel.blksszget(block_fd))
+
+        return await self._with_copy(fd, look)
+
+    async def _with_copy(self, fd: OwnedFd, function: Callable[[int], _T]) -> _T:
+        """Call a function in a thread, with an fd of its own that it cannot lose meanwhile."""
+        copy = OwnedFd(kernel.dup(fd.fileno()), self._threads.close_fd)
+
+        def call() -> _T:
+            with copy:
+                return function(copy.fileno())
+
+        return await self._threads.run(call, timeout=self._config.deadlines.operation)
+
+    def _request(
+        self, file: BackingFile, options: AttachOptions, block: Block | None
+    ) -> AttachRequest:
+        read_only, direct_io = options.read_only, options.direct_io
+        sector_size = options.sector_size
+        if sector_size is None and block:
+            sector_size = block.sector_size
+        elif sector_size is None and not options.probe_sector_size:
+            sector_size = DEFAULT_SECTOR_SIZE
+        return AttachRequest(
+            # A sealed memfd is writable by its mode: saying nothing does not mean read-only.
+            read_only=not (file.writable or file.sealed) if read_only is None else read_only,
+            offset=options.offset,
+            size_limit=options.size_limit,
+            sector_size=sector_size,
+            partition_scan=options.partition_scan,
+            direct_io=self._config.direct_io if direct_io is None else direct_io,
+            reference=options.reference,
+            lock=options.lock,
+            number=options.number,
+        )
