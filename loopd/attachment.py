@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from . import backing, blockdev, kernel, loopdev, loopinfo, partition
 from .backing import BackingFile
-from .binding import DirectIORefused, Driver, Retry, StalePartitions, Taken
+from .binding import DirectIORefused, Driver, Retry, StaleLimit, StalePartitions, Taken
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
@@ -89,6 +89,8 @@ def attach(
                 continue
             except Retry as exc:
                 log.debug("attach: %s; trying again", exc)
+                if isinstance(exc, StaleLimit):
+                    loopdev.try_remove(control_fd.fileno(), exc.number)
                 if request.number is not None and kernel.loop_bound(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
                 # A device that someone keeps locked is offered by GET_FREE again and again.
@@ -181,6 +183,8 @@ class _Attempt:
                 raise Taken(f"loop{number} is bound already")
             if count := partition.remove_all(loop_fd.fileno(), number):
                 raise StalePartitions(f"loop{number} had {count} partitions of a former life")
+            if blockdev.discard_is_limited(number):
+                raise StaleLimit(number)
             yield loop_fd, lock_fd
 
     def _bind(

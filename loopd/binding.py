@@ -7,7 +7,6 @@ undoes a binding that is not as it should be, and decides whether to try again e
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -41,6 +40,14 @@ class Taken(Retry):
 
 class StalePartitions(Retry):
     """The device has partitions of a former life."""
+
+
+class StaleLimit(Retry):
+    """The unbound device discards less than it can, as it was told in a former life."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"loop{number} has a limit on discards")
+        self.number = number
 
 
 class DirectIORefused(Retry):
@@ -115,8 +122,6 @@ class Driver:
                 log.debug("this kernel has no LOOP_CONFIGURE: going by LOOP_SET_FD from now on")
                 self.configures = False
                 return False
-            if config.block_size > os.sysconf("SC_PAGE_SIZE"):
-                raise _bad_sector_size(config.block_size) from exc
             raise
         return True
 
@@ -166,8 +171,6 @@ def _require_size(loop_fd: int, config: loop_config) -> None:
 
 
 def _set_fd(loop_fd: int, config: loop_config) -> None:
-    if config.block_size > os.sysconf("SC_PAGE_SIZE"):
-        raise _bad_sector_size(config.block_size)  # before anything is bound
     try:
         kernel.loop_set_fd(loop_fd, config.fd)
     except OSError as exc:
@@ -186,11 +189,7 @@ def set_status(loop_fd: int, info: loop_info64) -> None:
 def _set_block_size(loop_fd: int, size: int) -> None:
     _try(partial(kernel.loop_set_block_size, loop_fd, size), "set the sector size")
     if kernel.blksszget(loop_fd) != size:
-        raise _bad_sector_size(size)
-
-
-def _bad_sector_size(size: int) -> InvalidArgs:
-    return InvalidArgs(f"sector-size: this kernel does not take {size}")
+        raise InvalidArgs(f"sector-size: this kernel does not take {size}")
 
 
 def _verify_direct_io(number: int, loop_fd: int, request: AttachRequest) -> None:

@@ -210,6 +210,18 @@ def mirror_discard_limit(number: int, backing: int) -> None:
         return
 
 
+def discard_is_limited(number: int) -> bool:
+    """Whether an unbound loop device still has a limit of `mirror_discard_limit`'s.
+
+    It lasts until the device is removed, and one of 0 cannot even be raised.
+    """
+    limit, possible = (
+        kernel.loop_attribute(number, f"queue/{name}")
+        for name in ("discard_max_bytes", "discard_max_hw_bytes")
+    )
+    return int(limit) < int(possible)
+
+
 def retry_pauses(attempts: int) -> Iterator[float]:
     """Seconds to pause after each attempt: random, at most 10 ms at first and 250 ms at the end.
 

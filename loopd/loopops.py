@@ -16,7 +16,7 @@ from .errors import DeviceBusy, InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
 from .kernel import PartitionExtent
 from .loopdev import LoopDevice
-from .request import DEFAULT_SECTOR_SIZE
+from .request import DEFAULT_SECTOR_SIZE, MAX_SECTOR_SIZE
 from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
 
 # How long an attempt to lock waits for what lasts an instant: others' attempts, and looks.
@@ -179,18 +179,25 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         raise InvalidArgs(f"sector-size: the size limit, {limit}, is not a multiple of it")
     if kernel.blkgetsize64(loop_fd) < size:
         raise InvalidArgs("sector-size: larger than the device")
+    if size > MAX_SECTOR_SIZE:
+        raise InvalidArgs(f"sector-size: larger than a page, which has {MAX_SECTOR_SIZE} bytes")
     busy = DeviceBusy(f"{device.node} is mounted or exclusively open: unmount it first")
     if blockdev.in_use(device.number):
         raise busy
+    scans = _scans_partitions(device)
+    # Those of the old sector size say nothing for the new one: first see that they can go.
+    former = kernel.loop_partitions(device.number) if scans else []
+    partitions.withdraw(loop_fd, device.number, former)
     try:
         blockdev.patiently(partial(kernel.loop_set_block_size, loop_fd, size))
     except OSError as exc:
+        partitions.restore(loop_fd, former)
         if exc.errno == errno.EINVAL:
             raise InvalidArgs(f"sector-size: this kernel does not take {size}") from exc
         if exc.errno == errno.EBUSY:
             raise busy from exc
         raise
-    if _scans_partitions(device):
+    if scans:
         partitions.scan(loop_fd, device.number)
     return size
 

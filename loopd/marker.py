@@ -24,6 +24,8 @@ class Markers:
         self._unprivileged = runtime_directory / "unprivileged"
         self._lock = threading.Lock()
         self._claims: dict[int, _Claim] = {}
+        self._left: set[int] = set()
+        """Devices that a former daemon has left bound."""
 
     def prepare(self) -> None:
         """Make the directories."""
@@ -42,7 +44,11 @@ class Markers:
                 for path in directory.glob("loop*"):
                     name = path.name.removeprefix("loop")
                     number = int(name) if name.isdecimal() else -1
-                    if number not in self._claims and not kernel.loop_bound(number):
+                    if number in self._claims:
+                        continue
+                    if kernel.loop_bound(number):
+                        self._left.add(number)
+                    else:
                         path.unlink(missing_ok=True)
                         pruned.add(number)
         return sorted(pruned - {-1})
@@ -76,9 +82,9 @@ class Markers:
         """Note that the kernel has no file bound to loopN."""
         with self._lock:
             claim = self._claims.get(number)
-            if claim is None or claim.over:
-                # Without a claim it is a mark that a former daemon left on a bound device.
+            if claim.over if claim else number in self._left:
                 self._claims.pop(number, None)
+                self._left.discard(number)
                 for path in self._paths(number):
                     path.unlink(missing_ok=True)
 

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 # The nodes are there at once on devtmpfs; what else may be in charge of /dev gets this long.
 _NODE_TIMEOUT = 5.0
-_NODE_INTERVAL = 0.001
+# How long others may have a partition open for a glance.
+_IN_USE_TIMEOUT = 1.0
+_INTERVAL = 0.001
 
 
 def node(number: int, partition: int) -> str:
@@ -54,22 +56,41 @@ def scan(loop_fd: int, number: int) -> list[PartitionExtent]:
     Returns once their nodes exist. PARTSCAN has to be set on the device before. Partitions that
     are as the table says are not touched.
 
-    Raises DeviceBusy if a partition in use would have to change, TimedOut, OSError.
+    Raises DeviceBusy if one in use would have to change, and leaves all as they were; TimedOut,
+    OSError.
     """
-    wanted = {each.number: each for each in table.read(number)}
-    there = {each.number: each for each in kernel.loop_partitions(number)}
-    for each in there.values():
-        if wanted.get(each.number) != each and not _remove(loop_fd, each.number):
-            raise DeviceBusy(
-                f"{node(number, each.number)} is in use and no longer as the table says: "
-                "unmount it first"
-            )
-    for each in wanted.values():
-        if there.get(each.number) != each:
+    wanted = table.read(number)
+    there = kernel.loop_partitions(number)
+    withdraw(loop_fd, number, [each for each in there if each not in wanted])
+    for each in wanted:
+        if each not in there:
             _add(loop_fd, each)
     found = kernel.loop_partitions(number)
     _wait_for_nodes(number, found)
     return found
+
+
+def withdraw(loop_fd: int, number: int, partitions: list[PartitionExtent]) -> None:
+    """Remove these partition devices, all or none. Raises DeviceBusy if one is in use."""
+    deadline = time.monotonic() + _IN_USE_TIMEOUT
+    removed: list[PartitionExtent] = []
+    for each in partitions:
+        # udev opens a partition for a moment to see what is in it.
+        while not _remove(loop_fd, each.number):
+            if time.monotonic() >= deadline:
+                restore(loop_fd, removed)
+                raise DeviceBusy(
+                    f"{node(number, each.number)} is in use and would have to change: "
+                    "unmount it first"
+                )
+            time.sleep(_INTERVAL)
+        removed.append(each)
+
+
+def restore(loop_fd: int, partitions: list[PartitionExtent]) -> None:
+    """Make partition devices again that `withdraw` has removed."""
+    for each in partitions:
+        _add(loop_fd, each)
 
 
 def _add(loop_fd: int, extent: PartitionExtent) -> None:
@@ -88,7 +109,7 @@ def _wait_for_nodes(number: int, partitions: list[PartitionExtent]) -> None:
         while not kernel.partition_node_exists(number, each.number):
             if time.monotonic() >= deadline:
                 raise TimedOut(f"{node(number, each.number)} did not appear")
-            time.sleep(_NODE_INTERVAL)
+            time.sleep(_INTERVAL)
 
 
 def resize(loop_fd: int, number: int, partition: int, size: int | None) -> int:

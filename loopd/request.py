@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a loop device is to be, and whether the file allows it: pure."""
 
+import mmap
 from dataclasses import dataclass
 
 from .backing import BackingFile
@@ -8,6 +9,8 @@ from .blockdev import Lock
 from .errors import InvalidArgs
 
 DEFAULT_SECTOR_SIZE = 512
+# Some kernels take more, and answer reads with EIO then.
+MAX_SECTOR_SIZE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,12 @@ class AttachRequest:
             raise InvalidArgs("sector-size: not a power of two from 512")
         if self.size_limit % sector_size:
             raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
+        if size < DEFAULT_SECTOR_SIZE:
+            raise InvalidArgs(f"the file has {size} bytes, less than a sector")
         if size < sector_size:
-            raise InvalidArgs(f"the file has {size} bytes, less than a sector of {sector_size}")
+            raise InvalidArgs(f"sector-size: larger than the file, which has {size} bytes")
+        if sector_size > MAX_SECTOR_SIZE:
+            raise InvalidArgs(f"sector-size: larger than a page, which has {MAX_SECTOR_SIZE} bytes")
         if self.size_limit > size - self.offset:
             raise InvalidArgs(
                 f"size-limit: reaches past the end of the file, which has {size} bytes"

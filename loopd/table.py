@@ -24,7 +24,8 @@ _READER = Path(__file__).with_name("tablereader.py")
 _TIMEOUT = 10.0
 _GRACE = 1.0
 _MAX_ANSWER = 64 * 1024
-# An extended partition only holds others: as by partx and the kernel, its boot sector is shown.
+# An extended partition only holds others: as by partx and the kernel, its boot sector is shown, as
+# far as the first of them leaves room.
 _EXTENDED_SIZE = 1024
 
 
@@ -46,24 +47,30 @@ def check(answer: bytes, *, size: int, sector_size: int) -> list[PartitionExtent
 
     Raises Failed if the answer is none.
     """
-    found: dict[int, PartitionExtent] = {}
     try:
-        for line in answer.decode("ascii").splitlines():
-            number, start, length, extended = map(int, line.split())
-            start, length = start * 512, length * 512
+        told = [tuple(map(int, line.split())) for line in answer.decode("ascii").splitlines()]
+        starts = sorted(start for _, start, _, _ in told)
+        found: dict[int, PartitionExtent] = {}
+        for number, start, length, extended in told:
             if extended:
-                length = min(length, max(_EXTENDED_SIZE, sector_size))
-            if (
-                0 < number < DISK_MAX_PARTS
-                and start >= 0
-                and length > 0
-                and start + length <= size
-                and not (start % sector_size or length % sector_size)
-            ):
-                found.setdefault(number, PartitionExtent(number, start, length))
+                room = next((each - start for each in starts if each > start), length)
+                length = min(length, room, max(_EXTENDED_SIZE, sector_size) // 512)
+            extent = PartitionExtent(number, start * 512, length * 512)
+            if _is_possible(extent, size, sector_size):
+                found.setdefault(number, extent)
     except ValueError as exc:
         raise Failed("the child that reads partition tables makes no sense") from exc
     return sorted(found.values())
+
+
+def _is_possible(extent: PartitionExtent, size: int, sector_size: int) -> bool:
+    return (
+        0 < extent.number < DISK_MAX_PARTS
+        and extent.start >= 0
+        and extent.size > 0
+        and extent.start + extent.size <= size
+        and not (extent.start % sector_size or extent.size % sector_size)
+    )
 
 
 def _ask(device_fd: int) -> bytes:

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import struct
 import sys
 
@@ -22,6 +23,7 @@ _CPU_SECONDS = 2
 # Of those that nobody is given: nobody's own, 65534, is many's.
 _NO_ONE = 65533
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
@@ -94,6 +96,8 @@ def lock_in(requests: list[int], *, seccomp: bool = True) -> None:
         os.setgroups([])
         os.setresgid(_NO_ONE, _NO_ONE, _NO_ONE)
         os.setresuid(_NO_ONE, _NO_ONE, _NO_ONE)
+    # After the change of uid, which would undo it.
+    _check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     for limit, value in (
         (resource.RLIMIT_AS, _MEMORY),
         (resource.RLIMIT_CPU, _CPU_SECONDS),

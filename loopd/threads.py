@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -84,7 +85,7 @@ class Threads:
                 waited.add_done_callback(_note_late)
                 future.add_done_callback(over)
         if not waited.done():
-            raise TimedOut(f"the kernel did not finish within {timeout:g} s")
+            raise TimedOut(f"the kernel did not finish within {math.ceil(timeout or 0)} s")
         return waited.result()
 
     async def run_in_turn(

@@ -424,6 +424,7 @@ class ScriptedKernel:
             "capability": b"%x" % (0 if binding and binding.scanning else 0x200),
             "queue/logical_block_size": binding.block_size if binding else 512,
             "queue/discard_max_bytes": loop.discard_max,
+            "queue/discard_max_hw_bytes": _DISCARD_MAX,
         }
         if self.traits.diskseq:
             found["diskseq"] = loop.diskseq
@@ -578,7 +579,6 @@ class ScriptedKernel:
         binding, loop.binding = loop.binding, None
         self.close(binding.file_fd)
         loop.size = 0
-        loop.discard_max = _DISCARD_MAX
         loop.diskseq = self._next_diskseq()
 
     def _scan(self, loop: _Loop) -> None:

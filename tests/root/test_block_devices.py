@@ -18,11 +18,15 @@ from typing import Any
 
 import pytest
 
+from loopd import attachment, backing, loopdev
+from loopd.fd import OwnedFd
+from loopd.request import AttachRequest
 from tests.harness import loops
 from tests.harness.caller import (
     DEVICE,
     MANAGER,
     MANAGER_PATH,
+    OBJECT_MANAGER,
     PROPERTIES,
     Attached,
     Caller,
@@ -384,6 +388,23 @@ def test_nobody_else_sees_it(world: World, owner: Caller, disk: loops.BoundLoop)
     assert owner.detach(attached.path) is True
     for stranger in strangers:
         assert about(stranger.sync_signals(), attached.path) == []
+
+
+def test_nobody_else_learns_whether_it_is_there(
+    world: World, owner: Caller, disk: loops.BoundLoop
+) -> None:
+    stranger = world.caller(OTHER)
+    attached = attach(owner, disk.node)
+    for call in (
+        (DEVICE, "Nonsense"),
+        ("org.example.Nonsense", "Detach"),
+        (DEVICE, "Detach", "s", "a wrong argument"),
+        (MANAGER, "ListDevices"),
+        (OBJECT_MANAGER, "GetManagedObjects"),
+    ):
+        # As for an object that never was.
+        for path in (f"{attached.path}0", attached.path):
+            assert error_of(stranger.call, path, *call).name == UNKNOWN_OBJECT, (path, call)
 
 
 def test_its_owner_sees_it_on_every_connection(
@@ -768,6 +789,32 @@ def test_no_more_is_discarded_than_the_block_device_can(
                 assert owner.detach(attached.path) is True
     finally:
         # The kernel keeps it for whatever this number has next.
+        limit.write_text(str(0xFFFFFFFF // 4096 * 4096))
+
+
+def test_a_limit_of_discards_is_not_left_to_the_next_user_of_the_number(
+    disk: loops.BoundLoop, world: World
+) -> None:
+    limit = queue(disk.number, "discard_max_bytes")
+    before = limit.read_text()
+    limit.write_text("65536")
+    try:
+        # Without a daemon, which removes the device in a moment if nobody probes it.
+        with opened(disk.node) as fd:
+            upper = attachment.attach(
+                OwnedFd(os.dup(fd)), backing.examine(fd), AttachRequest(reference=b"limited")
+            )
+        assert queue(upper.number, "discard_max_bytes").read_text() == "65536\n"
+        assert loopdev.detach(upper) is True
+        with opened(world.image()) as fd:
+            following = attachment.attach(
+                OwnedFd(os.dup(fd)), backing.examine(fd), AttachRequest(number=upper.number)
+            )
+        found = queue(following.number, "discard_max_bytes").read_text()
+        assert loopdev.detach(following) is True
+        loopdev.remove(upper.number)
+        assert found == before
+    finally:
         limit.write_text(str(0xFFFFFFFF // 4096 * 4096))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.harness import loops, udev
-from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Caller, Variant
+from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Call, Caller, Variant
 from tests.harness.deadline import Deadline
+from tests.harness.images import MIB
 from tests.harness.polkit import rules_allowing
 from tests.harness.raw import BUS
 from tests.harness.wire import CallError
@@ -145,6 +146,15 @@ def error_of(call: Callable[..., Any], *args: Any, **how: Any) -> CallError:
     return failure.value
 
 
+def ended(call: Call) -> str:
+    """Wait for a call; return the name of its error, empty if it has none."""
+    try:
+        call.end()
+    except CallError as exc:
+        return exc.name
+    return ""
+
+
 # What others get
 
 
@@ -174,6 +184,37 @@ def test_attach_keeps_the_lock_that_it_was_asked_for(
     assert added.args[1][DEVICE]["Locked"] == kind
     check(owner, attached, kind)
     assert told(owner, attached) == []
+
+
+def test_a_lock_is_changed_in_every_way(world: World, owner: Caller) -> None:
+    """Proves A25."""
+    attached = attach(world, owner, lock="exclusive")
+    ways = ["shared", "none", "exclusive", "none", "shared", "exclusive", "exclusive", "shared"]
+    for kind in ways:
+        lock(owner, attached, kind)
+        check(owner, attached, kind)
+    lock(owner, attached, "none")
+    lock(owner, attached, "none")
+    changes = [kind for kind, last in zip(ways, ["exclusive", *ways], strict=False) if kind != last]
+    assert told(owner, attached) == [*changes, "none"]
+
+
+def test_the_device_works_as_before_while_it_is_locked_and_after(
+    world: World, owner: Caller
+) -> None:
+    attached = attach(world, owner)
+    for kind in ("exclusive", "shared", "none", "exclusive", "none"):
+        lock(owner, attached, kind)
+        assert owner.resize(attached.path, size_limit=8192) == 8192
+        assert owner.resize(attached.path, size_limit=0) == MIB
+        assert owner.device(attached.path, "SetReference", "sa{sv}", kind, {}) == ()
+        assert owner.device(attached.path, "SetSectorSize", "ua{sv}", 4096, {}) == ()
+        assert owner.device(attached.path, "SetSectorSize", "ua{sv}", 512, {}) == ()
+        assert owner.device(attached.path, "RescanPartitions", "a{sv}", {}) == (0,)
+        assert owner.device(attached.path, "Sync", "a{sv}", {}) == ()
+        owner.open_device(attached.path, "rw").close()
+        assert owner.get(attached.path, "Locked") == kind
+    assert owner.detach(attached.path) is True
 
 
 def test_a_locked_device_is_detached_as_any_other(world: World, owner: Caller) -> None:
@@ -238,6 +279,63 @@ def test_a_former_lock_is_kept_when_the_new_one_cannot_be_had(world: World, owne
 
 
 # Whose it is
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_connection_of_the_owner_has_to_wait_for_its_end(
+    world: World, owner: Caller, kind: str
+) -> None:
+    attached = attach(world, owner)
+    first, second = world.caller(USER), world.caller(USER)
+    lock(first, attached, kind)
+    for caller in (second, owner):
+        for wanted in ("shared", "exclusive", "none"):
+            assert error_of(try_lock, caller, attached, wanted).name == f"{ERROR}DeviceBusy"
+    check(owner, attached, kind)
+    lock(first, attached, "none")
+    lock(second, attached, kind)
+    check(owner, attached, kind)
+    assert error_of(try_lock, first, attached, "none").name == f"{ERROR}DeviceBusy"
+
+
+def test_a_lock_of_the_attach_is_of_the_connection_that_attached(
+    world: World, owner: Caller
+) -> None:
+    attached = attach(world, owner, lock="shared")
+    second = world.caller(USER)
+    for kind in ("none", "shared"):
+        assert error_of(try_lock, second, attached, kind).name == f"{ERROR}DeviceBusy"
+    lock(owner, attached, "none")
+    lock(second, attached, "shared")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lock_ends_with_its_connection(world: World, owner: Caller, kind: str) -> None:
+    attached = attach(world, owner)
+    holder = world.caller(USER)
+    lock(holder, attached, kind)
+    check(owner, attached, kind)
+    holder.kill()
+    owner.wait_signal(
+        "PropertiesChanged",
+        lambda it: it.path == attached.path and it.args[1] == {"Locked": "none"},
+    )
+    check(owner, attached, "none")
+    assert loops.loop_is_bound(attached.number, attached.diskseq)
+    lock(owner, attached, kind)
+    check(owner, attached, kind)
+
+
+def test_a_lock_of_one_connection_outlives_nothing_of_anothers(world: World, owner: Caller) -> None:
+    attached = attach(world, owner)
+    holder, third = world.caller(USER), world.caller(USER)
+    lock(third, attached, "exclusive")
+    lock(third, attached, "none")
+    lock(holder, attached, "shared")
+    third.kill()
+    # Its end has been heard of when a later call of another connection is answered.
+    world.wait_devices(1)
+    check(owner, attached, "shared")
 
 
 def test_a_lock_ends_with_the_device(world: World, owner: Caller) -> None:
@@ -310,7 +408,73 @@ def test_there_are_no_options_yet(world: World, owner: Caller) -> None:
     check(owner, attached, "none")
 
 
+# At once
+
+
+def test_of_two_connections_that_lock_at_once_one_gets_it(world: World, owner: Caller) -> None:
+    attached = attach(world, owner)
+    callers = [world.caller(USER), world.caller(USER)]
+    for _ in range(15):
+        calls = [
+            caller.call_begin(attached.path, DEVICE, "Lock", "sa{sv}", "exclusive", {})
+            for caller in callers
+        ]
+        winners = []
+        for caller, call in zip(callers, calls, strict=True):
+            if ended(call) == "":
+                winners.append(caller)
+        assert len(winners) == 1 or udev.is_running()
+        if not winners:
+            continue
+        check(owner, attached, "exclusive")
+        lock(winners[0], attached, "none")
+        wait_unlocked(attached)
+
+
+def test_locks_taken_and_dropped_at_once_leave_what_is_told(world: World, owner: Caller) -> None:
+    attached = attach(world, owner)
+    for turn in range(10):
+        kinds = ["shared", "none", "exclusive", "shared", "none", "exclusive"][turn % 3 :]
+        calls = [
+            owner.call_begin(attached.path, DEVICE, "Lock", "sa{sv}", kind, {}) for kind in kinds
+        ]
+        # One may have been dropped while another was changed.
+        assert {ended(call) for call in calls} <= {"", f"{ERROR}DeviceBusy"}
+        check(owner, attached, owner.get(attached.path, "Locked"))
+        lock(owner, attached, "none")
+        wait_unlocked(attached)
+
+
+def test_a_client_that_leaves_while_it_locks_holds_nothing(world: World, owner: Caller) -> None:
+    attached = attach(world, owner)
+    for _ in range(10):
+        leaving = world.caller(USER)
+        leaving.call_begin(attached.path, DEVICE, "Lock", "sa{sv}", "exclusive", {})
+        leaving.kill()
+        wait_unlocked(attached)
+    lock(owner, attached, "exclusive")
+    check(owner, attached, "exclusive")
+
+
 # The deadline
+
+
+@pytest.mark.parametrize("how", ["attach", "lock"])
+def test_an_exclusive_lock_of_an_ordinary_user_ends(hasty: World, how: str) -> None:
+    owner = hasty.caller(USER)
+    if how == "attach":
+        attached = attach(hasty, owner, lock="exclusive")
+    else:
+        attached = attach(hasty, owner)
+        lock(owner, attached, "exclusive")
+    owner.wait_signal(
+        "PropertiesChanged",
+        lambda it: it.path == attached.path and it.args[1] == {"Locked": "none"},
+    )
+    check(owner, attached, "none")
+    # It can be had again.
+    lock(owner, attached, "exclusive")
+    assert owner.get(attached.path, "State") == "attached"
 
 
 def test_roots_lock_and_a_shared_one_outlast_an_exclusive_one(hasty: World) -> None:
@@ -327,3 +491,72 @@ def test_roots_lock_and_a_shared_one_outlast_an_exclusive_one(hasty: World) -> N
     check(root, roots, "exclusive")
     check(owner, sharing, "shared")
     check(owner, downgraded, "shared")
+
+
+def test_a_lock_that_was_taken_anew_has_its_own_time(hasty: World) -> None:
+    owner = hasty.caller(USER)
+    attached = attach(hasty, owner, lock="exclusive")
+    lock(owner, attached, "none")
+    before = attach(hasty, owner, lock="exclusive")
+    lock(owner, attached, "exclusive")
+    assert told(owner, attached) == ["none", "exclusive"]
+    owner.wait_signal(
+        "PropertiesChanged",
+        lambda it: it.path == attached.path and it.args[1] == {"Locked": "none"},
+    )
+    # The end of its first time was not the end of its second, which is the later one.
+    assert told(owner, before) == ["none"]
+
+
+# What is not as it should be
+
+
+def test_a_lock_that_was_given_up_is_gone_when_that_is_answered(
+    world: World, owner: Caller
+) -> None:
+    attached = attach(world, owner)
+    second = world.caller(USER)
+    fd = owner.open_device(attached.path, "r")
+    for _ in range(30):
+        lock(owner, attached, "exclusive")
+        lock(owner, attached, "none")
+        # As mkfs or udev would ask.
+        assert refused(attached) == set() or udev.is_running()
+        try_lock(second, attached, "exclusive")
+        try_lock(second, attached, "none")
+    fd.close()
+
+
+def test_an_exclusive_lock_is_not_held_for_longer_by_asking_again(hasty: World) -> None:
+    owner = hasty.caller(USER)
+    first = attach(hasty, owner, lock="exclusive")
+    second = attach(hasty, owner, lock="exclusive")
+    while owner.get(second.path, "Locked") == "exclusive":
+        # At its end it may be busy with that.
+        ended(owner.call_begin(first.path, DEVICE, "Lock", "sa{sv}", "exclusive", {}))
+    # It is the older one, so it has ended meanwhile, although it was asked for until now.
+    assert "none" in told(owner, first)
+
+
+def test_a_former_lock_that_is_lost_to_somebody_else_is_told_to_be(
+    world: World, owner: Caller
+) -> None:
+    for _ in range(20):
+        attached = attach(world, owner, lock="shared")
+        with opened(attached.node) as third:
+            fcntl.flock(third, fcntl.LOCK_SH)
+            call = owner.call_begin(attached.path, DEVICE, "Lock", "sa{sv}", "exclusive", {})
+            deadline = Deadline(0.2)
+            while deadline.remaining:
+                try:
+                    # While ours is tried for, nobody holds the former one.
+                    fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    try:
+                        fcntl.flock(third, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        break
+            ended(call)
+        check(owner, attached, owner.get(attached.path, "Locked"))
+        assert owner.detach(attached.path) is True

@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 
 from tests.harness import loops
-from tests.harness.area import CHECKOUT, area
+from tests.harness.area import CHECKOUT
+from tests.harness.area import area as make_area
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Caller, File, Variant, options
 from tests.harness.daemon import Daemon
+from tests.harness.deadline import Deadline
 from tests.harness.images import MIB, make_gpt, make_mbr, pattern
 from tests.harness.polkit import RULES_ALLOW_ALL, rules_allowing
 from tests.harness.process import Process
@@ -95,7 +97,7 @@ def gpt(
 @cache
 def _gpt(parts: tuple[tuple[int, int], ...], size: int, sector_size: int) -> bytes:
     # Most tests have one of a few, and the pattern takes its time.
-    with area("gpt") as directory:
+    with make_area("gpt") as directory:
         return make_gpt(directory / "image", parts, size, sector_size=sector_size).read_bytes()
 
 
@@ -344,6 +346,12 @@ def test_partitions_come_with_every_other_option(world: World, owner: Caller) ->
     )
 
 
+def test_a_logical_partition_may_follow_its_table_at_once(world: World, owner: Caller) -> None:
+    image = make_mbr(world.new_path(), (), (4096, 8192), ((4097, 1000), (6144, 10)), owner=USER)
+    attached = owner.attach(image, partition_scan=True)
+    assert extents(attached)[5] == (4097 * 512, 1000 * 512)
+
+
 # Hostile tables
 
 
@@ -513,6 +521,18 @@ def test_one_in_use_that_would_have_to_change_is_busy_and_stays(
             check(owner, attached, in_bytes((2048, 2048)))
             assert os.pread(part, 512, 0) == pattern(MIB, 512)
     assert rescan(owner, attached) == 0
+    fd.close()
+
+
+def test_where_one_in_use_would_have_to_change_the_others_stay_too(
+    world: World, owner: Caller
+) -> None:
+    attached = owner.attach(gpt(world, (2048, 2048), (4096, 512)), partition_scan=True)
+    fd = owner.open_device(attached.path, "rw")
+    rewrite(fd, gpt(world, (2048, 1024), (4096, 256), (5000, 100)))
+    with opened(f"{attached.node}p2"):
+        assert error_of(rescan, owner, attached).name == f"{ERROR}DeviceBusy"
+        check(owner, attached, in_bytes((2048, 2048), (4096, 512)))
     fd.close()
 
 
@@ -906,13 +926,42 @@ def test_a_partition_that_outlived_a_killed_loopd_never_shows_the_next_image(num
             assert loops.partitions(attached.number) == ()
 
 
+def delete_partition(node: str, number: int) -> None:
+    form = struct.Struct("qqi64s64s4x")
+    described = ctypes.create_string_buffer(form.pack(0, 0, number, b"", b""))
+    with suppress(OSError), opened(node) as fd:
+        fcntl.ioctl(fd, BLKPG, struct.pack("iiiP", 2, 0, form.size, ctypes.addressof(described)))
+
+
+def test_a_partition_that_outlived_a_killed_loopd_is_removed_by_the_next_one() -> None:
+    with make_world(authority=RULES_ALLOW_ALL) as killed:
+        with killed.test():
+            left = [killed.caller(user).attach(killed.image(4 * MIB)) for user in (USER, None)]
+            for attached in left:
+                add_partition(attached.node, 1, MIB, MIB)
+            killed.daemon.kill()
+            for attached in left:
+                loops.wait_unbound(attached.number, attached.diskseq)
+                assert loops.partitions(attached.number) == (f"loop{attached.number}p1",)
+            try:
+                with Daemon(killed.bus, runtime_directory=killed.daemon.runtime_directory):
+                    with loops.Uevents() as events:
+                        events.wait_until(
+                            lambda: not any(loops.partitions(each.number) for each in left),
+                            "the partitions to go",
+                        )
+            finally:
+                for attached in left:
+                    delete_partition(attached.node, 1)
+
+
 # The child that reads the table
 
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Path]:
     """The program that reads tables in the world `bent`, for each test to write."""
-    with area("reader") as directory:
+    with make_area("reader") as directory:
         yield directory / "reader.py"
 
 
@@ -1107,3 +1156,40 @@ def test_the_child_that_reads_a_table_can_do_nothing_else(
     )
     check(owner, attached, {})
     assert owner.get(attached.path, "SectorSize") == 512
+
+
+def locked_in(pid: int) -> bool:
+    """Say whether a process has given up its capabilities, the last thing before it reads."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "CapEff:\t0000000000000000" in status
+
+
+def test_the_child_that_reads_a_table_ends_with_loopd(area: Path) -> None:
+    """Else it keeps the device, which autoclear would have taken away."""
+    hangs = area / "reader.py"
+    # The real one, which gives up what it has, but then reads for ever.
+    hangs.write_text(
+        "import importlib.util, pathlib, signal\n"
+        f"found = importlib.util.spec_from_file_location('reader', {str(TABLE_READER)!r})\n"
+        "module = importlib.util.module_from_spec(found)\n"
+        "found.loader.exec_module(module)\n"
+        "module.lock_in([], seccomp=False)\n"
+        "signal.pause()\n"
+    )
+    prelude = f"from pathlib import Path; from loopd import table; table._READER = Path('{hangs}')"
+    with make_world(authority=RULES_ALLOW_ALL, prelude=prelude) as killed, killed.test():
+        image = gpt(killed, (2048, 2048))
+        with loops.Uevents() as events:
+            killed.caller(USER).attach_begin(image, partition_scan=True)
+            events.wait_until(lambda: bool(over(image)), "the file to be bound")
+        deadline = Deadline()
+        while not (children := killed.daemon.children()) or not locked_in(children[0]):
+            assert deadline.remaining
+        try:
+            killed.daemon.kill()
+            with loops.Uevents() as events:
+                events.wait_until(lambda: not over(image), "the device to go", 5)
+        finally:
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, 9)

@@ -490,6 +490,27 @@ def test_partitions_that_were_not_asked_for_do_not_come_with_the_sector_size(
     assert loops.partitions(attached.number) == ()
 
 
+def test_a_sector_size_that_a_partition_in_use_forbids_changes_nothing(
+    world: World, owner: Caller
+) -> None:
+    image = make_gpt(world.new_path(), ((128, 64), (256, 64)), 2 * MIB, owner=USER)
+    attached = owner.attach(image, partition_scan=True)
+    before = owner.get_all(attached.path)
+    with opened(f"{attached.node}p2"):
+        error = error_of(set_sector_size, owner, attached.path, 4096)
+        assert error.name == f"{ERROR}DeviceBusy"
+        assert sector_size(attached) == 512
+        assert owner.get_all(attached.path) == before
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 2**31])
+def test_a_sector_that_is_larger_than_the_file_is_told_with_its_key(
+    world: World, owner: Caller, size: int
+) -> None:
+    error = error_of(owner.attach, world.image(), sector_size=size)
+    assert key_of(error) == (INVALID_ARGS, "sector-size")
+
+
 # Autoclear
 
 
