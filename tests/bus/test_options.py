@@ -304,7 +304,7 @@ def test_a_sector_size_that_the_kernel_does_not_take_is_an_invalid_one(
     image = world.image(4 * SIZE)
     with pytest.raises(CallError, match=r"InvalidArgs: sector-size: ") as caught:
         caller.attach(image, sector_size=2 * SIZE)
-    assert str(2 * SIZE) in caught.value.message
+    assert "larger than a page" in caught.value.message
     assert bound_files(world) == []
 
 
