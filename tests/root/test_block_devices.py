@@ -810,10 +810,14 @@ def test_a_limit_of_discards_is_not_left_to_the_next_user_of_the_number(
             following = attachment.attach(
                 OwnedFd(os.dup(fd)), backing.examine(fd), AttachRequest(number=upper.number)
             )
-        found = queue(following.number, "discard_max_bytes").read_text()
+        found, possible = (
+            int(queue(following.number, name).read_text())
+            for name in ("discard_max_bytes", "discard_max_hw_bytes")
+        )
         assert loopdev.detach(following) is True
         loopdev.remove(upper.number)
-        assert found == before
+        # The kernel rounds the two in its own ways.
+        assert found >= possible > 65536
     finally:
         limit.write_text(str(0xFFFFFFFF // 4096 * 4096))
 
