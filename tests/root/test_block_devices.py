@@ -796,7 +796,6 @@ def test_a_limit_of_discards_is_not_left_to_the_next_user_of_the_number(
     disk: loops.BoundLoop, world: World
 ) -> None:
     limit = queue(disk.number, "discard_max_bytes")
-    before = limit.read_text()
     limit.write_text("65536")
     try:
         # Without a daemon, which removes the device in a moment if nobody probes it.
