@@ -73,7 +73,11 @@ def look_at(number: int) -> BoundLoop | None:
 
 def partitions(number: int) -> tuple[str, ...]:
     """Return the kernel names of the partitions of /dev/loop`number`, bound or not."""
-    return tuple(sorted(path.name for path in Path(f"/sys/block/loop{number}").glob("loop*p*")))
+    try:
+        names = os.listdir(f"/sys/block/loop{number}")
+    except FileNotFoundError:  # the device is removed
+        return ()
+    return tuple(sorted(name for name in names if name.startswith(f"loop{number}p")))
 
 
 def loop_is_bound(number: int, diskseq: int | None = None) -> bool:
