@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The serving end of the bus: who calls, with which fds, within which bounds, and how it ends.
 
-Every method call goes one way: counted, its caller identified, admitted from its header, parsed,
-its fds matched one by one with the method's signature, answered by exactly one reply. What a method
+Every method call goes one way: counted, its caller identified, put in its user's turn, admitted
+from its header, parsed, its fds matched one by one with the method's signature, answered by exactly
+one reply. One that is too many is told so from its header, or its sender is muted. What a method
 means is the service's.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from . import codec, frame, wire
@@ -22,10 +24,14 @@ from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, fr
 from .fd import OwnedFd
 from .tasks import Tasks
 from .threads import Threads, Work
+from .turns import Account, Turns, metered
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE = 128 * 1024
+# A connection to which so many refusals are still to be told is not heard for a while, in seconds.
+_MAX_REFUSALS = 16
+_SILENCE = 0.1
+_TOO_MANY = "too many calls are under way: try again later"
 
 _REQUEST_NAME_DO_NOT_QUEUE = 4
 _PRIMARY_OWNER = 1
@@ -71,9 +77,20 @@ class _Session:
         self.name = name
         self.left: asyncio.Future[None] = loop.create_future()
         self.client: Client | None = None
+        self.account: Account | None = None
         self.waiting: list[_Call] = []
         """Calls that came before we knew who it is."""
         self.calls = 0
+        self.refusals = 0
+        self.spent = 0.0
+        """Seconds of our time before we knew whom to charge for them."""
+
+    def charge(self, seconds: float) -> None:
+        """Count time that was spent on this connection."""
+        if self.account:
+            self.account.charge(seconds)
+        else:
+            self.spent += seconds
 
 
 class Bus:
@@ -98,14 +115,18 @@ class Bus:
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[str, _Session] = {}
         self._calls = 0
-        self._calls_of_user: Counter[int] = Counter()
+        self._calls_of_nobody = 0
+        """Those of connections that we do not know yet."""
+        self._turns = Turns()
+        self._muted: set[bytes] = set()
         self._tasks = Tasks()
         self.connection = connection(
-            max_message=MAX_MESSAGE,
+            max_message=codec.MAX_MESSAGE,
             on_call=self._on_call,
             on_signal=self._on_signal,
             on_lost=on_lost,
-            close_fd=threads.close_fd,
+            close_fds=threads.close_fds,
+            muted=self._muted,
         )
 
     async def start(self) -> None:
@@ -193,10 +214,14 @@ class Bus:
             log.debug("nobody knows who %s is: %s", session.name, exc)
         else:
             session.client = Client(session.name, uid, session.left)
+            session.account = self._turns.account(uid)
+            session.charge(session.spent)
         waiting, session.waiting = session.waiting, []
+        self._calls_of_nobody -= len(waiting)
         for call in waiting:
-            if session.client:
-                self._begin(session, session.client, call)
+            self._calls += 1
+            if session.client and session.account:
+                self._admit(session, session.client, session.account, call)
             else:
                 self._answer_error(call.header, Failed("the bus does not say who is calling"))
                 self._end(session, call)
@@ -204,6 +229,7 @@ class Bus:
     # --- calls ----------------------------------------------------------------------------------
 
     def _on_call(self, incoming: frame.Frame) -> None:
+        start = time.thread_time()
         header = incoming.header
         if header is None or not header.sender:
             return
@@ -212,50 +238,92 @@ class Bus:
             session = self._sessions[header.sender] = _Session(header.sender, self._loop)
         try:
             self._require_room(session, incoming)
-        except LoopError as exc:
-            self._answer_error(header, exc)
-            return
-        fds, incoming.fds = incoming.fds, []
-        owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
-        call = _Call(header, incoming.data, owned, incoming.fds_lost)
-        session.calls += 1
-        self._calls += 1
-        if session.client:
-            self._begin(session, session.client, call)
-            return
-        session.waiting.append(call)
-        if len(session.waiting) == 1:
-            self._tasks.start(self._identify(session))
+        except LimitsExceeded as exc:
+            self._refuse(session, header, exc)
+        else:
+            self._take(session, header, incoming)
+        session.charge(time.thread_time() - start)
 
     def _require_room(self, session: _Session, incoming: frame.Frame) -> None:
         """Raise LimitsExceeded if the message is too large, or too many are under way."""
         if not incoming.data:
-            raise LimitsExceeded(f"a message may have {MAX_MESSAGE} bytes at most")
+            raise LimitsExceeded(f"a message may have {codec.MAX_MESSAGE} bytes at most")
         if session.calls >= self._limits.calls_per_connection:
             raise LimitsExceeded(
                 f"{session.calls} calls of this connection are under way: wait for their answers"
             )
-        if self._calls >= self._limits.calls:
-            raise LimitsExceeded("too many calls are under way: try again later")
+        if self._calls_of_nobody >= self._limits.calls and not session.client:
+            raise LimitsExceeded(_TOO_MANY)
+
+    def _refuse(self, session: _Session, header: frame.Header, error: LimitsExceeded) -> None:
+        """Tell that a call is too many, when it is its user's turn, or hear no more of them."""
+        name = session.name.encode()
+        if name in self._muted:
+            return
+        if session.refusals >= _MAX_REFUSALS:
+            self._muted.add(name)
+            self._loop.call_later(_SILENCE, self._muted.discard, name)
+            return
+        session.refusals += 1
+        tell = partial(self._tell, session, header, error)
+        if session.account:
+            session.account.flood()
+            self._turns.add(session.account, tell)
+        else:
+            self._loop.call_soon(tell)
+
+    def _tell(self, session: _Session, header: frame.Header, error: LimitsExceeded) -> None:
+        start = time.thread_time()
+        session.refusals -= 1
+        self._answer_error(header, error)
+        session.charge(time.thread_time() - start)
+
+    def _take(self, session: _Session, header: frame.Header, incoming: frame.Frame) -> None:
+        fds, incoming.fds = incoming.fds, []
+        owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
+        call = _Call(header, incoming.data, owned, incoming.fds_lost)
+        session.calls += 1
+        if session.client and session.account:
+            self._calls += 1
+            self._admit(session, session.client, session.account, call)
+            return
+        self._calls_of_nobody += 1
+        session.waiting.append(call)
+        if len(session.waiting) == 1:
+            self._tasks.start(self._charged(session.charge, self._identify(session)))
+
+    def _admit(self, session: _Session, client: Client, account: Account, call: _Call) -> None:
+        """Have a call served when it is its user's turn, or refuse it."""
+        account.calls += 1
+        if self._calls > self._limits.calls:
+            error = LimitsExceeded(_TOO_MANY)
+        elif client.uid != ROOT and account.calls > self._limits.calls_per_user:
+            error = LimitsExceeded("too many calls of this user are under way: try again later")
+        else:
+            self._turns.add(account, partial(self._begin, session, client, call))
+            return
+        self._refuse(session, call.header, error)
+        self._end(session, call)
 
     def _begin(self, session: _Session, client: Client, call: _Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
+        start = time.thread_time()
         try:
             client.require_present()
-            if (
-                client.uid != ROOT
-                and self._calls_of_user[client.uid] >= self._limits.calls_per_user
-            ):
-                raise LimitsExceeded("too many calls of this user are under way: try again later")
             header = call.header
             method, target = self._find(client.uid, header.path, header.interface, header.member)
             arguments = self._arguments(method, call)
         except LoopError as exc:
             self._answer_error(call.header, exc)
             self._end(session, call)
-            return
-        self._calls_of_user[client.uid] += 1
-        self._tasks.start(self._serve(session, client, call, method, target, arguments))
+        else:
+            serving = self._serve(session, client, call, method, target, arguments)
+            self._tasks.start(self._charged(session.charge, serving))
+        session.charge(time.thread_time() - start)
+
+    @staticmethod
+    async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
+        await metered(work, charge)
 
     def _end(self, session: _Session, call: _Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
@@ -263,6 +331,8 @@ class Bus:
             fd.close()
         session.calls -= 1
         self._calls -= 1
+        if session.account:
+            session.account.calls -= 1
 
     def _arguments(self, method: Method, call: _Call) -> list[Any]:
         """The arguments of a call, its fds in the places of their indices.
@@ -326,9 +396,6 @@ class Bus:
             self._answer_error(header, Failed("loopd failed; its log says why"))
         finally:
             self._end(session, call)
-            self._calls_of_user[client.uid] -= 1
-            if not self._calls_of_user[client.uid]:
-                del self._calls_of_user[client.uid]
 
     async def _answer(
         self, header: frame.Header, client: Client, method: Method, result: tuple[Any, ...]

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from functools import partial
@@ -120,13 +120,18 @@ class Threads:
 
     def close_fd(self, fd: int) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
-        self._submit(self._closes, partial(self._close, fd))
+        self.close_fds([fd])
 
-    def _close(self, fd: int) -> None:
-        if closes_quickly(fd):
-            _close(fd)
-        else:
-            self._submit(self._slow_closes, partial(_close, fd))
+    def close_fds(self, fds: Iterable[int]) -> None:
+        """Close several at once."""
+        self._submit(self._closes, partial(self._close, tuple(fds)))
+
+    def _close(self, fds: tuple[int, ...]) -> None:
+        for fd in fds:
+            if closes_quickly(fd):
+                _close(fd)
+            else:
+                self._submit(self._slow_closes, partial(_close, fd))
 
     def remove(self, function: Callable[[int], bool], number: int) -> None:
         """Remove a loop device in nobody's way."""

@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ _MAX_QUEUED = 16 << 20
 _MAX_QUEUED_PER_DESTINATION = 4 << 20
 
 
+def _close_fds(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 @dataclass(slots=True)
 class _Outgoing:
     data: memoryview
@@ -46,7 +51,8 @@ class Connection:
     """One connection, to be used once `hello` has returned.
 
     `on_call` and `on_signal` get frames and return at once; fds they do not take out of
-    `frame.fds` are closed by `close_fd`. `on_lost` is called once when the bus is gone.
+    `frame.fds` are closed by `close_fds`. Of senders in `muted` nothing is heard at all. `on_lost`
+    is called once when the bus is gone.
     """
 
     def __init__(
@@ -57,14 +63,16 @@ class Connection:
         on_call: Callable[[frame.Frame], None],
         on_signal: Callable[[frame.Frame], None],
         on_lost: Callable[[str], None],
-        close_fd: Callable[[int], None] = os.close,
+        close_fds: Callable[[Iterable[int]], None] = _close_fds,
+        muted: Collection[bytes] = frozenset(),
     ) -> None:
         self._socket = sock
-        self._reader = frame.Reader(max_message)
+        self._reader = frame.Reader(max_message, muted)
         self._on_call = on_call
         self._on_signal = on_signal
         self._on_lost = on_lost
-        self._close_fd = close_fd
+        self._close_fds = close_fds
+        self._unwanted: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._serial = 0
         self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
@@ -306,13 +314,17 @@ class Connection:
                 for incoming in self._reader.feed(data, fds, fds_lost=lost):
                     self._dispatch(incoming)
                 if time.monotonic() > end:
-                    return  # the event loop calls again after the others
+                    break  # the event loop calls again after the others
         except BlockingIOError:
             pass
         except frame.MalformedStream as exc:
             self._lose(f"the bus sent what is no message: {exc}")
         except OSError as exc:
             self._lose(f"cannot read from the bus: {exc.strerror}")
+        # Once for all that came: in a flood of fds, handing over each would cost most.
+        if self._unwanted:
+            self._close_fds(self._unwanted)
+            self._unwanted = []
 
     def _dispatch(self, incoming: frame.Frame) -> None:
         try:
@@ -330,8 +342,7 @@ class Connection:
             log.exception("a message could not be taken")
         finally:
             # Whatever nobody has taken by now, nobody will.
-            for fd in incoming.fds:
-                self._close_fd(fd)
+            self._unwanted += incoming.fds
 
     def _on_reply(self, header: frame.Header, incoming: frame.Frame) -> None:
         destination, future = self._calls.get(header.reply_serial, ("", None))
@@ -353,6 +364,9 @@ class Connection:
         incoming.fds = []
         future.set_result((reply, fds))
 
+    def _close_fd(self, fd: int) -> None:
+        self._close_fds([fd])
+
     def _lose(self, why: str) -> None:
         if not self._lost:
             self._lost = True
@@ -363,8 +377,7 @@ class Connection:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
-        for fd in self._reader.take_fds():
-            self._close_fd(fd)
+        self._close_fds(self._reader.take_fds())
         for _, future in self._calls.values():
             if not future.done():
                 future.set_exception(error)

@@ -4,7 +4,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import pytest
@@ -55,12 +55,13 @@ class Harness:
             on_call=self.calls.append,
             on_signal=self.calls.append,
             on_lost=self.lost.append,
-            close_fd=self._close,
+            close_fds=self._close,
         )
 
-    def _close(self, fd: int) -> None:
-        os.close(fd)
-        self.closed.append(fd)
+    def _close(self, fds: Iterable[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+            self.closed.append(fd)
 
     def end(self) -> None:
         """Close both ends."""
