@@ -11,16 +11,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
+from .call import Call, Method
 from .config import Limits
-from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
+from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
 from .tasks import Tasks
 from .threads import Threads, Work
@@ -37,37 +36,9 @@ _REQUEST_NAME_DO_NOT_QUEUE = 4
 _PRIMARY_OWNER = 1
 
 
-class Authorization(Enum):
-    """Who decides whether a method may be called. There is no default."""
-
-    FREE = "anyone may: it only tells what is public"
-    MANAGER = "the manager asks for what the table in `access` demands"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method as it is served; the handler gets the caller, the object and the arguments."""
-
-    name: str
-    in_signature: str
-    out_signature: str
-    authorization: Authorization
-    handler: Callable[..., Awaitable[tuple[Any, ...]]]
-
-
 Find = Callable[[int, str, str, str], tuple[Method, Any]]
 """The caller's uid, path, interface (may be empty) and member to the method and its object; raises
 LoopError."""
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A call that is under way, and what came with it."""
-
-    header: frame.Header
-    data: bytes
-    fds: list[OwnedFd]
-    fds_lost: bool
 
 
 class _Session:
@@ -78,7 +49,7 @@ class _Session:
         self.left: asyncio.Future[None] = loop.create_future()
         self.client: Client | None = None
         self.account: Account | None = None
-        self.waiting: list[_Call] = []
+        self.waiting: list[Call] = []
         """Calls that came before we knew who it is."""
         self.calls = 0
         self.refusals = 0
@@ -281,7 +252,7 @@ class Bus:
     def _take(self, session: _Session, header: frame.Header, incoming: frame.Frame) -> None:
         fds, incoming.fds = incoming.fds, []
         owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
-        call = _Call(header, incoming.data, owned, incoming.fds_lost)
+        call = Call(header, incoming.data, owned, incoming.fds_lost)
         session.calls += 1
         if session.client and session.account:
             self._calls += 1
@@ -292,7 +263,7 @@ class Bus:
         if len(session.waiting) == 1:
             self._tasks.start(self._charged(session.charge, self._identify(session)))
 
-    def _admit(self, session: _Session, client: Client, account: Account, call: _Call) -> None:
+    def _admit(self, session: _Session, client: Client, account: Account, call: Call) -> None:
         """Have a call served when it is its user's turn, or refuse it."""
         account.calls += 1
         if self._calls > self._limits.calls:
@@ -305,14 +276,14 @@ class Bus:
         self._refuse(session, call.header, error)
         self._end(session, call)
 
-    def _begin(self, session: _Session, client: Client, call: _Call) -> None:
+    def _begin(self, session: _Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
         start = time.thread_time()
         try:
             client.require_present()
             header = call.header
             method, target = self._find(client.uid, header.path, header.interface, header.member)
-            arguments = self._arguments(method, call)
+            arguments = call.arguments(method)
         except LoopError as exc:
             self._answer_error(call.header, exc)
             self._end(session, call)
@@ -325,7 +296,7 @@ class Bus:
     async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
         await metered(work, charge)
 
-    def _end(self, session: _Session, call: _Call) -> None:
+    def _end(self, session: _Session, call: Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
         for fd in call.fds:
             fd.close()
@@ -334,47 +305,11 @@ class Bus:
         if session.account:
             session.account.calls -= 1
 
-    def _arguments(self, method: Method, call: _Call) -> list[Any]:
-        """The arguments of a call, its fds in the places of their indices.
-
-        Raises InvalidArgs unless all is as the method's signature says, and each fd used once.
-        """
-        header = call.header
-        if header.signature != method.in_signature:
-            raise InvalidArgs(
-                f"{method.name} takes arguments of the signature '{method.in_signature}', "
-                f"not '{header.signature}'"
-            )
-        if call.fds_lost:
-            raise LimitsExceeded("the file descriptors did not arrive: try again later")
-        # Checked before parsing: a variant may hold a handle too, and no option of ours does.
-        wanted = method.in_signature.count("h")
-        if not len(call.fds) == header.unix_fds == wanted:
-            raise InvalidArgs(
-                f"{method.name} takes {wanted} file descriptors, and {len(call.fds)} came"
-            )
-        try:
-            arguments: list[Any] = codec.parse(call.data).body
-        except codec.MalformedMessage as exc:
-            log.debug("a message of %s cannot be read: %s", header.sender, exc)
-            raise InvalidArgs("the message cannot be read") from exc
-        # A handle is always an argument of its own in our signatures, so its place is known.
-        places = [
-            place
-            for place, kind in enumerate(codec.argument_types(method.in_signature))
-            if kind == "h"
-        ]
-        if sorted(arguments[place] for place in places) != [*range(len(call.fds))]:
-            raise InvalidArgs(f"{method.name} got a handle that is no file descriptor it passed")
-        for place in places:
-            arguments[place] = call.fds[arguments[place]]
-        return arguments
-
     async def _serve(
         self,
         session: _Session,
         client: Client,
-        call: _Call,
+        call: Call,
         method: Method,
         target: object,
         arguments: list[Any],

@@ -110,7 +110,8 @@ class Connection:
     ) -> list[Any]:
         """Call a method and return the reply's body; fds in the reply are closed.
 
-        Raises the error that the reply names, TimedOut after `timeout` seconds, BusError.
+        Raises the error that the reply names, RefusedByBus where it is the bus that is full,
+        TimedOut after `timeout` seconds, BusError.
         """
         reply, reply_fds = await self.call_with_fds(
             destination,
@@ -167,7 +168,10 @@ class Connection:
             for fd in reply_fds:
                 fd.close()
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
-            raise errors.by_name(reply.error_name or "", text)
+            error = errors.by_name(reply.error_name or "", text)
+            if isinstance(error, errors.LimitsExceeded) and reply.sender == BUS_NAME:
+                error = errors.RefusedByBus(text)
+            raise error
         return reply.body, reply_fds
 
     def reply(

@@ -20,7 +20,7 @@ LAYERS = (
     ("operations", "attaching", "announcer"),
     ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("registry", "locks", "monitor", "polkit", "wire", "dial"),
-    ("device", "threads", "tasks", "config", "client.memory", "turns"),
+    ("device", "threads", "tasks", "config", "client.memory", "turns", "call"),
     ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
     ("attachment",),
     ("loopdev",),
