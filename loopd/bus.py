@@ -17,7 +17,7 @@ from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
-from .call import Call, Method
+from .call import Authorization, Call, Method
 from .config import Limits
 from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
@@ -315,19 +315,23 @@ class Bus:
         arguments: list[Any],
     ) -> None:
         header = call.header
+        caller = Caller(client, bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION))
         try:
-            interactive = bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION)
-            result = await method.handler(Caller(client, interactive), target, *arguments)
+            result = await method.handler(caller, target, *arguments)
+            _note(caller, method, "done")
             await self._answer(header, client, method, result)
         except LoopError as exc:
+            _note(caller, method, exc.dbus_name, exc)
             self._answer_error(header, exc)
         except OSError as exc:
-            self._answer_error(header, from_os_error(exc, method.name))
+            error = from_os_error(exc, method.name)
+            _note(caller, method, error.dbus_name, error)
+            self._answer_error(header, error)
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
         # Whatever else comes up is a bug of ours: the log has it whole, the caller none of it.
         except Exception:
-            log.exception("%s of %s failed", method.name, header.sender)
+            log.exception("%s of %s failed", method.name, header.sender, extra=client.fields)
             self._answer_error(header, Failed("loopd failed; its log says why"))
         finally:
             self._end(session, call)
@@ -360,3 +364,23 @@ class Bus:
             self.connection.reply_error(header, error.dbus_name, str(error))
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
+
+
+def _note(caller: Caller, method: Method, result: str, error: LoopError | None = None) -> None:
+    """Log how a call ended, unless it is one that everybody may make."""
+    if method.authorization is Authorization.FREE:
+        return
+    log.info(
+        "%s%s for uid %d, %s: %s",
+        method.name,
+        f" of {node}" if (node := caller.concerns.get("DEVICE")) else "",
+        caller.uid,
+        caller.client.name,
+        error or result,
+        extra={
+            "ACTION": method.name,
+            "RESULT": result,
+            **caller.client.fields,
+            **caller.concerns,
+        },
+    )
