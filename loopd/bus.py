@@ -11,16 +11,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
-from .call import Authorization, Call, Method
+from .call import Call, Method, note_end
 from .config import Limits
 from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
+from .session import Session
 from .tasks import Tasks
 from .threads import Threads, Work
 from .turns import Account, Turns, metered
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 # A connection to which so many refusals are still to be told is not heard for a while, in seconds.
 _MAX_REFUSALS = 16
 _SILENCE = 0.1
+# Fds of one user that are being closed and may not be for as long as it likes: of one who has more
+# none are taken, nor of strangers while there is such a user.
+_MAX_CLOSING = 32
 _TOO_MANY = "too many calls are under way: try again later"
 
 _REQUEST_NAME_DO_NOT_QUEUE = 4
@@ -39,29 +43,6 @@ _PRIMARY_OWNER = 1
 Find = Callable[[int, str, str, str], tuple[Method, Any]]
 """The caller's uid, path, interface (may be empty) and member to the method and its object; raises
 LoopError."""
-
-
-class _Session:
-    """What is known of a connection that has called us."""
-
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.name = name
-        self.left: asyncio.Future[None] = loop.create_future()
-        self.client: Client | None = None
-        self.account: Account | None = None
-        self.waiting: list[Call] = []
-        """Calls that came before we knew who it is."""
-        self.calls = 0
-        self.refusals = 0
-        self.spent = 0.0
-        """Seconds of our time before we knew whom to charge for them."""
-
-    def charge(self, seconds: float) -> None:
-        """Count time that was spent on this connection."""
-        if self.account:
-            self.account.charge(seconds)
-        else:
-            self.spent += seconds
 
 
 class Bus:
@@ -84,7 +65,7 @@ class Bus:
         self._before_reply = before_reply
         self._client_left = client_left
         self._loop = asyncio.get_running_loop()
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._calls = 0
         self._calls_of_nobody = 0
         """Those of connections that we do not know yet."""
@@ -96,8 +77,10 @@ class Bus:
             on_call=self._on_call,
             on_signal=self._on_signal,
             on_lost=on_lost,
-            close_fds=threads.close_fds,
+            close_fds=self._close_fds,
             muted=self._muted,
+            is_wary=lambda: threads.closing_for_all > _MAX_CLOSING,
+            trusts=self._trusts,
         )
 
     async def start(self) -> None:
@@ -176,7 +159,7 @@ class Bus:
         if session.client:
             self._client_left(session.client)
 
-    async def _identify(self, session: _Session) -> None:
+    async def _identify(self, session: Session) -> None:
         """Find out who a connection is, which the bus knows and which never changes."""
         try:
             (uid,) = await self.connection.call_bus("GetConnectionUnixUser", "s", [session.name])
@@ -206,7 +189,9 @@ class Bus:
             return
         session = self._sessions.get(header.sender)
         if session is None:
-            session = self._sessions[header.sender] = _Session(header.sender, self._loop)
+            session = self._sessions[header.sender] = Session(
+                header.sender, self._loop.create_future()
+            )
         try:
             self._require_room(session, incoming)
         except LimitsExceeded as exc:
@@ -215,7 +200,7 @@ class Bus:
             self._take(session, header, incoming)
         session.charge(time.thread_time() - start)
 
-    def _require_room(self, session: _Session, incoming: frame.Frame) -> None:
+    def _require_room(self, session: Session, incoming: frame.Frame) -> None:
         """Raise LimitsExceeded if the message is too large, or too many are under way."""
         if not incoming.data:
             raise LimitsExceeded(f"a message may have {codec.MAX_MESSAGE} bytes at most")
@@ -226,7 +211,7 @@ class Bus:
         if self._calls_of_nobody >= self._limits.calls and not session.client:
             raise LimitsExceeded(_TOO_MANY)
 
-    def _refuse(self, session: _Session, header: frame.Header, error: LimitsExceeded) -> None:
+    def _refuse(self, session: Session, header: frame.Header, error: LimitsExceeded) -> None:
         """Tell that a call is too many, when it is its user's turn, or hear no more of them."""
         name = session.name.encode()
         if name in self._muted:
@@ -243,15 +228,16 @@ class Bus:
         else:
             self._loop.call_soon(tell)
 
-    def _tell(self, session: _Session, header: frame.Header, error: LimitsExceeded) -> None:
+    def _tell(self, session: Session, header: frame.Header, error: LimitsExceeded) -> None:
         start = time.thread_time()
         session.refusals -= 1
         self._answer_error(header, error)
         session.charge(time.thread_time() - start)
 
-    def _take(self, session: _Session, header: frame.Header, incoming: frame.Frame) -> None:
+    def _take(self, session: Session, header: frame.Header, incoming: frame.Frame) -> None:
         fds, incoming.fds = incoming.fds, []
-        owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
+        close = partial(self._close_fd, session)
+        owned = [OwnedFd(fd, close) for fd in fds]
         call = Call(header, incoming.data, owned, incoming.fds_lost)
         session.calls += 1
         if session.client and session.account:
@@ -263,7 +249,7 @@ class Bus:
         if len(session.waiting) == 1:
             self._tasks.start(self._charged(session.charge, self._identify(session)))
 
-    def _admit(self, session: _Session, client: Client, account: Account, call: Call) -> None:
+    def _admit(self, session: Session, client: Client, account: Account, call: Call) -> None:
         """Have a call served when it is its user's turn, or refuse it."""
         account.calls += 1
         if self._calls > self._limits.calls:
@@ -276,7 +262,21 @@ class Bus:
         self._refuse(session, call.header, error)
         self._end(session, call)
 
-    def _begin(self, session: _Session, client: Client, call: Call) -> None:
+    def _close_fd(self, session: Session, fd: int) -> None:
+        self._threads.close_fd(fd, session.owner)
+
+    def _close_fds(self, fds: Iterable[int], sender: str) -> None:
+        session = self._sessions.get(sender)
+        self._threads.close_fds(fds, session.owner if session else sender)
+
+    def _trusts(self, sender: str) -> bool:
+        """Whether we take fds of a sender though closing those of others may take for ever."""
+        session = self._sessions.get(sender)
+        if session is None or session.account is None:
+            return False
+        return self._threads.closing(session.owner) <= _MAX_CLOSING
+
+    def _begin(self, session: Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
         start = time.thread_time()
         try:
@@ -296,7 +296,7 @@ class Bus:
     async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
         await metered(work, charge)
 
-    def _end(self, session: _Session, call: Call) -> None:
+    def _end(self, session: Session, call: Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
         for fd in call.fds:
             fd.close()
@@ -307,7 +307,7 @@ class Bus:
 
     async def _serve(
         self,
-        session: _Session,
+        session: Session,
         client: Client,
         call: Call,
         method: Method,
@@ -318,14 +318,14 @@ class Bus:
         caller = Caller(client, bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION))
         try:
             result = await method.handler(caller, target, *arguments)
-            _note(caller, method, "done")
+            note_end(caller, method, "done")
             await self._answer(header, client, method, result)
         except LoopError as exc:
-            _note(caller, method, exc.dbus_name, exc)
+            note_end(caller, method, exc.dbus_name, exc)
             self._answer_error(header, exc)
         except OSError as exc:
             error = from_os_error(exc, method.name)
-            _note(caller, method, error.dbus_name, error)
+            note_end(caller, method, error.dbus_name, error)
             self._answer_error(header, error)
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
@@ -364,23 +364,3 @@ class Bus:
             self.connection.reply_error(header, error.dbus_name, str(error))
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
-
-
-def _note(caller: Caller, method: Method, result: str, error: LoopError | None = None) -> None:
-    """Log how a call ended, unless it is one that everybody may make."""
-    if method.authorization is Authorization.FREE:
-        return
-    log.info(
-        "%s%s for uid %d, %s: %s",
-        method.name,
-        f" of {node}" if (node := caller.concerns.get("DEVICE")) else "",
-        caller.uid,
-        caller.client.name,
-        error or result,
-        extra={
-            "ACTION": method.name,
-            "RESULT": result,
-            **caller.client.fields,
-            **caller.concerns,
-        },
-    )

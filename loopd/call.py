@@ -8,7 +8,8 @@ from enum import Enum
 from typing import Any
 
 from . import codec, frame
-from .errors import InvalidArgs, LimitsExceeded
+from .access import Caller
+from .errors import InvalidArgs, LimitsExceeded, LoopError
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
@@ -77,3 +78,23 @@ class Call:
         for place in places:
             arguments[place] = self.fds[arguments[place]]
         return arguments
+
+
+def note_end(caller: Caller, method: Method, result: str, error: LoopError | None = None) -> None:
+    """Log how a call ended, unless it is one that everybody may make."""
+    if method.authorization is Authorization.FREE:
+        return
+    log.info(
+        "%s%s for uid %d, %s: %s",
+        method.name,
+        f" of {node}" if (node := caller.concerns.get("DEVICE")) else "",
+        caller.uid,
+        caller.client.name,
+        error or result,
+        extra={
+            "ACTION": method.name,
+            "RESULT": result,
+            **caller.client.fields,
+            **caller.concerns,
+        },
+    )

@@ -77,7 +77,9 @@ class Frame:
     """The whole message; empty if it is over the cap."""
     fds: list[int] = field(default_factory=list)
     fds_lost: bool = False
-    """The fds did not all arrive: our table of open files is full."""
+    """The fds did not all arrive: our table of open files is full, or they were not wanted."""
+    sender: str = ""
+    """As in the header, known also where that is none for being muted."""
 
 
 def read_header(data: bytes | bytearray, end: int) -> Header:
@@ -163,6 +165,22 @@ class Reader:
         fds, self._fds = self._fds, []
         return fds
 
+    def last_sender(self, data: bytes) -> str:
+        """Who sends the message that begins last, if this piece comes next; empty if unknown."""
+        probe = Reader(self._max_message)
+        probe._buffer, probe._skip = self._buffer[:], self._skip
+        try:
+            frames = probe.feed(data, [])
+        except MalformedStream:
+            return ""
+        if not probe._buffer:
+            return frames[-1].sender if frames else ""
+        unpack = _LITTLE if probe._buffer[0] == 0x6C else _BIG
+        if len(probe._buffer) < _FIXED:
+            return ""
+        end = _FIXED + unpack(probe._buffer, 0)[2]
+        return _name(_SENDER.match(probe._buffer, _FIXED, end))
+
     def _cut(self, data: bytes, frames: list[Frame]) -> Frame | None:
         """Append the frames that are complete, and return that of the message which began last.
 
@@ -175,6 +193,7 @@ class Reader:
         buffer, muted = self._buffer, self._muted
         buffer += data[skipped:] if skipped else data
         start, size = 0, len(buffer)
+        muted_sender: re.Match[bytes] | None = None
         while size - start >= _FIXED:
             if buffer[start] == 0x6C:
                 version, body, fields = _LITTLE(buffer, start)
@@ -194,19 +213,19 @@ class Reader:
             sender = _SENDER.match(buffer, start + _FIXED, min(end, size)) if muted else None
             if muted and (sender is None or sender[1] in muted):
                 # A bus always says who sends, or the header is one that nobody can read.
-                last = _NOTHING
+                last, muted_sender = _NOTHING, sender
                 if self._fds or self._fds_lost:
-                    last = self._with_fds(Frame(None, b""))
+                    last = self._with_fds(Frame(None, b"", sender=_name(sender)))
                     frames.append(last)
             elif total > self._max_message:
                 known = fields <= _MAX_FIELDS
-                last = self._with_fds(Frame(self._header(start, end) if known else None, b""))
+                last = self._with_fds(_framed(self._header(start, end) if known else None, b""))
                 frames.append(last)
             elif size - start < total:
                 break
             else:
                 message = bytes(buffer[start : start + total])
-                last = self._with_fds(Frame(_parsed(message, end - start), message))
+                last = self._with_fds(_framed(_parsed(message, end - start), message))
                 frames.append(last)
             start += total
         if start > size:
@@ -216,7 +235,7 @@ class Reader:
         del buffer[:start]
         if incomplete:
             return None
-        return Frame(None, b"") if last is _NOTHING else last
+        return Frame(None, b"", sender=_name(muted_sender)) if last is _NOTHING else last
 
     def _header(self, start: int, end: int) -> Header | None:
         return _parsed(bytes(self._buffer[start:end]), end - start)
@@ -225,6 +244,14 @@ class Reader:
         frame.fds, self._fds = self._fds, []
         frame.fds_lost, self._fds_lost = self._fds_lost, False
         return frame
+
+
+def _framed(header: Header | None, data: bytes) -> Frame:
+    return Frame(header, data, sender=header.sender if header else "")
+
+
+def _name(sender: re.Match[bytes] | None) -> str:
+    return sender[1].decode(errors="replace") if sender else ""
 
 
 def _parsed(data: bytes, end: int) -> Header | None:

@@ -185,6 +185,33 @@ def test_fds_of_a_muted_sender_come_without_their_message(cut: int | None, size:
     assert [one.fds_lost for one in seen if one.header] == [False]
 
 
+@given(
+    senders=st.lists(st.sampled_from([b":1.7", OTHER, b":1.12"]), min_size=1, max_size=6),
+    sizes=st.lists(st.sampled_from([0, 10, 300, 2 * CAP]), min_size=6, max_size=6),
+    cut=st.integers(0, 20_000),
+)
+def test_whose_a_piece_is_can_be_asked_before_it_is_fed(
+    senders: list[bytes], sizes: list[int], cut: int
+) -> None:
+    messages = [
+        call_of(sender, serial, size)
+        for serial, (sender, size) in enumerate(zip(senders, sizes, strict=False), 1)
+    ]
+    data = b"".join(messages)
+    cut %= len(data) + 1
+    reader = frame.Reader(CAP)
+    before = len(reader.feed(data[:cut], []))
+    begun = [sum(map(len, messages[:each])) for each in range(len(messages))]
+    starts = [sender for sender, place in zip(senders, begun, strict=False) if place < len(data)]
+    if any(cut <= place for place in begun):
+        assert reader.last_sender(data[cut:]) == starts[-1].decode()
+    # Asking changes nothing.
+    after = reader.feed(data[cut:], [])
+    assert [one.header.serial for one in after if one.header] == [
+        *range(before + 1, len(messages) + 1)
+    ]
+
+
 def test_who_is_muted_may_change_between_two_messages() -> None:
     muted: set[bytes] = set()
     reader = frame.Reader(CAP, muted)
