@@ -260,5 +260,8 @@ def _undo(loop: loopdev.LoopDevice) -> None:
     if not loopdev.detach(loop):
         # No client has ever had it, so nobody turns autoclear off.
         loop.close()
-    waits = kernel.loop_binding(loop.number) == loop.binding
+    try:
+        waits = kernel.loop_binding(loop.number) == loop.binding
+    except OSError:
+        waits = True  # as far as known; when it is looked at again, it is seen that it does not
     loop.release(loop.binding if waits else None)
