@@ -84,10 +84,10 @@ def detach(device: LoopDevice) -> bool:
     """Let go of a device: write back, remove partitions, clear, close.
 
     Returns whether our fds are closed. They stay open while others have a device of ours open, or
-    nobody can say whether it is ours, and `clear` has to be called again then. Closing earlier would
-    leave the rest to autoclear, which whoever has a writable fd can turn off; before Linux 6.11 the
-    last opener could even unbind the device, keep its fd and read the next image on the number.
-    Nothing is raised.
+    sysfs does not say whether it is ours, and `clear` has to be called again then. Closing earlier
+    would leave the rest to autoclear, which whoever has a writable fd can turn off; before Linux
+    6.11 the last opener could even unbind the device, keep its fd and read the next image on the
+    number. Nothing is raised.
     """
     # The lock first: another fd on the device would make CLR_FD a lazy one.
     if device.lock is not None:
