@@ -167,13 +167,18 @@ class Inside:
             for give_back in taken:
                 give_back()
 
-    async def end(self) -> None:
-        """Wait for all that goes on, and fail if it ends with anything left."""
-        deadline = Deadline()
+    async def quiet(self) -> None:
+        """Wait until no task is under way."""
+        deadline = Deadline(_PATIENCE)
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             _, late = await asyncio.wait(tasks, timeout=deadline.remaining)
             assert not late, f"tasks that do not end: {late}"
-        assert await asyncio.to_thread(self.threads.stop, deadline.remaining)
+
+    async def end(self) -> None:
+        """Wait for all that goes on."""
+        await self.quiet()
+        assert await asyncio.to_thread(self.threads.stop, _PATIENCE)
+        await self.quiet()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What happens at an await: an exception comes out of it, or something else happens meanwhile.
 
-Every task that is made while this is installed is driven step by step.  A point is one suspension of
-one task; they are counted over all tasks, in the order in which they come.
+Every task that is made while this is installed is driven step by step.  A point is one suspension
+of one task; they are counted over all tasks, in the order in which they come.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ class Suspensions:
     wanted: Callable[[str], bool] = lambda _: True
     """Which points count, by their names."""
     points: list[str] = field(default_factory=list)
-    """The names of those that came: the function that began to wait, with its line, in which task."""
+    """The names of those that came: who began to wait, in which line and in which task."""
 
     @contextmanager
     def installed(self) -> Iterator["Suspensions"]:
@@ -45,10 +45,7 @@ class Suspensions:
     def _make_task(
         self, loop: asyncio.AbstractEventLoop, coroutine: Any, **named: Any
     ) -> "asyncio.Task[Any]":
-        return asyncio.Task(self._drive(coroutine), loop=loop, **named)
-
-    async def _drive(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return await _Driven(coroutine, self)
+        return asyncio.Task(_Driven(coroutine, self), loop=loop, **named)
 
     def due(self, coroutine: Coroutine[Any, Any, Any]) -> bool:
         """Count a point, and say whether it is the one."""
@@ -59,35 +56,46 @@ class Suspensions:
         return len(self.points) - 1 == self.index
 
 
-class _Driven:
-    """Awaits a coroutine, and does what is to be done at its points."""
+class _Driven(Coroutine[Any, Any, Any]):
+    """A coroutine, and what is to be done at its points."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], suspensions: Suspensions) -> None:
         self._coroutine = coroutine
         self._suspensions = suspensions
+        self._due = False
+        """Whether it is to be done when the wait that has begun is over."""
 
-    def __await__(self) -> Generator[Any, None, Any]:
-        coroutine, suspensions = self._coroutine, self._suspensions
-        step: Callable[[], Any] = partial(coroutine.send, None)
-        while True:
-            try:
-                waited = step()
-            except StopIteration as end:
-                return end.value
-            due = suspensions.due(coroutine)
-            if due and not suspensions.late and (exc := suspensions.action()):
-                # Nobody waits for it any more; another may.
-                if waited is not None:
-                    waited._asyncio_future_blocking = False
-                step = partial(coroutine.throw, exc)
-                continue
-            step = partial(coroutine.send, None)
-            try:
-                yield waited
-            except BaseException as exc:  # noqa: BLE001 - all of them are the coroutine's
-                step = partial(coroutine.throw, exc)
-            if due and suspensions.late and (exc := suspensions.action()):
-                step = partial(coroutine.throw, exc)
+    def send(self, value: Any) -> Any:
+        """Go on after a wait, or begin."""
+        return self._go_on(partial(self._coroutine.send, value))
+
+    def throw(self, *exc: Any) -> Any:
+        """Go on after a wait that failed."""
+        return self._go_on(partial(self._coroutine.throw, *exc))
+
+    def close(self) -> None:
+        """End it where it is."""
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        raise TypeError("a task's own")
+
+    def _go_on(self, step: Callable[[], Any]) -> Any:
+        suspensions = self._suspensions
+        if self._due and (exc := suspensions.action()):
+            step = partial(self._coroutine.throw, exc)
+        self._due = False
+        waited = step()
+        while suspensions.due(self._coroutine):
+            if suspensions.late:
+                self._due = True
+                break
+            if not (exc := suspensions.action()):
+                break
+            if waited is not None:
+                waited._asyncio_future_blocking = False  # nobody waits for it any more
+            waited = self._coroutine.throw(exc)
+        return waited
 
 
 def _name(coroutine: Any) -> str | None:

@@ -144,9 +144,7 @@ SCENARIOS = {
         act=attach(offset=4096, partition_scan=True), traits=LEGACY, thorough=True
     ),
     "attach before 6.11": Scenario(act=attach(number=5), traits=OLD),
-    "detach": Scenario(
-        act=detach(), attached=PARTITIONS | {"lock": Lock.SHARED}, thorough=True
-    ),
+    "detach": Scenario(act=detach(), attached=PARTITIONS | {"lock": Lock.SHARED}, thorough=True),
     "lazy detach": Scenario(act=detach(lazy=True), attached={}),
     "detach with another opener": Scenario(act=detach(), attached={}, opened=True),
     "detach before 6.11": Scenario(act=detach(), attached={}, opened=True, traits=OLD),
@@ -198,7 +196,7 @@ def play(
                     raise exc
             else:
                 succeeded = not task.cancelled()
-            await _settle(stage, succeeded)
+            await _settle(stage, scenario, succeeded)
         script.clear()
         await _serve_again(stage, scenario, succeeded)
         stage.close()
@@ -216,10 +214,16 @@ def play(
         return run_inside(Path(directory), story, scenario.traits)
 
 
-async def _settle(stage: Stage, succeeded: bool) -> None:
+async def _settle(stage: Stage, scenario: Scenario, succeeded: bool) -> None:
     """Wait until nothing is bound but what is recorded for the caller."""
     inside = stage.inside
     await inside.until_none(inside.unrecorded)
+    if not scenario.opened:  # else a detach goes on until the other opener is gone
+        await inside.quiet()
+    if not succeeded and scenario.attached is None:
+        await inside.until_none(
+            lambda: [f"loop{each} is bound" for each in inside.scripted.bound()]
+        )
     if succeeded and isinstance(stage.device, Device) and not stage.caller.client.gone:
         assert stage.device.ending or inside.registry.knows(stage.device)
 
@@ -254,8 +258,10 @@ need not all fail."""
 
 # What a kernel may say beside EIO, where it makes a difference.
 OPENING = ("open_loop_control", "open_loop", "open_partition", "dup")
-CHANGING = ("loop_configure", "loop_set_fd", "loop_set_status64", "loop_clr_fd", "loop_set_capacity")
-CHANGING += ("open_loop", "open_partition", "blkpg_add_partition", "blkpg_del_partition")
+CHANGING = (
+    *("loop_configure", "loop_set_fd", "loop_set_status64", "loop_clr_fd", "loop_set_capacity"),
+    *("open_loop", "open_partition", "blkpg_add_partition", "blkpg_del_partition"),
+)
 ASKING = ("loop_attribute", "loop_binding", "loop_partitions", "block_attribute")
 CODES = {
     errno.EMFILE: OPENING,
@@ -335,3 +341,99 @@ class Trouble:
     def require_none(self) -> None:
         """Fail if there was any."""
         assert not self._found, f"{len(self._found)} faults: " + "\n".join(self._found[:50])
+
+
+# --- the awaits ---------------------------------------------------------------------------------
+
+# Nothing but a cancellation comes out of these: they wait for a turn, or for an event.
+UNFAILING = ("Threads.turn:", "Manager._take:", "Attaching.attach:", "Manager.detach:")
+CANCELLED = tuple(f"{each}.<locals>.act" for each in ("attach", "detach", "resize", "resize_by"))
+USE_CASES = (*CANCELLED, "Attaching._bind")
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "OSError": lambda: OSError(errno.EIO, os.strerror(errno.EIO)),
+    "LoopError": lambda: Failed("a fault"),
+    "TimedOut": lambda: TimedOut("a fault"),
+    "BusError": lambda: BusError("a fault"),
+}
+
+
+def may_fail(point: str) -> bool:
+    where, _, task = point.partition(" in ")
+    return task in USE_CASES and not where.startswith(UNFAILING)
+
+
+def may_be_cancelled(point: str) -> bool:
+    """Only who serves a call is cancelled, not what goes on in the background."""
+    return point.partition(" in ")[2] in CANCELLED
+
+
+def hit(suspensions: Suspensions) -> Fault:
+    @contextmanager
+    def fault(_stage: Stage, _script: Script) -> Iterator[None]:
+        with suspensions.installed():
+            yield
+
+    return fault
+
+
+def points_of(
+    tmp_path: Path, image: Path, scenario: Scenario, wanted: Callable[[str], bool]
+) -> list[str]:
+    """Return the names of the points in a run where nothing happens."""
+    suspensions = Suspensions(wanted=wanted)
+    play(tmp_path, image, scenario, hit(suspensions))
+    return suspensions.points
+
+
+@EACH
+def test_each_await_may_fail(tmp_path: Path, image: Path, name: str) -> None:
+    scenario, trouble = SCENARIOS[name], Trouble()
+    points = points_of(tmp_path, image, scenario, may_fail)
+    # A lazy detach asks nobody anything: it only waits for the end.
+    assert points or scenario is SCENARIOS["lazy detach"]
+    for index, point in enumerate(points):
+        for kind, make in ERRORS.items():
+            with trouble.noted(f"{kind} from await {index}, of {point}"):
+                suspensions = Suspensions(index, make, wanted=may_fail)
+                play(tmp_path, image, scenario, hit(suspensions), kinds=(BusError,))
+                assert len(suspensions.points) > index, "it did not come up"
+    trouble.require_none()
+
+
+@EACH
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when the wait is over"])
+def test_each_await_may_be_cancelled(tmp_path: Path, image: Path, name: str, late: bool) -> None:
+    scenario, trouble = SCENARIOS[name], Trouble()
+    points = points_of(tmp_path, image, scenario, may_be_cancelled)
+    assert points
+    for index, point in enumerate(points):
+        with trouble.noted(f"a cancellation at await {index}, of {point}"):
+            suspensions = Suspensions(
+                index, asyncio.CancelledError, late=late, wanted=may_be_cancelled
+            )
+            play(tmp_path, image, scenario, hit(suspensions))
+            assert len(suspensions.points) > index, "it did not come up"
+    trouble.require_none()
+
+
+def leaving(suspensions: Suspensions) -> Fault:
+    @contextmanager
+    def fault(stage: Stage, _script: Script) -> Iterator[None]:
+        suspensions.action = lambda: stage.inside.leave(stage.caller)
+        with suspensions.installed():
+            yield
+
+    return fault
+
+
+@EACH
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when the wait is over"])
+def test_the_caller_may_leave_at_each_await(
+    tmp_path: Path, image: Path, name: str, late: bool
+) -> None:
+    scenario, trouble = SCENARIOS[name], Trouble()
+    points = points_of(tmp_path, image, scenario, lambda _: True)
+    for index, point in enumerate(points[:MOST]):
+        with trouble.noted(f"a client that left at await {index}, of {point}"):
+            play(tmp_path, image, scenario, leaving(Suspensions(index, late=late)))
+    trouble.require_none()
