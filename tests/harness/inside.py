@@ -176,8 +176,11 @@ class Inside:
 
     async def end(self) -> None:
         """Wait for all that goes on."""
+        self.scripted.uevent = lambda _: None
+        await asyncio.sleep(0)  # what was told already is looked at
         await self.quiet()
-        assert await asyncio.to_thread(self.threads.stop, _PATIENCE)
+        assert self.threads.stop(_PATIENCE)
+        await asyncio.sleep(0)
         await self.quiet()
 
 

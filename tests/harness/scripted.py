@@ -161,15 +161,18 @@ class ScriptedKernel:
 
     def bound(self) -> list[int]:
         """Return the numbers that have a file bound."""
-        return sorted(number for number, loop in self._loops.items() if loop.binding)
+        with self._mutex:
+            return sorted(number for number, loop in self._loops.items() if loop.binding)
 
     def open_fds(self) -> list[int]:
         """Return the fds on device nodes."""
-        return sorted(self._opens)
+        with self._mutex:
+            return sorted(self._opens)
 
     def numbers(self) -> list[int]:
         """Return the numbers of all devices."""
-        return sorted(self._loops)
+        with self._mutex:
+            return sorted(self._loops)
 
     # What others do behind loopd's back, and the kernel by itself
 
