@@ -98,15 +98,17 @@ def _run(name: str, seconds: int, found: Path) -> None:
 
 
 def smallest(target: Callable[[bytes], None], inputs: Iterable[bytes]) -> list[bytes]:
-    """Choose inputs that together reach what all of them do: the short ones first."""
+    """Choose inputs that together reach what all of them do, the short ones first.
+
+    Others fill the rest: what libFuzzer sees is finer than this.
+    """
     reached: set[Any] = set()
-    chosen = []
+    chosen, others = [], []
     for data in sorted(inputs, key=lambda each: (len(each), each)):
         new = arcs(target, data)
-        if not new <= reached:
-            reached |= new
-            chosen.append(data)
-    return chosen[:MAX_FILES]
+        (others if new <= reached else chosen).append(data)
+        reached |= new
+    return [*chosen, *others][:MAX_FILES]
 
 
 def arcs(target: Callable[[bytes], None], data: bytes) -> set[Any]:
