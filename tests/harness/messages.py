@@ -107,6 +107,13 @@ signatures = st.recursive(
 )
 
 
+def rarely(usual: Any, other: st.SearchStrategy[Any], one_in: int = 8) -> st.SearchStrategy[Any]:
+    """The usual, or something else now and then."""
+    return st.integers(0, one_in - 1).flatmap(
+        lambda n: other if n == one_in - 1 else st.just(usual)
+    )
+
+
 def numbers(kind: str) -> st.SearchStrategy[int]:
     """Numbers of a type, the extreme ones often."""
     low, high = _RANGES[kind]
@@ -117,7 +124,7 @@ def numbers(kind: str) -> st.SearchStrategy[int]:
 def values(kind: str) -> st.SearchStrategy[Any]:
     """Values of a complete type."""
     if kind in _RANGES:
-        return numbers(kind) if kind != "h" else st.sampled_from([0, 0, 0, 1, 2]) | numbers(kind)
+        return numbers(kind) if kind != "h" else st.sampled_from([0] * 12 + [1, 2]) | numbers(kind)
     match kind[0]:
         case "b":
             return st.booleans()
@@ -169,17 +176,28 @@ _GOOD = {
     "number": [2**20],
     "partition": [0, 1, 255],
 }
-_good_option = st.sampled_from(_KEYS).flatmap(
-    lambda key: st.tuples(
-        st.just(key),
-        st.sampled_from(_GOOD.get(key, [True, False])).map(
-            lambda value: Variant(_OPTION_TYPES[key], value)
-        ),
+# And of which method.
+_KEYS_OF = {
+    "Attach": [key for key in _KEYS if key not in ("lazy", "force", "partition")],
+    "Detach": ["lazy"],
+    "Resize": ["offset", "size-limit", "force"],
+    "Open": ["partition"],
+}
+
+
+def _good_options(keys: list[str]) -> st.SearchStrategy[tuple[str, Variant]]:
+    return st.sampled_from(keys).flatmap(
+        lambda key: st.tuples(
+            st.just(key),
+            st.sampled_from(_GOOD.get(key, [True, False])).map(
+                lambda value: Variant(_OPTION_TYPES[key], value)
+            ),
+        )
     )
-)
+
+
 _option = st.one_of(
-    _good_option,
-    _good_option,
+    _good_options(_KEYS),
     st.sampled_from(_KEYS).flatmap(
         lambda key: st.tuples(
             st.just(key), values(_OPTION_TYPES[key]).map(lambda v: Variant(_OPTION_TYPES[key], v))
@@ -189,10 +207,19 @@ _option = st.one_of(
     st.tuples(st.sampled_from(_KEYS), st.integers(0, 58).map(_nested)),
 )
 options = st.one_of(
-    st.lists(_good_option, max_size=3).map(dict),
+    st.lists(_good_options(_KEYS), max_size=3).map(dict),
     st.lists(_option, max_size=4).map(dict),
     st.just({f"key{number}": Variant("u", number) for number in range(3000)}),
 )
+
+
+def options_of(member: str) -> st.SearchStrategy[dict[str, Variant]]:
+    """Options, mostly those that a method has."""
+    if member not in _KEYS_OF:
+        return rarely({}, options, 4)
+    own = st.lists(_good_options(_KEYS_OF[member]), max_size=3).map(dict)
+    return own | own | own | options
+
 
 # --- messages -----------------------------------------------------------------------------------
 
@@ -229,13 +256,6 @@ _UNKNOWN_FIELDS = st.lists(st.tuples(st.integers(11, 255), variants), min_size=1
 )
 
 
-def rarely(usual: Any, other: st.SearchStrategy[Any], one_in: int = 8) -> st.SearchStrategy[Any]:
-    """The usual, or something else now and then."""
-    return st.integers(0, one_in - 1).flatmap(
-        lambda n: other if n == one_in - 1 else st.just(usual)
-    )
-
-
 @st.composite
 def packets(draw: st.DrawFn, *, polite: bool = False) -> Packet:
     """A message; the `polite` ones are such that no bus closes the connection for them."""
@@ -247,7 +267,11 @@ def packets(draw: st.DrawFn, *, polite: bool = False) -> Packet:
     if interface == f"{BUS}.ObjectManager":
         path = MANAGER_PATH
     signature = draw(rarely(signature, st.lists(signatures, max_size=3).map("".join)))
-    body = wire.marshal(signature, draw(st.tuples(*map(values, wire.split(signature)))), endian)
+    args = [
+        draw(options_of(member) if kind == "a{sv}" else values(kind))
+        for kind in wire.split(signature)
+    ]
+    body = wire.marshal(signature, args, endian)
     fields: dict[str, Any] = {
         "endian": endian,
         "type": draw(rarely(wire.METHOD_CALL, st.sampled_from([wire.SIGNAL, 5, 255]), 12)),
