@@ -6,6 +6,7 @@ closes what it has passed on, and would hang itself on a flush; so that is kept 
 alone has the fds.
 """
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -103,10 +104,10 @@ def refusal(client: RawClient, serial: int) -> str | None:
 
 def test_a_file_is_refused_without_a_request_to_its_filesystem() -> None:
     # Where nothing is flushed, so that its server can be stopped altogether.
-    with new_world() as world, Fuse(flushes=False) as fuse:
+    with new_world() as world, Fuse(flushes=False) as fuse, ExitStack() as stack:
         world.polkit.on(UNTRUSTED, Answer.DENY)
         client, victim = world.raw(), world.caller(OTHER)
-        fd = fuse.open()
+        fd = stack.enter_context(opened(fuse))
         fuse.seen()
         with stopping(fuse.process.pid):
             for member, signature, args, error in (
@@ -122,7 +123,6 @@ def test_a_file_is_refused_without_a_request_to_its_filesystem() -> None:
             # Whatever thread hung would have its fd still.
             world.wait_idle_fds()
         assert fuse.seen() == []
-        os.close(fd)
 
 
 # Closed off the event loop
@@ -345,6 +345,7 @@ def test_wherever_it_stops_half_way_nothing_is_left_of_it(either: World, fuse: F
                     MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, options], fds=[fd]
                 )
                 answer = answer_unless_kept(client, serial, fuse)
+                require_free_allocation(either)
             fuse.release()
             either.wait_idle_fds()
             if answer:
@@ -353,6 +354,20 @@ def test_wherever_it_stops_half_way_nothing_is_left_of_it(either: World, fuse: F
         assert answer.type == wire.METHOD_RETURN
     # Its size, the header, its size again to bind it, the table.
     assert answered >= 4
+
+
+def require_free_allocation(world: World) -> None:
+    """Fail if anybody keeps the lock that every program takes to get a loop device."""
+    deadline = Deadline(AT_ONCE)
+    with open("/dev/loop-control", "rb") as control, world.bus.connect() as client:
+        while True:
+            try:
+                fcntl.flock(control, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert deadline.remaining, "the lock of /dev/loop-control is kept"
+                client.call_bus("GetId")  # others take it for a moment
+            else:
+                return
 
 
 def answer_unless_kept(client: RawClient, serial: int, fuse: Fuse) -> wire.Message | None:
