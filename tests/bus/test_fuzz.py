@@ -26,10 +26,11 @@ from tests.harness.polkit import Answer
 from tests.harness.raw import BUS, DisconnectedError, RawClient
 from tests.harness.world import World
 
+FAILED = "loopd failed; its log says why"
 MANAGE_OTHERS = "org.example.loop1.manage-others"
 
 moments = settings(
-    max_examples=20,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -125,6 +126,8 @@ class Sender:
         for fd in message.fds:
             os.close(fd)
         if message.type in (wire.METHOD_RETURN, wire.ERROR):
+            # What it says of a bug of its own.
+            assert message.body[:1] != (FAILED,)
             self._answers[message.reply_serial or 0].append(message.sender)
 
 
@@ -153,7 +156,7 @@ def test_each_call_gets_one_answer_whatever_it_asks_for(fuzzed: World, fds: list
     """Of messages for which the bus has no reason to close the connection."""
 
     @moments
-    @given(st.lists(packets(polite=True), min_size=1, max_size=8), st.sampled_from([0, 0, 1, 2, 5]))
+    @given(st.lists(packets(polite=True), min_size=4, max_size=8), st.sampled_from([0, 0, 1, 2, 5]))
     def run(batch: list[Packet], first_fd: int) -> None:
         assert check(fuzzed, fds, batch, first_fd), "the bus closed the connection"
 

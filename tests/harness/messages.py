@@ -217,8 +217,10 @@ def options_of(member: str) -> st.SearchStrategy[dict[str, Variant]]:
     """Options, mostly those that a method has."""
     if member not in _KEYS_OF:
         return rarely({}, options, 4)
-    own = st.lists(_good_options(_KEYS_OF[member]), max_size=3).map(dict)
-    return own | own | own | options
+    keys = _KEYS_OF[member]
+    own = st.lists(_good_options(keys), min_size=1, max_size=3).map(dict)
+    wrong = st.dictionaries(st.sampled_from(keys), variants, min_size=1, max_size=2)
+    return own | own | wrong | options
 
 
 # --- messages -----------------------------------------------------------------------------------
@@ -241,6 +243,8 @@ def _described() -> list[tuple[str, str, str]]:
 
 
 METHODS = _described()
+# Those that take options of their own are where most can go wrong.
+_OFTEN = [method for method in METHODS if method[0].startswith(LOOPD) and method[1] in _KEYS_OF]
 _NAMES = st.lists(_ELEMENTS.filter(lambda part: not part[0].isdigit()), min_size=2, max_size=3).map(
     ".".join
 )
@@ -259,7 +263,7 @@ _UNKNOWN_FIELDS = st.lists(st.tuples(st.integers(11, 255), variants), min_size=1
 @st.composite
 def packets(draw: st.DrawFn, *, polite: bool = False) -> Packet:
     """A message; the `polite` ones are such that no bus closes the connection for them."""
-    interface, member, signature = draw(st.sampled_from(METHODS))
+    interface, member, signature = draw(st.sampled_from([*METHODS, *_OFTEN * 4]))
     endian = draw(rarely("<", st.just(">"), 5))
     wanted = signature.count("h")
     fds = draw(rarely(wanted, st.integers(0, 16), 5))
@@ -274,7 +278,7 @@ def packets(draw: st.DrawFn, *, polite: bool = False) -> Packet:
     body = wire.marshal(signature, args, endian)
     fields: dict[str, Any] = {
         "endian": endian,
-        "type": draw(rarely(wire.METHOD_CALL, st.sampled_from([wire.SIGNAL, 5, 255]), 12)),
+        "type": draw(rarely(wire.METHOD_CALL, st.sampled_from([wire.SIGNAL] * 3 + [5, 255]), 6)),
         "flags": draw(rarely(0, st.sampled_from([1, 2, 4, 5, 6, 7]) | st.integers(0, 255), 5)),
         "path": draw(rarely(path, _ANY_PATHS, 5)),
         "interface": draw(rarely(interface, st.none() | _NAMES, 10)),
