@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tests.fuzz.seeds import SEEDS
 from tests.harness.area import CHECKOUT
 from tests.harness.daemon import LIBRARIES
 
@@ -41,15 +42,15 @@ def main() -> None:
         _run(arguments.target, arguments.seconds, Path(arguments.into))
     target = _target(arguments.target)
     if arguments.replay:
-        for data in kept(arguments.target):
+        for data in known(arguments.target):
             target(data)
         return
     sys.exit(_fuzz(arguments.target, target))
 
 
-def kept(name: str) -> list[bytes]:
-    """The corpus of a target."""
-    return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+def known(name: str) -> list[bytes]:
+    """The seeds and the corpus of a target."""
+    return [*SEEDS[name], *(path.read_bytes() for path in sorted((CORPUS / name).iterdir()))]
 
 
 def _target(name: str) -> Callable[[bytes], None]:
@@ -65,11 +66,14 @@ def _fuzz(name: str, target: Callable[[bytes], None]) -> int:
     corpus = CORPUS / name
     corpus.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as found:
+        for number, data in enumerate(SEEDS[name]):
+            Path(found, f"seed{number}").write_bytes(data)
         # libFuzzer ends the process that it runs in.
         status = subprocess.run(
             [sys.executable, "-m", "tests.fuzz", *sys.argv[1:], "--into", found], check=False
         ).returncode
         candidates = {path.read_bytes() for path in [*corpus.iterdir(), *Path(found).iterdir()]}
+    candidates -= set(SEEDS[name])
     if status == 0:
         chosen = smallest(target, (each for each in candidates if len(each) <= MAX_SIZE))
         for path in corpus.iterdir():

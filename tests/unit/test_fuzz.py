@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fuzz targets on what atheris has kept, and on what hypothesis makes of it in a moment."""
+"""The fuzz targets on their seeds, on what atheris has kept, and on what hypothesis makes of it."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.__main__ import CORPUS, MAX_FILES, MAX_SIZE, kept
+from tests.fuzz.__main__ import CORPUS, MAX_FILES, MAX_SIZE, known
 from tests.fuzz.targets import TARGETS
 from tests.harness.area import CHECKOUT
 from tests.harness.daemon import LIBRARIES
@@ -35,7 +35,7 @@ def changed(draw: st.DrawFn, inputs: list[bytes]) -> bytes:
     # One of them reads whole messages, and another library may read them otherwise.
     [*((name, LIBRARIES[0]) for name in TARGETS), ("options", LIBRARIES[1])],
 )
-def test_what_was_kept_breaks_nothing(name: str, library: str) -> None:
+def test_what_is_known_breaks_nothing(name: str, library: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", name, "--replay", "--library", library],
         cwd=CHECKOUT,
@@ -47,9 +47,9 @@ def test_what_was_kept_breaks_nothing(name: str, library: str) -> None:
 
 
 @targets
-def test_nothing_near_what_was_kept_breaks_anything(name: str) -> None:
+def test_nothing_near_what_is_known_breaks_anything(name: str) -> None:
     @settings(max_examples=300)
-    @given(changed(kept(name)) | st.binary(max_size=600))
+    @given(changed(known(name)) | st.binary(max_size=600))
     def run(data: bytes) -> None:
         TARGETS[name](data)
 
