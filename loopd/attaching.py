@@ -260,9 +260,7 @@ def _now() -> int:
 def _attach(
     fd: OwnedFd, proposal: Proposal, claim: attachment.Claim
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
-    loop = attachment.attach(
-        fd, proposal.file, proposal.request, claim, may_hang=not proposal.trusted
-    )
+    loop = attachment.attach(fd, proposal.file, proposal.request, claim, may_hang=proposal.may_hang)
     try:
         return loop, loopinfo.status(loop.number)
     except BaseException:
