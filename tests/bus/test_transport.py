@@ -121,9 +121,9 @@ def test_500_signals_in_a_row_cost_nobody_the_bus(new_world: Callable[..., World
         path, node, _ = client.reply(serial).body
     loops.used_numbers.add(int(node.removeprefix("/dev/loop")))
     listener.call_bus("GetId")
-    told = [each for each in listener.received if each.member == "InterfacesAdded"]
-    assert len(told) == 500
-    assert {each.body[0] for each in told} == {path}
+    # Others may have devices of their own.
+    told = [each for each in listener.received if each.body and each.body[0] == path]
+    assert [each.member for each in told] == ["InterfacesAdded"] * 500
     client.close()
     world.wait_devices(0)
     still_serves(world)
@@ -207,6 +207,7 @@ def test_a_message_that_does_not_parse_costs_itself_only(library: str) -> None:
         text = wire.marshal("s", ["loop0"])
         bodies = {
             "a string longer than the body": b"\xff\xff\xff\x7f" + text[4:],
+            "nothing": b"",
             "a string that is no text": text.replace(b"loop0", b"lo\xff\xfe0"),
         }
         for what, body in bodies.items():
@@ -216,13 +217,15 @@ def test_a_message_that_does_not_parse_costs_itself_only(library: str) -> None:
         for _ in range(400):
             hopeless = Variant("v", hopeless)
         bodies_of_options = {
+            "nothing": b"",
             "an array longer than the body": wire.marshal("hu", [0, 4096]),
             "a variant of no type": wire.marshal("hu", [0, 12]) + b"\x01\0\0\0k\0\x01?\0\0\0\0",
             "variants without end": wire.marshal("ha{sv}", [0, {"k": hopeless}]),
         }
         for what, body in bodies_of_options.items():
-            serial = bus.send("Attach", "ha{sv}", body=body, fds=[fd])
-            assert bus.reply(serial).error_name == f"{BUS}.Error.InvalidArgs", what
+            for _ in range(20):  # more than may be under way
+                serial = bus.send("Attach", "ha{sv}", body=body, fds=[fd])
+                assert bus.reply(serial).error_name == f"{BUS}.Error.InvalidArgs", what
         for damage in (
             lambda data: data.replace(b"GetDeviceByNode", b"GetDevice\xff\xfeNode"),
             lambda data: data.replace(b"\x03\x01s\0", b"\x03\x01d\0", 1),
