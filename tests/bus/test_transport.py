@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from loopd import kernel
 from tests.harness import loops, wire
 from tests.harness.bus import LOOPD, POLKIT
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached
@@ -127,26 +126,6 @@ def test_500_signals_in_a_row_cost_nobody_the_bus(new_world: Callable[..., World
     client.close()
     world.wait_devices(0)
     still_serves(world)
-
-
-def test_changes_that_come_together_are_told_together(world: World) -> None:
-    """Transport rule 1 (writer): signals are coalesced."""
-    listener, client = world.raw(), world.raw()
-    with memfd() as fd:
-        attached = attach(client, fd)
-        listener.add_match(f"type='signal',sender='{LOOPD}',path='{attached.path}'")
-        with stopped(world.daemon.pid):
-            for size in range(1, 41):
-                os.ftruncate(fd, size * MIB)
-                device = os.open(attached.node, os.O_RDONLY | os.O_CLOEXEC)
-                kernel.loop_set_capacity(device)
-                os.close(device)
-        sizes: list[int] = []
-        while 40 * MIB not in sizes:
-            told = listener.receive_where(lambda each: each.path == attached.path, "the new size")
-            sizes.append(told.body[1]["Size"].value)
-        assert len(sizes) <= 4
-        client.call(attached.path, DEVICE, "Detach", "a{sv}", [{}])
 
 
 # --- 2: the reader -------------------------------------------------------------------------------
