@@ -82,11 +82,12 @@ class FakeBus:
 
     def reply(self, serial: int) -> wire.Message:
         """Serve until the call with this serial is answered; return that."""
+        deadline = Deadline()
         while True:
             for index, message in enumerate(self._service.received):
                 if message.reply_serial == serial:
                     return self._service.received.pop(index)
-            self._service.serve()
+            self._service.serve(deadline)
 
 
 class _Service(RawClient):
@@ -106,9 +107,9 @@ class _Service(RawClient):
         self._data = bytearray(rest)
         self.send_bytes(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
 
-    def serve(self) -> str | None:
+    def serve(self, deadline: Deadline | None = None) -> str | None:
         """Read one message, and answer it if it is for the bus; return what it called."""
-        message = self._next(Deadline(), "a message to the bus")
+        message = self._next(deadline or Deadline(), "a message to the bus")
         for fd in message.fds:
             os.close(fd)
         message.fds.clear()

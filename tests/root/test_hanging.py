@@ -30,13 +30,15 @@ AT_ONCE = 5.0
 """Seconds that a busy machine may take for what takes some milliseconds."""
 
 
+RULES = rules_allowing(
+    "org.example.loop1.attach", "org.example.loop1.open-device", users=(USER, OTHER, "mail")
+)
+
+
 @pytest.fixture
 def world() -> Iterator[World]:
     """One of the test's own: it may be left with threads that hang until the file goes on."""
-    rules = rules_allowing(
-        "org.example.loop1.attach", "org.example.loop1.open-device", users=(USER, OTHER, "mail")
-    )
-    with make_world(authority=rules) as made, made.test() as testing:
+    with make_world(authority=RULES) as made, made.test() as testing:
         yield testing
 
 
@@ -174,6 +176,20 @@ def test_a_number_whose_device_hangs_is_refused_without_a_touch(world: World) ->
             with pytest.raises(CallError, match="DeviceBusy"):
                 root.attach_begin(world.image(), number=hanging.attached.number).end(AT_ONCE)
         serves(world, victim)
+
+
+IMPATIENT = "from loopd import daemon; daemon._STOP_TIMEOUT = 0.5"
+"""A stop waits for 5 s otherwise, three times."""
+
+
+def test_loopd_can_be_stopped_while_a_device_hangs() -> None:
+    with make_world(authority=RULES, prelude=IMPATIENT) as world, world.test():
+        with hanging_device(world) as hanging:
+            hanging.begin("Resize", "a{sv}", {})
+            hanging.begin("SetSectorSize", "ua{sv}", 4096, {})
+            serves(world, world.caller(OTHER))
+            assert world.daemon.terminate() == 0
+        loops.wait_unbound(hanging.attached.number, hanging.attached.diskseq)
 
 
 def test_many_devices_that_hang_when_they_are_detached_stop_nobody(world: World) -> None:

@@ -16,6 +16,7 @@ import pytest
 from loopd import kernel
 from tests.harness import loops
 from tests.harness.area import CHECKOUT
+from tests.harness.caller import RemoteFd
 from tests.harness.images import MIB, make_ext4
 from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
@@ -89,6 +90,17 @@ def mounted(world: World, udev: Udev, name: str) -> Iterator[str]:
         loops.wait_unbound(loop.number, loop.diskseq)
 
 
+def rename(device: RemoteFd, name: bytes) -> None:
+    """Set lo_file_name, as whoever has a device open can."""
+    fd = device.fetch()
+    try:
+        info = kernel.loop_get_status64(fd)
+        info.lo_file_name = name
+        kernel.loop_set_status64(fd, info)
+    finally:
+        os.close(fd)
+
+
 def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
     world: World, udev: Udev
 ) -> None:
@@ -105,9 +117,11 @@ def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
         assert (link_to(by_uuid), link_to(by_label)) == (node, node)
         assert udev.links(attached.node) <= {f"/dev/disk/by-diskseq/{attached.diskseq}"}
 
-        # Not after another look either, when the client has written to its device.
+        # Not after another look either, when the client has written to its device, and has given
+        # it another name than loopd lets it have.
         fd = user.open_device(attached.path, "rw")
         fd.write(fd.read(4096))
+        rename(fd, f"disk/by-uuid/{name}".encode())
         fd.close()
         udev.settle()
         assert (link_to(by_uuid), link_to(by_label)) == (node, node)
