@@ -111,7 +111,9 @@ def file_of(kind: str, world: World) -> Iterator[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_combination_of_options_asks_for_what_it_does(world: World, kind: str) -> None:
-    """CVE-2026-7867: no combination of options gets past a question, and none asks for less."""
+    """CVE-2013-4288, CVE-2019-6133, CVE-2026-7867: no combination of options gets past a question,
+    and none asks for less.
+    """
     client = world.raw()
     with file_of(kind, world) as fd:
         for keys in COMBINATIONS:
@@ -148,6 +150,20 @@ def test_root_is_asked_for_nothing_with_any_options(world: World, kind: str) -> 
             path = attached.path
             assert client.call(path, DEVICE, "Detach", "a{sv}", [{}]).body == (True,)
     assert world.polkit.questions == []
+
+
+# --- what fails ----------------------------------------------------------------------------------
+
+
+def test_no_sector_size_that_fails_leaves_a_device_bound(world: World) -> None:
+    """libblockdev #1171: whether loopd or the kernel refuses it, and however often."""
+    client, image = world.raw(), world.image(256 * 1024)
+    with opened(image) as fd:
+        for size in [7, 128 * 1024, 3 << 20, 2**31] * 10:
+            assert error_of(attach, client, fd, options(sector_size=size)) == INVALID
+    seen = loops.bound_loops().values()
+    assert [loop for loop in seen if loop.backing_file == str(image)] == []
+    assert world.device_count() == 0
 
 
 # --- who is calling ------------------------------------------------------------------------------
@@ -408,7 +424,7 @@ class Dodge:
 def test_a_user_allowed_by_polkit_has_no_more_than_its_share(
     new_world: Callable[..., World],
 ) -> None:
-    """CVE-2025-6018, quota dodges: a yes of polkit, or a connection for each, is no way round."""
+    """CVE-2025-6018, Quota dodges: a yes of polkit, or a connection for each, is no way round."""
     world = new_world(config=LIMITED)
     with ExitStack() as stack:
         dodge = Dodge(world, [stack.enter_context(memfd()) for _ in range(24)])

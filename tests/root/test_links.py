@@ -104,6 +104,7 @@ def rename(device: RemoteFd, name: bytes) -> None:
 def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
     world: World, udev: Udev
 ) -> None:
+    """Links of udev."""
     name = str(uuid.uuid4())
     by_uuid, by_label = Path(f"/dev/disk/by-uuid/{name}"), Path(f"/dev/disk/by-label/{LABEL}")
     with mounted(world, udev, name) as node:
@@ -139,6 +140,7 @@ def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
 
 
 def test_the_mark_is_there_for_as_long_as_the_device_is(world: World, udev: Udev) -> None:
+    """Links of udev."""
     user = world.caller(USER)
     attached = user.attach(world.image())
     assert mark_of(attached.number).exists()
@@ -159,6 +161,7 @@ def test_roots_device_has_no_mark(world: World, udev: Udev) -> None:
 
 def test_marks_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path) -> None:
     # Not in /run/loopd: the loopd of the other tests would not leave them there so long.
+    """Killed at any point."""
     with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
         attached = world.caller(USER).attach(world.image())
         mark = area / "unprivileged" / f"loop{attached.number}"

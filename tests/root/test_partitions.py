@@ -872,7 +872,9 @@ def test_a_partition_that_root_added_goes_with_the_device(number: int, world: Wo
 
 
 def test_partitions_of_a_killed_loopd_go_with_their_device(number: int) -> None:
-    """Only autoclear cleans up, and the next image is not seen through an old partition."""
+    """Old partitions: only autoclear cleans up, and the next image is not seen through an old
+    partition.
+    """
     with make_world(authority=RULES_ALLOW_ALL) as killed:
         with killed.test():
             owner, root = killed.caller(USER), killed.caller(None)
@@ -890,6 +892,7 @@ def test_partitions_of_a_killed_loopd_go_with_their_device(number: int) -> None:
 def test_an_old_partition_that_is_open_shows_the_old_image_until_it_is_closed(
     number: int,
 ) -> None:
+    """Old partitions."""
     with make_world(authority=RULES_ALLOW_ALL) as killed:
         with killed.test():
             owner, root = killed.caller(USER), killed.caller(None)
@@ -909,7 +912,9 @@ def test_an_old_partition_that_is_open_shows_the_old_image_until_it_is_closed(
 
 
 def test_a_partition_that_outlived_a_killed_loopd_never_shows_the_next_image(number: int) -> None:
-    """Proves A9: what was added without partition-scan stays, until somebody takes it away."""
+    """Old partitions. Proves A9: what was added without partition-scan stays, until somebody takes
+    it away.
+    """
     with make_world(authority=RULES_ALLOW_ALL) as killed:
         with killed.test():
             owner, root = killed.caller(USER), killed.caller(None)
@@ -934,6 +939,7 @@ def delete_partition(node: str, number: int) -> None:
 
 
 def test_a_partition_that_outlived_a_killed_loopd_is_removed_by_the_next_one() -> None:
+    """Old partitions."""
     with make_world(authority=RULES_ALLOW_ALL) as killed:
         with killed.test():
             left = [killed.caller(user).attach(killed.image(4 * MIB)) for user in (USER, None)]
@@ -1131,7 +1137,7 @@ if len(os.pread(0, 4096, 0)) == 4096:
 def test_the_child_that_reads_a_table_can_do_nothing_else(
     world: World, owner: Caller, seccomp: bool
 ) -> None:
-    """Also where seccomp, of which one look would be enough, is not to be had."""
+    """CVE-2025-6019: also where seccomp, of which one look would be enough, is not to be had."""
     attached = owner.attach(gpt(world, (2048, 2048)))
     file = world.image(owner="root", mode=0o666)
     before = file.stat()
@@ -1165,7 +1171,7 @@ def locked_in(pid: int) -> bool:
 
 
 def test_the_child_that_reads_a_table_ends_with_loopd(area: Path) -> None:
-    """Else it keeps the device, which autoclear would have taken away."""
+    """Killed at any point: else it keeps the device, which autoclear would have taken away."""
     hangs = area / "reader.py"
     # The real one, which gives up what it has, but then reads for ever.
     hangs.write_text(

@@ -97,6 +97,7 @@ except codec.MalformedMessage:
 
 
 def test_the_cache_of_signatures_is_bounded(library: str) -> None:
+    """Transport rule 11 (signature cache)."""
     body = """
 import itertools
 for kinds in itertools.product("ybnqiuxtds", repeat=3):
