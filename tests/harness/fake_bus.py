@@ -20,6 +20,7 @@ _ANSWERS: dict[str, tuple[str, list[Any]]] = {
     "AddMatch": ("", []),
     "RequestName": ("u", [1]),
     "GetConnectionUnixUser": ("u", [0]),
+    "GetConnectionCredentials": ("a{sv}", [{"UnixUserID": wire.Variant("u", 0)}]),
 }
 
 
