@@ -38,6 +38,7 @@ MANAGE = f"{PREFIX}manage-others"
 
 DENIED = f"{BUS}.Error.AccessDenied"
 INVALID = f"{BUS}.Error.InvalidArgs"
+EIO = "System.Error.EIO"
 REFUSALS = {DENIED, f"{LOOPD}.Error.UntrustedFilesystem"}
 
 
@@ -155,14 +156,25 @@ def test_root_is_asked_for_nothing_with_any_options(world: World, kind: str) -> 
 # --- what fails ----------------------------------------------------------------------------------
 
 
-def test_no_sector_size_that_fails_leaves_a_device_bound(world: World) -> None:
-    """libblockdev #1171: whether loopd or the kernel refuses it, and however often."""
+FAILS_ONCE_BOUND = """
+from loopd import loopinfo
+def failing(*_):
+    raise OSError(5, "Input/output error")
+loopinfo.diskseq = failing
+"""
+
+
+def test_what_fails_once_it_is_bound_does_not_stay_bound(new_world: Callable[..., World]) -> None:
+    """libblockdev #1171: however often, for any options, and without a place in the quota."""
+    world = new_world(prelude=FAILS_ONCE_BOUND)
     client, image = world.raw(), world.image(256 * 1024)
     with opened(image) as fd:
-        for size in [7, 128 * 1024, 3 << 20, 2**31] * 10:
-            assert error_of(attach, client, fd, options(sector_size=size)) == INVALID
-    seen = loops.bound_loops().values()
-    assert [loop for loop in seen if loop.backing_file == str(image)] == []
+        # The sizes of sectors are refused before that.
+        for given in [{}, {"sector_size": 7}, {"read_only": True}, {"sector_size": 2**31}] * 10:
+            error = error_of(attach, client, fd, options(**given))
+            assert error == (INVALID if "sector_size" in given else EIO)
+    bound = loops.bound_loops().values()
+    assert [loop for loop in bound if loop.backing_file == str(image)] == []
     assert world.device_count() == 0
 
 

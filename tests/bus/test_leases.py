@@ -39,6 +39,12 @@ LEAVE = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def world_options() -> dict[str, Any]:
+    """A question ends with its asker here, and not by itself: that is longer than any test waits."""
+    return {"config": "[deadlines]\nauthorization = 60\n"}
+
+
 def is_bound(attached: Attached) -> bool:
     return loops.loop_is_bound(attached.number, attached.diskseq)
 

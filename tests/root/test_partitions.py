@@ -1021,6 +1021,7 @@ PLACES = "1 2048 2048 0\\n2 4096 512 0\\n"
 def test_a_reader_that_makes_trouble_ends_the_call_and_leaves_nothing(
     bent: World, reader: Path, program: str, error: str
 ) -> None:
+    """libblockdev #1171."""
     reader.write_text(program)
     caller = bent.caller()
     image = gpt(bent, (2048, 2048))
