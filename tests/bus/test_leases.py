@@ -41,7 +41,7 @@ LEAVE = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def world_options() -> dict[str, Any]:
-    """A question ends with its asker here, and not by itself: that is longer than any test waits."""
+    """A question ends with its asker here, and not by itself: no test waits for that long."""
     return {"config": "[deadlines]\nauthorization = 60\n"}
 
 
