@@ -938,27 +938,27 @@ def delete_partition(node: str, number: int) -> None:
         fcntl.ioctl(fd, BLKPG, struct.pack("iiiP", 2, 0, form.size, ctypes.addressof(described)))
 
 
-def test_a_partition_that_outlived_a_killed_loopd_is_removed_by_the_next_one() -> None:
+@pytest.mark.parametrize("user", [USER, None], ids=["user", "root"])
+def test_a_partition_that_outlived_a_killed_loopd_is_removed_by_the_next_one(
+    number: int, user: str | None
+) -> None:
     """Old partitions."""
     with make_world(authority=RULES_ALLOW_ALL) as killed:
         with killed.test():
-            left = [killed.caller(user).attach(killed.image(4 * MIB)) for user in (USER, None)]
-            for attached in left:
-                add_partition(attached.node, 1, MIB, MIB)
+            # On a number that nobody else takes, who would remove it, too.
+            left = killed.caller(user).attach(killed.image(4 * MIB), number=number)
+            add_partition(left.node, 1, MIB, MIB)
             killed.daemon.kill()
-            for attached in left:
-                loops.wait_unbound(attached.number, attached.diskseq)
-                assert loops.partitions(attached.number) == (f"loop{attached.number}p1",)
+            loops.wait_unbound(left.number, left.diskseq)
+            assert loops.partitions(left.number) == (f"loop{left.number}p1",)
             try:
                 with Daemon(killed.bus, runtime_directory=killed.daemon.runtime_directory):
                     with loops.Uevents() as events:
                         events.wait_until(
-                            lambda: not any(loops.partitions(each.number) for each in left),
-                            "the partitions to go",
+                            lambda: not loops.partitions(left.number), "the partition to go"
                         )
             finally:
-                for attached in left:
-                    delete_partition(attached.node, 1)
+                delete_partition(left.node, 1)
 
 
 # The child that reads the table
