@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from tests.harness import loops
-from tests.harness.area import area
+from tests.harness import loops, wire
 from tests.harness.bus import LOOPD
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, options
+from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
+from tests.harness.fake_bus import FakeBus
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_plain, memfd
 from tests.harness.polkit import Answer
@@ -241,39 +242,25 @@ def test_a_uid_above_the_signed_numbers_is_a_user_like_any_other(
     assert owner.get(others.path, "State") == "attached"
 
 
-NOBODY_IS_KNOWN = """
-from pathlib import Path
-from loopd import errors, wire
-flag = Path({flag!r})
-call_bus = wire.Connection.call_bus
-async def failing(self, member, *args, **named):
-    if member.startswith("GetConnection") and flag.exists():
-        raise errors.by_name("org.freedesktop.DBus.Error." + flag.read_text(), "no")
-    return await call_bus(self, member, *args, **named)
-wire.Connection.call_bus = failing
-"""
-
-
-def test_a_caller_whom_the_bus_does_not_know_gets_nothing(new_world: Callable[..., World]) -> None:
+def test_a_caller_whom_the_bus_does_not_know_gets_nothing(library: str) -> None:
     """CVE-2021-3560: an error in place of the uid is a no, and not uid 0."""
-    with area("flag") as directory:
-        flag = directory / "flag"
-        world = new_world(prelude=NOBODY_IS_KNOWN.format(flag=str(flag)))
-        others = world.caller(OTHER).attach(world.image(owner=OTHER))
-        world.polkit.questions.clear()
-        with memfd() as fd:
-            for error in ("NameHasNoOwner", "NoMemory", "Failed"):
-                flag.write_text(error)
-                client = world.raw()
-                assert error_of(attach, client, fd).endswith("Failed")
-                for member in ("Detach", "Resize"):
-                    call = client.call
-                    assert error_of(call, others.path, DEVICE, member, "a{sv}", [{}])
-                flag.unlink()
-                # It is asked anew, and known then.
-                client.call(MANAGER_PATH, MANAGER, "ListDevices")
-        assert world.polkit.questions == []
-        assert world.device_count() == 1
+    with FakeBus() as bus, Daemon(bus, library=library) as daemon, memfd() as fd:
+        for number, error in enumerate(("NameHasNoOwner", "NoMemory", "Failed")):
+            for method in ("GetConnectionUnixUser", "GetConnectionCredentials"):
+                bus.errors[method] = f"{BUS}.Error.{error}"
+            calls = [
+                bus.send("Attach", "ha{sv}", [0, {}], fds=[fd], sender=f":1.{number + 10}")
+                for _ in range(3)
+            ]
+            for serial in calls:
+                assert bus.reply(serial).error_name == f"{LOOPD}.Error.Failed"
+            bus.errors.clear()
+            # It is asked anew, and known then.
+            serial = bus.send("ListDevices", sender=f":1.{number + 10}")
+            assert bus.reply(serial).error_name is None
+        assert [each for each in bus.received if each.type == wire.METHOD_CALL] == []
+        assert "attached" not in daemon.log
+        daemon.kill()  # nobody would answer it when it says good-bye
 
 
 def test_a_caller_that_left_before_it_was_known_gets_nothing(world: World) -> None:
@@ -290,23 +277,9 @@ def test_a_caller_that_left_before_it_was_known_gets_nothing(world: World) -> No
     assert world.polkit.questions == []
 
 
-ANSWERS = """
-from loopd import wire
-reply = wire.Connection.reply
-def told(self, to, signature, *args, **named):
-    result = reply(self, to, signature, *args, **named)
-    if signature == "ost":
-        print("An answer is written.", flush=True)
-    return result
-wire.Connection.reply = told
-"""
-
-
-def test_a_caller_that_leaves_before_its_answer_gets_nothing(
-    new_world: Callable[..., World],
-) -> None:
+def test_a_caller_that_leaves_before_its_answer_gets_nothing(world: World) -> None:
     """CVE-2021-3560: the device is bound and the answer on its way to nobody."""
-    world = new_world(prelude=ANSWERS)
+    printed = len(world.daemon.log)
     world.polkit.on(ATTACH, Answer.HANG)
     deadline = Deadline()
     with memfd() as fd, world.bus.connect(USER) as client, ExitStack() as deaf:
@@ -317,11 +290,10 @@ def test_a_caller_that_leaves_before_its_answer_gets_nothing(
             with world.bus.connect() as bystander:
                 bystander.call_bus("GetId")  # the bus has passed the answer on
             deaf.enter_context(stopped(world.bus.pid))
-        while "An answer is written." not in world.daemon.log:
+        while "attached /dev/loop" not in world.daemon.log[printed:]:
             assert deadline.remaining
         client.close()
     world.wait_devices(0)
-    assert "attached /dev/loop" in world.daemon.log
 
 
 # --- names and paths -----------------------------------------------------------------------------

@@ -25,7 +25,14 @@ _ANSWERS: dict[str, tuple[str, list[Any]]] = {
 
 
 class FakeBus:
-    """Listens from the start of the `with` block, and serves the one that connects first."""
+    """Listens from the start of the `with` block, and serves the one that connects first.
+
+    `errors` are what calls of the bus's own methods are answered with, where there is one.
+    """
+
+    def __init__(self) -> None:
+        """Answer everything well for now."""
+        self.errors: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -50,7 +57,7 @@ class FakeBus:
         assert name == LOOPD
         Deadline().wait_readable([self._listener.fileno()], f"{process.name} to connect")
         connection, _ = self._listener.accept()
-        self._service = self._exit.enter_context(_Service(connection))
+        self._service = self._exit.enter_context(_Service(connection, self.errors))
         while self._service.serve() != "RequestName":
             pass
 
@@ -77,6 +84,11 @@ class FakeBus:
         """Send anything."""
         self._service.send_bytes(data, fds)
 
+    @property
+    def received(self) -> list[wire.Message]:
+        """What was sent to others on the bus, and no reply() has taken."""
+        return self._service.received
+
     def next_serial(self) -> int:
         """Return a serial not used before."""
         return self._service.next_serial()
@@ -94,8 +106,9 @@ class FakeBus:
 class _Service(RawClient):
     """The bus's end of a connection."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, errors: dict[str, str]) -> None:
         self._socket = connection
+        self._errors = errors
         self._data = bytearray()
         self._fds: list[int] = []
         self._serial = 0
@@ -116,13 +129,17 @@ class _Service(RawClient):
         message.fds.clear()
         if message.type == wire.METHOD_CALL and message.fields[wire.DESTINATION] == BUS:
             signature, args = _ANSWERS[str(message.member)]
+            error = self._errors.get(str(message.member))
+            if error:
+                signature, args = "s", ["no"]
             self.send(
                 None,
                 None,
                 None,
                 signature,
                 args,
-                type=wire.METHOD_RETURN,
+                type=wire.ERROR if error else wire.METHOD_RETURN,
+                error_name=error,
                 destination=":1.1",
                 reply_serial=message.serial,
                 extra_fields=[(wire.SENDER, wire.Variant("s", BUS))],
