@@ -69,7 +69,7 @@ def parse(data: bytes | bytearray | memoryview) -> Message:
     if message is None:
         raise MalformedMessage("the message is shorter than its header says")
     if not message.body and _signature(data):
-        # The libraries take it for a message of no arguments, and not every bus looks into bodies.
+        # A bus refuses that, but the libraries take it for a message of no arguments.
         raise MalformedMessage("there is no body, although there is a signature")
     return message
 

@@ -9,7 +9,7 @@ import os
 import pwd
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,6 +357,36 @@ def test_a_path_as_long_as_there_can_be_does_no_harm(world: World, length: int) 
         assert caller.manager("GetDevice", "h", 0, fds=[fd]) == (attached.path,)
         assert caller.manager("Detach", "ha{sv}", 0, {}, fds=[fd]) == (True,)
     os.unlink(path)
+
+
+FORGED = "\x1b[2J\rloopd: forged\n"
+
+
+def test_nothing_that_a_client_says_gets_into_the_log(new_world: Callable[..., World]) -> None:
+    """Forged log lines: no path, name or option of a client's, not even with --debug."""
+    world = new_world(arguments=["--debug"])
+    caller = world.caller()
+    path = world.files / FORGED.replace("/", "")
+    attached = caller.attach(make_plain(path, owner=USER), reference="forged")
+    for member, signature, *args in (
+        ("SetReference", "sa{sv}", FORGED, {}),
+        ("SetReference", "sa{sv}", "forged again", {}),
+        ("Open", "sa{sv}", FORGED, {}),
+        ("Lock", "sa{sv}", FORGED, {}),
+        ("Resize", "a{sv}", {FORGED: Variant("s", FORGED)}),
+        ("Resize", "a{sv}", {}),
+        ("forged", "s", FORGED),
+    ):
+        with suppress(CallError):
+            caller.device(attached.path, member, signature, *args)
+    for name in (FORGED, f"/dev/{FORGED}"):
+        error_of(caller.manager, "GetDeviceByNode", "s", name)
+    error_of(caller.attach, path)
+    assert caller.detach(attached.path) is True
+    assert "attached /dev/loop" in world.daemon.log
+    assert "forged" not in world.daemon.log
+    assert "\x1b" not in world.daemon.log
+    path.unlink()
 
 
 # --- what an older kernel makes of an fd ---------------------------------------------------------
