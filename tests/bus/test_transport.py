@@ -217,7 +217,7 @@ def test_a_message_that_does_not_parse_costs_itself_only(library: str) -> None:
             bus.send_bytes(damaged)
         # A later version of the protocol may have these.
         bus.send("GetDevice", "h", [0], fds=[fd], type=7)
-        serial = bus.send("ListDevices", extra_fields=[(200, Variant("as", ["x"]))])
+        serial = bus.send("ListDevices", extra_fields=[(200, Variant("s", "x"))])
         assert bus.reply(serial).error_name in (None, f"{BUS}.Error.InvalidArgs")
         serial = bus.send("GetDevice", "h", [0], fds=[fd])
         assert bus.reply(serial).error_name == NO_SUCH_DEVICE
