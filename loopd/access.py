@@ -6,7 +6,7 @@ Pure. An operation on a device that is not in the table cannot be served.
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from .errors import AccessDenied, LoopError, NotSupported
@@ -30,6 +30,11 @@ class Client:
         """Whether the connection is gone."""
         return self.left.done()
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """How the log names it."""
+        return {"SENDER": self.name, "UID": self.uid}
+
     def require_present(self) -> None:
         """Raise AccessDenied once the client has left: nothing is done for nobody."""
         if self.gone:
@@ -43,6 +48,8 @@ class Caller:
     client: Client
     interactive: bool
     """Whether polkit may ask somebody."""
+    concerns: dict[str, object] = field(default_factory=dict)
+    """What the log says the call is about, which shows while it is served."""
 
     @property
     def uid(self) -> int:

@@ -217,10 +217,11 @@ class Attaching:
             unrecorded.pop_all()
         if not wanted:
             # It ends as any other does: counted and marked until the kernel has let go of it.
-            log.info("%s was attached for nobody", device.node)
+            extra = {**caller.client.fields, **device.fields}
+            log.info("%s was attached for nobody", device.node, extra=extra)
             self._let_go(device)
             raise Failed("the attach was given up")
-        log.info("attached %s for uid %d, %s", device.node, caller.uid, caller.client.name)
+        caller.concerns.update(device.fields)
         return device
 
     def _drop(self, uid: int, loop: loopdev.LoopDevice) -> None:

@@ -1,79 +1,48 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The serving end of the bus: who calls, with which fds, within which bounds, and how it ends.
 
-Every method call goes one way: counted, its caller identified, admitted from its header, parsed,
-its fds matched one by one with the method's signature, answered by exactly one reply. What a method
+Every method call goes one way: counted, its caller identified, put in its user's turn, admitted
+from its header, parsed, its fds matched one by one with the method's signature, answered by exactly
+one reply. One that is too many is told so from its header, or its sender is muted. What a method
 means is the service's.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from enum import Enum
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
+from .call import Call, Method, note_end
 from .config import Limits
-from .errors import BusError, Failed, InvalidArgs, LimitsExceeded, LoopError, from_os_error
+from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
+from .session import Session
 from .tasks import Tasks
 from .threads import Threads, Work
+from .turns import Account, Turns, metered
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE = 128 * 1024
+# A connection to which so many refusals are still to be told is not heard for a while, in seconds.
+_MAX_REFUSALS = 16
+_SILENCE = 0.1
+# Fds of one user that are being closed and may not be for as long as it likes: of one who has more
+# none are taken, nor of strangers while there is such a user.
+_MAX_CLOSING = 32
+_TOO_MANY = "too many calls are under way: try again later"
 
 _REQUEST_NAME_DO_NOT_QUEUE = 4
 _PRIMARY_OWNER = 1
 
 
-class Authorization(Enum):
-    """Who decides whether a method may be called. There is no default."""
-
-    FREE = "anyone may: it only tells what is public"
-    MANAGER = "the manager asks for what the table in `access` demands"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method as it is served; the handler gets the caller, the object and the arguments."""
-
-    name: str
-    in_signature: str
-    out_signature: str
-    authorization: Authorization
-    handler: Callable[..., Awaitable[tuple[Any, ...]]]
-
-
 Find = Callable[[int, str, str, str], tuple[Method, Any]]
 """The caller's uid, path, interface (may be empty) and member to the method and its object; raises
 LoopError."""
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A call that is under way, and what came with it."""
-
-    header: frame.Header
-    data: bytes
-    fds: list[OwnedFd]
-    fds_lost: bool
-
-
-class _Session:
-    """What is known of a connection that has called us."""
-
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.name = name
-        self.left: asyncio.Future[None] = loop.create_future()
-        self.client: Client | None = None
-        self.waiting: list[_Call] = []
-        """Calls that came before we knew who it is."""
-        self.calls = 0
 
 
 class Bus:
@@ -96,16 +65,22 @@ class Bus:
         self._before_reply = before_reply
         self._client_left = client_left
         self._loop = asyncio.get_running_loop()
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._calls = 0
-        self._calls_of_user: Counter[int] = Counter()
+        self._calls_of_nobody = 0
+        """Those of connections that we do not know yet."""
+        self._turns = Turns()
+        self._muted: set[bytes] = set()
         self._tasks = Tasks()
         self.connection = connection(
-            max_message=MAX_MESSAGE,
+            max_message=codec.MAX_MESSAGE,
             on_call=self._on_call,
             on_signal=self._on_signal,
             on_lost=on_lost,
-            close_fd=threads.close_fd,
+            close_fds=self._close_fds,
+            muted=self._muted,
+            is_wary=lambda: threads.closing_for_all > _MAX_CLOSING,
+            trusts=self._trusts,
         )
 
     async def start(self) -> None:
@@ -184,7 +159,7 @@ class Bus:
         if session.client:
             self._client_left(session.client)
 
-    async def _identify(self, session: _Session) -> None:
+    async def _identify(self, session: Session) -> None:
         """Find out who a connection is, which the bus knows and which never changes."""
         try:
             (uid,) = await self.connection.call_bus("GetConnectionUnixUser", "s", [session.name])
@@ -193,10 +168,14 @@ class Bus:
             log.debug("nobody knows who %s is: %s", session.name, exc)
         else:
             session.client = Client(session.name, uid, session.left)
+            session.account = self._turns.account(uid)
+            session.charge(session.spent)
         waiting, session.waiting = session.waiting, []
+        self._calls_of_nobody -= len(waiting)
         for call in waiting:
-            if session.client:
-                self._begin(session, session.client, call)
+            self._calls += 1
+            if session.client and session.account:
+                self._admit(session, session.client, session.account, call)
             else:
                 self._answer_error(call.header, Failed("the bus does not say who is calling"))
                 self._end(session, call)
@@ -204,131 +183,158 @@ class Bus:
     # --- calls ----------------------------------------------------------------------------------
 
     def _on_call(self, incoming: frame.Frame) -> None:
+        start = time.thread_time()
         header = incoming.header
         if header is None or not header.sender:
             return
         session = self._sessions.get(header.sender)
         if session is None:
-            session = self._sessions[header.sender] = _Session(header.sender, self._loop)
+            session = self._sessions[header.sender] = Session(
+                header.sender, self._loop.create_future()
+            )
         try:
             self._require_room(session, incoming)
-        except LoopError as exc:
-            self._answer_error(header, exc)
-            return
-        fds, incoming.fds = incoming.fds, []
-        owned = [OwnedFd(fd, self._threads.close_fd) for fd in fds]
-        call = _Call(header, incoming.data, owned, incoming.fds_lost)
-        session.calls += 1
-        self._calls += 1
-        if session.client:
-            self._begin(session, session.client, call)
-            return
-        session.waiting.append(call)
-        if len(session.waiting) == 1:
-            self._tasks.start(self._identify(session))
+        except LimitsExceeded as exc:
+            self._refuse(session, header, exc)
+        else:
+            self._take(session, header, incoming)
+        session.charge(time.thread_time() - start)
 
-    def _require_room(self, session: _Session, incoming: frame.Frame) -> None:
+    def _require_room(self, session: Session, incoming: frame.Frame) -> None:
         """Raise LimitsExceeded if the message is too large, or too many are under way."""
         if not incoming.data:
-            raise LimitsExceeded(f"a message may have {MAX_MESSAGE} bytes at most")
+            raise LimitsExceeded(f"a message may have {codec.MAX_MESSAGE} bytes at most")
         if session.calls >= self._limits.calls_per_connection:
             raise LimitsExceeded(
                 f"{session.calls} calls of this connection are under way: wait for their answers"
             )
-        if self._calls >= self._limits.calls:
-            raise LimitsExceeded("too many calls are under way: try again later")
+        if self._calls_of_nobody >= self._limits.calls and not session.client:
+            raise LimitsExceeded(_TOO_MANY)
 
-    def _begin(self, session: _Session, client: Client, call: _Call) -> None:
+    def _refuse(self, session: Session, header: frame.Header, error: LimitsExceeded) -> None:
+        """Tell that a call is too many, when it is its user's turn, or hear no more of them."""
+        name = session.name.encode()
+        if name in self._muted:
+            return
+        if session.refusals >= _MAX_REFUSALS:
+            self._muted.add(name)
+            self._loop.call_later(_SILENCE, self._muted.discard, name)
+            return
+        session.refusals += 1
+        tell = partial(self._tell, session, header, error)
+        if session.account:
+            session.account.flood()
+            self._turns.add(session.account, tell)
+        else:
+            self._loop.call_soon(tell)
+
+    def _tell(self, session: Session, header: frame.Header, error: LimitsExceeded) -> None:
+        start = time.thread_time()
+        session.refusals -= 1
+        self._answer_error(header, error)
+        session.charge(time.thread_time() - start)
+
+    def _take(self, session: Session, header: frame.Header, incoming: frame.Frame) -> None:
+        fds, incoming.fds = incoming.fds, []
+        close = partial(self._close_fd, session)
+        owned = [OwnedFd(fd, close) for fd in fds]
+        call = Call(header, incoming.data, owned, incoming.fds_lost)
+        session.calls += 1
+        if session.client and session.account:
+            self._calls += 1
+            self._admit(session, session.client, session.account, call)
+            return
+        self._calls_of_nobody += 1
+        session.waiting.append(call)
+        if len(session.waiting) == 1:
+            self._tasks.start(self._charged(session.charge, self._identify(session)))
+
+    def _admit(self, session: Session, client: Client, account: Account, call: Call) -> None:
+        """Have a call served when it is its user's turn, or refuse it."""
+        account.calls += 1
+        if self._calls > self._limits.calls:
+            error = LimitsExceeded(_TOO_MANY)
+        elif client.uid != ROOT and account.calls > self._limits.calls_per_user:
+            error = LimitsExceeded("too many calls of this user are under way: try again later")
+        else:
+            self._turns.add(account, partial(self._begin, session, client, call))
+            return
+        self._refuse(session, call.header, error)
+        self._end(session, call)
+
+    def _close_fd(self, session: Session, fd: int) -> None:
+        self._threads.close_fd(fd, session.owner)
+
+    def _close_fds(self, fds: Iterable[int], sender: str) -> None:
+        session = self._sessions.get(sender)
+        self._threads.close_fds(fds, session.owner if session else sender)
+
+    def _trusts(self, sender: str) -> bool:
+        """Whether we take fds of a sender though closing those of others may take for ever."""
+        session = self._sessions.get(sender)
+        if session is None or session.account is None:
+            return False
+        return self._threads.closing(session.owner) <= _MAX_CLOSING
+
+    def _begin(self, session: Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
+        start = time.thread_time()
         try:
             client.require_present()
-            if (
-                client.uid != ROOT
-                and self._calls_of_user[client.uid] >= self._limits.calls_per_user
-            ):
-                raise LimitsExceeded("too many calls of this user are under way: try again later")
             header = call.header
             method, target = self._find(client.uid, header.path, header.interface, header.member)
-            arguments = self._arguments(method, call)
+            arguments = call.arguments(method)
         except LoopError as exc:
             self._answer_error(call.header, exc)
             self._end(session, call)
-            return
-        self._calls_of_user[client.uid] += 1
-        self._tasks.start(self._serve(session, client, call, method, target, arguments))
+        else:
+            serving = self._serve(session, client, call, method, target, arguments)
+            self._tasks.start(self._charged(session.charge, serving))
+        session.charge(time.thread_time() - start)
 
-    def _end(self, session: _Session, call: _Call) -> None:
+    @staticmethod
+    async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
+        await metered(work, charge)
+
+    def _end(self, session: Session, call: Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
         for fd in call.fds:
             fd.close()
         session.calls -= 1
         self._calls -= 1
-
-    def _arguments(self, method: Method, call: _Call) -> list[Any]:
-        """The arguments of a call, its fds in the places of their indices.
-
-        Raises InvalidArgs unless all is as the method's signature says, and each fd used once.
-        """
-        header = call.header
-        if header.signature != method.in_signature:
-            raise InvalidArgs(
-                f"{method.name} takes arguments of the signature '{method.in_signature}', "
-                f"not '{header.signature}'"
-            )
-        if call.fds_lost:
-            raise LimitsExceeded("the file descriptors did not arrive: try again later")
-        # Checked before parsing: a variant may hold a handle too, and no option of ours does.
-        wanted = method.in_signature.count("h")
-        if not len(call.fds) == header.unix_fds == wanted:
-            raise InvalidArgs(
-                f"{method.name} takes {wanted} file descriptors, and {len(call.fds)} came"
-            )
-        try:
-            arguments: list[Any] = codec.parse(call.data).body
-        except codec.MalformedMessage as exc:
-            log.debug("a message of %s cannot be read: %s", header.sender, exc)
-            raise InvalidArgs("the message cannot be read") from exc
-        # A handle is always an argument of its own in our signatures, so its place is known.
-        places = [
-            place
-            for place, kind in enumerate(codec.argument_types(method.in_signature))
-            if kind == "h"
-        ]
-        if sorted(arguments[place] for place in places) != [*range(len(call.fds))]:
-            raise InvalidArgs(f"{method.name} got a handle that is no file descriptor it passed")
-        for place in places:
-            arguments[place] = call.fds[arguments[place]]
-        return arguments
+        if session.account:
+            session.account.calls -= 1
 
     async def _serve(
         self,
-        session: _Session,
+        session: Session,
         client: Client,
-        call: _Call,
+        call: Call,
         method: Method,
         target: object,
         arguments: list[Any],
     ) -> None:
         header = call.header
+        caller = Caller(client, bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION))
         try:
-            interactive = bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION)
-            result = await method.handler(Caller(client, interactive), target, *arguments)
+            result = await method.handler(caller, target, *arguments)
+            note_end(caller, method, "done")
             await self._answer(header, client, method, result)
         except LoopError as exc:
+            note_end(caller, method, exc.dbus_name, exc)
             self._answer_error(header, exc)
         except OSError as exc:
-            self._answer_error(header, from_os_error(exc, method.name))
+            error = from_os_error(exc, method.name)
+            note_end(caller, method, error.dbus_name, error)
+            self._answer_error(header, error)
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
         # Whatever else comes up is a bug of ours: the log has it whole, the caller none of it.
         except Exception:
-            log.exception("%s of %s failed", method.name, header.sender)
+            log.exception("%s of %s failed", method.name, header.sender, extra=client.fields)
             self._answer_error(header, Failed("loopd failed; its log says why"))
         finally:
             self._end(session, call)
-            self._calls_of_user[client.uid] -= 1
-            if not self._calls_of_user[client.uid]:
-                del self._calls_of_user[client.uid]
 
     async def _answer(
         self, header: frame.Header, client: Client, method: Method, result: tuple[Any, ...]

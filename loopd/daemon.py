@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, loopdev, wire
+from . import __version__, codec, dial, journal, loopdev, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -47,11 +47,7 @@ _STOP_TIMEOUT = 5.0
 def main() -> None:
     """The command `loopd`; returns only by ending the process."""
     arguments = _parser().parse_args()
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.debug else logging.INFO,
-        format="loopd: %(message)s",
-        stream=sys.stderr,
-    )
+    journal.start(debug=arguments.debug)
     try:
         config = _fit(load(arguments.config))
         threads = Threads()

@@ -66,6 +66,11 @@ class Device:
         """The device node."""
         return f"/dev/{self.name.replace('!', '/')}"  # sysfs has no slashes
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """How the log names it."""
+        return {"DEVICE": self.node, "DISKSEQ": self.diskseq}
+
     def partition_node(self, partition: int) -> str:
         """The device node of a partition, by the kernel's way to name them."""
         return f"{self.node}{'p' if self.node[-1].isdecimal() else ''}{partition}"

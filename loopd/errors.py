@@ -101,6 +101,10 @@ class LimitsExceeded(LoopError):
     dbus_name = _BUS + "LimitsExceeded"
 
 
+class RefusedByBus(LimitsExceeded):
+    """The bus did not pass a call on: too much, or too many fds, are on their way already."""
+
+
 class UnknownObject(LoopError):
     """There is no object at this path."""
 

@@ -2,11 +2,13 @@
 """The byte stream from the bus, cut into messages whose headers are read and whose fds are theirs.
 
 Pure: it reads no socket and parses no body. A message over the size cap is judged by its header
-and skipped, so that no client can make the daemon hold or parse it.
+and skipped, so that no client can make the daemon hold or parse it; one of a muted sender is
+skipped before anything but the sender is looked at.
 """
 
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL = 1, 2, 3, 4
@@ -14,6 +16,17 @@ NO_REPLY_EXPECTED = 0x1
 ALLOW_INTERACTIVE_AUTHORIZATION = 0x4
 
 _FIXED = 16
+_LONGEST = 1 << 27
+_LITTLE = struct.Struct("<3xBI4xI").unpack_from
+_BIG = struct.Struct(">3xBI4xI").unpack_from
+# The sender, after fields of any meaning with the types that fields have. The lengths of strings
+# need no reading, because the bus lets no NUL into one. Matched in C: 0.7 us, against 3.7 us to
+# read the header, while a bus passes on up to 240,000 messages a second of whoever floods it.
+_SENDER = re.compile(
+    rb"(?:[\x01-\x06\x08-\xff]\x01(?:[so]\0.{4}[^\0]*+\0++|g\0.[^\0]*+\0++|u\0.{4}))*"
+    rb"\x07\x01s\0.{4}([^\0]*+)",
+    re.DOTALL,
+)
 # Names have at most 255 bytes each; only a hostile path makes a header longer than this.
 _MAX_FIELDS = 16 * 1024
 _STRING_FIELDS = {
@@ -59,12 +72,14 @@ class Frame:
     """A message as it came in."""
 
     header: Header | None
-    """None if even the header is over the cap or malformed."""
+    """None if even the header is over the cap or malformed, or nobody wants to hear the sender."""
     data: bytes
     """The whole message; empty if it is over the cap."""
     fds: list[int] = field(default_factory=list)
     fds_lost: bool = False
-    """The fds did not all arrive: our table of open files is full."""
+    """The fds did not all arrive: our table of open files is full, or they were not wanted."""
+    sender: str = ""
+    """As in the header, known also where that is none for being muted."""
 
 
 def read_header(data: bytes | bytearray, end: int) -> Header:
@@ -109,92 +124,138 @@ def read_header(data: bytes | bytearray, end: int) -> Header:
     return header
 
 
-class Reader:
-    """Cuts the stream. Feed it what recvmsg gave, in order."""
+_NOTHING = Frame(None, b"")
 
-    def __init__(self, max_message: int) -> None:
+
+class Reader:
+    """Cuts the stream. Feed it what recvmsg gave, in order.
+
+    Messages of a sender in `muted` are skipped whole; the set may change at any time.
+    """
+
+    def __init__(self, max_message: int, muted: Collection[bytes] = frozenset()) -> None:
         self._max_message = max_message
+        self._muted = muted
         self._buffer = bytearray()
         self._skip = 0
-        self._skipped = Frame(None, b"")
         self._fds: list[int] = []
         self._fds_lost = False
 
     def feed(self, data: bytes, fds: list[int], *, fds_lost: bool = False) -> list[Frame]:
-        """Take a piece of the stream and give the messages that are complete now.
+        """Take a piece of the stream and give the messages that can be judged now.
 
-        The kernel ends a read after the piece that carries fds, so they belong to the message
-        that begins last in it. Raises MalformedStream.
+        A frame without header is there for its fds, which nobody wants. The kernel ends a read
+        after the piece that carries fds, so they belong to the message that begins last in it.
+        Raises MalformedStream.
         """
-        complete = [*self._cut(data)]
-        if self._buffer or self._skip or not complete:
-            # The last message is incomplete: they wait for it.
+        frames: list[Frame] = []
+        last = self._cut(data, frames)
+        if last is None:
             self._fds += fds
             self._fds_lost |= fds_lost
-        else:
-            complete[-1].fds += fds
-            complete[-1].fds_lost |= fds_lost
-        return complete
+            return frames
+        last.fds += fds
+        last.fds_lost |= fds_lost
+        if last.fds and last.header is None and (not frames or frames[-1] is not last):
+            frames.append(last)
+        return frames
 
     def take_fds(self) -> list[int]:
         """The fds of a message that will never be complete, to be closed."""
         fds, self._fds = self._fds, []
         return fds
 
-    def _cut(self, data: bytes) -> Iterator[Frame]:
-        if self._skip:
-            skipped = min(self._skip, len(data))
-            self._skip -= skipped
-            data = data[skipped:]
-            if self._skip:
-                return
-            yield self._finish_skipped()
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= _FIXED:
-            if buffer[start] not in (0x6C, 0x42) or buffer[start + 3] != 1:
-                raise MalformedStream("not a D-Bus message")
-            order = "<" if buffer[start] == 0x6C else ">"
-            body, fields = struct.unpack_from(order + "I4xI", buffer, start + 4)
-            end_of_fields = _FIXED + fields
-            total = ((end_of_fields + 7) & ~7) + body
-            if total > 1 << 27:
-                raise MalformedStream("a message is longer than D-Bus allows")
-            available = len(buffer) - start
-            if total > self._max_message:
-                known = fields <= _MAX_FIELDS
-                if known and available < end_of_fields:
-                    break
-                self._skipped = Frame(self._header(start, end_of_fields) if known else None, b"")
-                self._skip = max(total - available, 0)
-                start += min(total, available)
-                if self._skip:
-                    break
-                yield self._finish_skipped()
-                continue
-            if available < total:
-                break
-            message = bytes(buffer[start : start + total])
-            start += total
-            yield self._with_fds(Frame(self._parse_header(message, end_of_fields), message))
-        del buffer[:start]
-
-    def _header(self, start: int, length: int) -> Header | None:
-        return self._parse_header(bytes(self._buffer[start : start + length]), length)
-
-    @staticmethod
-    def _parse_header(data: bytes, end: int) -> Header | None:
+    def last_sender(self, data: bytes) -> str:
+        """Who sends the message that begins last, if this piece comes next; empty if unknown."""
+        probe = Reader(self._max_message)
+        probe._buffer, probe._skip = self._buffer[:], self._skip
         try:
-            return read_header(data, end)
-        except MalformedHeader:
-            return None
+            frames = probe.feed(data, [])
+        except MalformedStream:
+            return ""
+        if not probe._buffer:
+            return frames[-1].sender if frames else ""
+        unpack = _LITTLE if probe._buffer[0] == 0x6C else _BIG
+        if len(probe._buffer) < _FIXED:
+            return ""
+        end = _FIXED + unpack(probe._buffer, 0)[2]
+        return _name(_SENDER.match(probe._buffer, _FIXED, end))
 
-    def _finish_skipped(self) -> Frame:
-        frame, self._skipped = self._skipped, Frame(None, b"")
-        return self._with_fds(frame)
+    def _cut(self, data: bytes, frames: list[Frame]) -> Frame | None:
+        """Append the frames that are complete, and return that of the message which began last.
+
+        None means that this one is still incomplete. Every message that anybody sends comes by
+        here, and a flood of them is only as harmless as this loop is quick.
+        """
+        last = Frame(None, b"")
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        buffer, muted = self._buffer, self._muted
+        buffer += data[skipped:] if skipped else data
+        start, size = 0, len(buffer)
+        muted_sender: re.Match[bytes] | None = None
+        while size - start >= _FIXED:
+            if buffer[start] == 0x6C:
+                version, body, fields = _LITTLE(buffer, start)
+            elif buffer[start] == 0x42:
+                version, body, fields = _BIG(buffer, start)
+            else:
+                raise MalformedStream("not a D-Bus message")
+            if version != 1:
+                raise MalformedStream("not a D-Bus message")
+            end = start + _FIXED + fields
+            total = ((_FIXED + fields + 7) & ~7) + body
+            if total > _LONGEST:
+                raise MalformedStream("a message is longer than D-Bus allows")
+            if size < end and (fields <= _MAX_FIELDS or total <= self._max_message):
+                break  # its sender may still be to come
+            # Only while somebody is muted: the search costs as much as the rest of this loop.
+            sender = _SENDER.match(buffer, start + _FIXED, min(end, size)) if muted else None
+            if muted and (sender is None or sender[1] in muted):
+                # A bus always says who sends, or the header is one that nobody can read.
+                last, muted_sender = _NOTHING, sender
+                if self._fds or self._fds_lost:
+                    last = self._with_fds(Frame(None, b"", sender=_name(sender)))
+                    frames.append(last)
+            elif total > self._max_message:
+                known = fields <= _MAX_FIELDS
+                last = self._with_fds(_framed(self._header(start, end) if known else None, b""))
+                frames.append(last)
+            elif size - start < total:
+                break
+            else:
+                message = bytes(buffer[start : start + total])
+                last = self._with_fds(_framed(_parsed(message, end - start), message))
+                frames.append(last)
+            start += total
+        if start > size:
+            self._skip = start - size
+            start = size
+        incomplete = start < size
+        del buffer[:start]
+        if incomplete:
+            return None
+        return Frame(None, b"", sender=_name(muted_sender)) if last is _NOTHING else last
+
+    def _header(self, start: int, end: int) -> Header | None:
+        return _parsed(bytes(self._buffer[start:end]), end - start)
 
     def _with_fds(self, frame: Frame) -> Frame:
         frame.fds, self._fds = self._fds, []
         frame.fds_lost, self._fds_lost = self._fds_lost, False
         return frame
+
+
+def _framed(header: Header | None, data: bytes) -> Frame:
+    return Frame(header, data, sender=header.sender if header else "")
+
+
+def _name(sender: re.Match[bytes] | None) -> str:
+    return sender[1].decode(errors="replace") if sender else ""
+
+
+def _parsed(data: bytes, end: int) -> Header | None:
+    try:
+        return read_header(data, end)
+    except MalformedHeader:
+        return None

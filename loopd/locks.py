@@ -77,7 +77,12 @@ class Locks:
             self.drop(held.device)
 
     def _expire(self, held: _Held) -> None:
-        log.info("%s was locked for %g s, which is enough", held.device.node, self._exclusive_for)
+        log.info(
+            "%s was locked for %g s, which is enough",
+            held.device.node,
+            self._exclusive_for,
+            extra={"UID": held.device.owner, **held.device.fields},
+        )
         self.drop(held.device)
 
     def _forget(self, device: Device) -> None:

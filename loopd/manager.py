@@ -122,6 +122,7 @@ class Manager:
 
         Raises what polkit's answer means, NotSupported, AccessDenied, NoSuchDevice.
         """
+        caller.concerns.update(device.fields)
         if device.private and operation not in _ON_BLOCK_DEVICES:
             raise NotSupported(
                 f"{device.node} needed no loop device, so {operation.value} is not supported"
@@ -237,7 +238,13 @@ class Manager:
         self._locks.client_left(client)
         for lease in self._leases.held_by(client.name):
             if device := self._registry.at(lease.device):
-                log.info("%s has left: detaching %s", client.name, device.node)
+                log.info(
+                    "%s of uid %d has left: detaching %s",
+                    client.name,
+                    client.uid,
+                    device.node,
+                    extra={"ACTION": "Detach", **client.fields, **device.fields},
+                )
                 self.let_go(device)
 
     async def stop(self, timeout: float) -> None:
@@ -283,7 +290,7 @@ class Manager:
             loop, cleared = await end(detach)
         except (LoopError, OSError) as exc:
             # Someone else's, which is as it was.
-            log.warning("cannot detach %s: %s", device.node, exc)
+            log.warning("cannot detach %s: %s", device.node, exc, extra=device.fields)
             if device.loop:
                 raise
             device.state, device.ending = ATTACHED, False
@@ -314,7 +321,7 @@ class Manager:
         if device.loop:
             device.loop.release(None)
             self._threads.remove(loopdev.remove, device.loop.number)
-            log.info("%s is gone", device.node)
+            log.info("%s is gone", device.node, extra={"UID": device.owner, **device.fields})
 
 
 def _at_whose_expense(caller: Caller, device: Device) -> int:

@@ -133,7 +133,8 @@ class Authority:
         try:
             ((authorized, challenge, _),) = question.result()
         except (LoopError, BusError, ValueError, TypeError) as exc:
-            log.warning("polkit could not be asked for %s: %s", action, exc)
+            extra = caller.client.fields
+            log.warning("polkit could not be asked for %s: %s", action, exc, extra=extra)
             raise AccessDenied("polkit could not be asked, so the answer is no") from exc
         return authorized, challenge
 

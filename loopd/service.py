@@ -23,7 +23,7 @@ from .announcer import (
     Properties,
 )
 from .attaching import Attaching
-from .bus import Authorization, Method
+from .call import Authorization, Method
 from .codec import Variant
 from .device import PREFIX, Device
 from .errors import (

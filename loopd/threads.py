@@ -5,10 +5,12 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
 from .backing import closes_quickly
@@ -46,6 +48,8 @@ class Threads:
         self._closes = ThreadPoolExecutor(4, "close")
         self._slow_closes = ThreadPoolExecutor(256, "slow-close")
         self._removals = ThreadPoolExecutor(16, "removal")
+        self._closing: Counter[object] = Counter()
+        self._counting = Lock()
         self._turns: dict[tuple[int, Work], asyncio.Semaphore] = {}
         self._running: set[Future[Any]] = set()
 
@@ -118,15 +122,39 @@ class Threads:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
         return await asyncio.wrap_future(self._submit(self._looks, function))
 
-    def close_fd(self, fd: int) -> None:
+    def close_fd(self, fd: int, owner: object = None) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
-        self._submit(self._closes, partial(self._close, fd))
+        self.close_fds([fd], owner)
 
-    def _close(self, fd: int) -> None:
-        if closes_quickly(fd):
-            _close(fd)
-        else:
-            self._submit(self._slow_closes, partial(_close, fd))
+    def close_fds(self, fds: Iterable[int], owner: object = None) -> None:
+        """Close several at once, at the expense of whoever sent them."""
+        self._submit(self._closes, partial(self._close, tuple(fds), owner))
+
+    def _close(self, fds: tuple[int, ...], owner: object) -> None:
+        for fd in fds:
+            if closes_quickly(fd):
+                _close(fd)
+                continue
+            with self._counting:
+                self._closing[owner] += 1
+            self._submit(self._slow_closes, partial(self._close_slowly, fd, owner))
+
+    def _close_slowly(self, fd: int, owner: object) -> None:
+        _close(fd)
+        with self._counting:
+            self._closing[owner] -= 1
+            if not self._closing[owner]:
+                del self._closing[owner]
+
+    def closing(self, owner: object) -> int:
+        """The fds of somebody that are being closed and may not be for as long as it likes."""
+        return self._closing.get(owner, 0)
+
+    @property
+    def closing_for_all(self) -> int:
+        """Those of everybody."""
+        with self._counting:
+            return self._closing.total()
 
     def remove(self, function: Callable[[int], bool], number: int) -> None:
         """Remove a loop device in nobody's way."""

@@ -12,14 +12,14 @@ import os
 import socket
 import struct
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from . import codec, errors, frame
 from .errors import BusError
 from .fd import OwnedFd
+from .outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +29,20 @@ BUS_PATH = "/org/freedesktop/DBus"
 _CHUNK = 65536
 _MAX_FDS = 253  # SCM_MAX_FD
 _SLICE = 0.005  # seconds of reading before others get their turn
-# What waits for a slow bus: all in all, and before it for one destination.
-_MAX_QUEUED = 16 << 20
-_MAX_QUEUED_PER_DESTINATION = 4 << 20
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    data: memoryview
-    fds: Sequence[int]
-    destination: str
-    written: asyncio.Future[None]
+def _close_fds(fds: Iterable[int], _: str) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class Connection:
     """One connection, to be used once `hello` has returned.
 
     `on_call` and `on_signal` get frames and return at once; fds they do not take out of
-    `frame.fds` are closed by `close_fd`. `on_lost` is called once when the bus is gone.
+    `frame.fds` are closed by `close_fds`, which is told whose they are. Of senders in `muted`
+    nothing is heard at all. While `is_wary`, fds are left to the kernel but of those whom
+    `trusts`. `on_lost` is called once when the bus is gone.
     """
 
     def __init__(
@@ -57,19 +53,24 @@ class Connection:
         on_call: Callable[[frame.Frame], None],
         on_signal: Callable[[frame.Frame], None],
         on_lost: Callable[[str], None],
-        close_fd: Callable[[int], None] = os.close,
+        close_fds: Callable[[Iterable[int], str], None] = _close_fds,
+        muted: Collection[bytes] = frozenset(),
+        is_wary: Callable[[], bool] = lambda: False,
+        trusts: Callable[[str], bool] = lambda sender: True,
     ) -> None:
         self._socket = sock
-        self._reader = frame.Reader(max_message)
+        self._reader = frame.Reader(max_message, muted)
         self._on_call = on_call
         self._on_signal = on_signal
         self._on_lost = on_lost
-        self._close_fd = close_fd
+        self._close_fds = close_fds
+        self._unwanted: dict[str, list[int]] = {}
+        self._is_wary = is_wary
+        self._trusts = trusts
         self._loop = asyncio.get_running_loop()
         self._serial = 0
         self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
-        self._queue: deque[_Outgoing] = deque()
-        self._queued: Counter[str] = Counter()
+        self._outbox = Outbox(sock, self._lose)
         self._lost = False
         self._loop.add_reader(sock, self._readable)
 
@@ -102,7 +103,8 @@ class Connection:
     ) -> list[Any]:
         """Call a method and return the reply's body; fds in the reply are closed.
 
-        Raises the error that the reply names, TimedOut after `timeout` seconds, BusError.
+        Raises the error that the reply names, RefusedByBus where it is the bus that is full,
+        TimedOut after `timeout` seconds, BusError.
         """
         reply, reply_fds = await self.call_with_fds(
             destination,
@@ -159,7 +161,10 @@ class Connection:
             for fd in reply_fds:
                 fd.close()
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
-            raise errors.by_name(reply.error_name or "", text)
+            error = errors.by_name(reply.error_name or "", text)
+            if isinstance(error, errors.LimitsExceeded) and reply.sender == BUS_NAME:
+                error = errors.RefusedByBus(text)
+            raise error
         return reply.body, reply_fds
 
     def reply(
@@ -202,8 +207,7 @@ class Connection:
 
     async def drain(self) -> None:
         """Wait until all that was sent is with the bus."""
-        while self._queue and not self._lost:
-            await asyncio.wait([self._queue[-1].written])
+        await self._outbox.drain()
 
     def close(self) -> None:
         """Close the connection without telling `on_lost`."""
@@ -216,71 +220,9 @@ class Connection:
         return self._serial
 
     def _send(self, message: codec.Message, destination: str) -> asyncio.Future[None]:
-        written: asyncio.Future[None] = self._loop.create_future()
         if self._lost:
-            written.cancel()
             raise BusError("the connection to the bus is lost")
-        data = memoryview(codec.serialize(message))
-        if not self._make_room(destination, len(data)):
-            log.warning("the bus is slow: dropped a message for %s", destination or "everyone")
-            written.cancel()
-            return written
-        self._queue.append(_Outgoing(data, message.unix_fds, destination, written))
-        self._queued[destination] += len(data)
-        if len(self._queue) == 1:
-            self._writable()
-        return written
-
-    def _make_room(self, destination: str, size: int) -> bool:
-        """Whether a message may wait; whoever fills the queue loses what waits for it."""
-        if self._queued[destination] + size > _MAX_QUEUED_PER_DESTINATION:
-            return False
-        if self._queued.total() + size > _MAX_QUEUED:
-            filler = max(self._queued, key=self._queued.__getitem__)
-            log.warning("the bus is slow: dropped what waited for %s", filler or "everyone")
-            first, *rest = self._queue  # the first may be half written
-            self._queue = deque([first])
-            for outgoing in rest:
-                if outgoing.destination == filler:
-                    outgoing.written.cancel()
-                    self._queued[filler] -= len(outgoing.data)
-                else:
-                    self._queue.append(outgoing)
-        return True
-
-    def _writable(self) -> None:
-        try:
-            while self._queue:
-                first = self._queue[0]
-                ancillary = (
-                    [
-                        (
-                            socket.SOL_SOCKET,
-                            socket.SCM_RIGHTS,
-                            struct.pack(f"{len(first.fds)}i", *first.fds),
-                        )
-                    ]
-                    if first.fds
-                    else []
-                )
-                sent = self._socket.sendmsg(
-                    [first.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-                )
-                first.data, first.fds = first.data[sent:], ()
-                self._queued[first.destination] -= sent
-                if not first.data:
-                    self._queue.popleft()
-                    if not self._queued[first.destination]:
-                        del self._queued[first.destination]
-                    if not first.written.done():
-                        first.written.set_result(None)
-        except BlockingIOError:
-            # A full socket is no lost one: what is left goes when there is room.
-            self._loop.add_writer(self._socket, self._writable)
-            return
-        except OSError as exc:
-            self._loop.call_soon(self._lose, f"cannot write to the bus: {exc.strerror}")
-        self._loop.remove_writer(self._socket)
+        return self._outbox.put(codec.serialize(message), message.unix_fds, destination)
 
     # --- incoming -------------------------------------------------------------------------------
 
@@ -288,31 +230,45 @@ class Connection:
         end = time.monotonic() + _SLICE
         try:
             while not self._lost:
-                data, ancillary, flags, _ = self._socket.recvmsg(
-                    _CHUNK,
-                    socket.CMSG_SPACE(_MAX_FDS * 4),
-                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-                )
-                fds = [
-                    fd
-                    for level, kind, content in ancillary
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
-                    for (fd,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])
-                ]
+                data, fds, lost = self._receive()
                 if not data:
                     self._lose("the bus closed the connection")
-                    return
-                lost = bool(flags & socket.MSG_CTRUNC)
+                    break
                 for incoming in self._reader.feed(data, fds, fds_lost=lost):
                     self._dispatch(incoming)
                 if time.monotonic() > end:
-                    return  # the event loop calls again after the others
+                    break  # the event loop calls again after the others
         except BlockingIOError:
             pass
         except frame.MalformedStream as exc:
             self._lose(f"the bus sent what is no message: {exc}")
         except OSError as exc:
             self._lose(f"cannot read from the bus: {exc.strerror}")
+        # Once for all that came: in a flood of fds, handing over each would cost most.
+        for sender, unwanted in self._unwanted.items():
+            self._close_fds(unwanted, sender)
+        self._unwanted.clear()
+
+    def _receive(self) -> tuple[bytes, list[int], bool]:
+        """The next piece of the stream, its fds, and whether some of them are lost."""
+        size, room = _CHUNK, socket.CMSG_SPACE(_MAX_FDS * 4)
+        if self._is_wary():
+            # An fd that we have must be closed, and only we; one without room the kernel drops, and
+            # flushes nothing.
+            next_ = self._socket.recv(_CHUNK, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            size = len(next_)
+            if not self._trusts(self._reader.last_sender(next_)):
+                room = 0
+        data, ancillary, flags, _ = self._socket.recvmsg(
+            size, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        )
+        fds = [
+            fd
+            for level, kind, content in ancillary
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+            for (fd,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])
+        ]
+        return data, fds, bool(flags & socket.MSG_CTRUNC)
 
     def _dispatch(self, incoming: frame.Frame) -> None:
         try:
@@ -330,8 +286,8 @@ class Connection:
             log.exception("a message could not be taken")
         finally:
             # Whatever nobody has taken by now, nobody will.
-            for fd in incoming.fds:
-                self._close_fd(fd)
+            if incoming.fds:
+                self._unwanted.setdefault(incoming.sender, []).extend(incoming.fds)
 
     def _on_reply(self, header: frame.Header, incoming: frame.Frame) -> None:
         destination, future = self._calls.get(header.reply_serial, ("", None))
@@ -349,9 +305,13 @@ class Connection:
             log.warning("%s sent a reply that cannot be read: %s", header.sender, exc)
             future.set_exception(errors.Failed("the reply cannot be read"))
             return
-        fds = [OwnedFd(fd, self._close_fd) for fd in incoming.fds]
+        close = partial(self._close_one, sender=incoming.sender)
+        fds = [OwnedFd(fd, close) for fd in incoming.fds]
         incoming.fds = []
         future.set_result((reply, fds))
+
+    def _close_one(self, fd: int, sender: str) -> None:
+        self._close_fds([fd], sender)
 
     def _lose(self, why: str) -> None:
         if not self._lost:
@@ -361,14 +321,9 @@ class Connection:
 
     def _finish(self, error: BusError) -> None:
         self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._outbox.close()
         self._socket.close()
-        for fd in self._reader.take_fds():
-            self._close_fd(fd)
+        self._close_fds(self._reader.take_fds(), "")
         for _, future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
-        for outgoing in self._queue:
-            if not outgoing.written.done():
-                outgoing.written.cancel()
-        self._queue.clear()

@@ -19,6 +19,9 @@ _T = TypeVar("_T")
 # Longer than loopd itself takes before it gives up, with time for its start.
 _TIMEOUT = 90.0
 _INTERACTIVE_TIMEOUT = 400.0
+# Seconds between the attempts to have a call passed on by a bus that is full: 5 s in all, most of
+# them so short that a flood of others, of which every few messages get through, costs little.
+_PAUSES = (0.002,) * 50 + (0.01,) * 90 + (0.1,) * 40
 _MAX_MESSAGE = 64 << 20  # all objects of a machine come in one reply
 # What is said by the bus, or by whoever starts services for it, when there is no loopd.
 _NOT_THERE = re.compile(
@@ -95,8 +98,26 @@ class Link:
     ) -> tuple[list[Any], list[OwnedFd]]:
         """Call any method of loopd; returns the body and the fds, which are the caller's then.
 
+        What the bus does not pass on, because of what others send, is sent again for a while.
         Raises the error that loopd answers, TimedOut, Unavailable, errors.BusError.
         """
+        for pause in _PAUSES:
+            try:
+                return await self._try(path, interface, member, signature, body, fds)
+            except errors.RefusedByBus:
+                # loopd has not seen the call.
+                await asyncio.sleep(pause)
+        return await self._try(path, interface, member, signature, body, fds)
+
+    async def _try(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        fds: Sequence[int],
+    ) -> tuple[list[Any], list[OwnedFd]]:
         try:
             return await self._connection.call_with_fds(
                 NAME,

@@ -145,7 +145,7 @@ def test_a_client_killed_right_after_asking_gets_nothing_that_stays(world: World
                     bystander.call(MANAGER_PATH, f"{BUS}.Peer", "Ping")
         world.wait_devices(0)
         world.wait_idle_fds()
-    assert "attached /dev/loop" in world.daemon.log
+    assert "Attach of /dev/loop" in world.daemon.log
 
 
 def test_a_process_killed_right_after_asking_gets_nothing_that_stays(world: World) -> None:

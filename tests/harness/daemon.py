@@ -53,11 +53,13 @@ class Daemon:
         environment: Mapping[str, str] | None = None,
         complaints: bool = False,
         wait_ready: bool = True,
+        within: Sequence[str] = (),
     ) -> None:
         """Prepare a daemon.
 
         `library` is one of LIBRARIES, None leaves the choice to loopd; `config` is the text of its
-        configuration file (empty when None); the runtime directory is a private one when None.
+        configuration file (empty when None); the runtime directory is a private one when None;
+        `within` is a command that runs the one which follows it.
         """
         self._bus = bus
         self._library = library
@@ -68,6 +70,7 @@ class Daemon:
         self._environment = dict(environment or {})
         self._complaints = complaints
         self._wait_ready = wait_ready
+        self._within = within
         self._ended = False
         self._exit = ExitStack()
 
@@ -81,6 +84,7 @@ class Daemon:
             self.process = stack.enter_context(
                 Process(
                     [
+                        *self._within,
                         *(sys.executable, "-W", "default::ResourceWarning", "-c", self._program()),
                         *("--config", self.config_path),
                         *("--runtime-directory", self.runtime_directory),

@@ -99,8 +99,8 @@ def test_fds_belong_to_the_message_begun_last() -> None:
 def test_fds_of_a_message_over_the_cap_stay_with_it() -> None:
     large = call(1, "x" * CAP, fds=1)
     reader = frame.Reader(CAP)
-    assert reader.feed(large[:100], [5]) == []
-    skipped, following = reader.feed(large[100:] + call(2), [])
+    assert reader.feed(large[:10], [5]) == []
+    skipped, following = reader.feed(large[10:] + call(2), [])
     assert (skipped.data, skipped.fds) == (b"", [5])
     assert following.fds == []
 
@@ -129,6 +129,143 @@ def test_a_header_that_cannot_be_read_costs_its_message_only() -> None:
     bad, good = reader.feed(bytes(broken) + call(2), [])
     assert bad.header is None
     assert good.data == call(2)
+    reader = frame.Reader(CAP, {OTHER})
+    (good,) = reader.feed(bytes(broken) + call(2), [])
+    assert good.data == call(2)
+
+
+# Senders that are not heard
+
+OTHER = b":1.7666"
+
+
+def call_of(
+    sender: bytes, serial: int, size: int = 0, fds: int = 0, *, extra: bytes = b""
+) -> bytes:
+    """A call with the sender as its last field, as a bus writes it, and `extra` fields before."""
+    message = codec.method_call(
+        "org.example.Loop1", "/a", "b.c", "D", "s", ["x" * size], serial=serial, fds=[0] * fds
+    )
+    data = codec.serialize(message)
+    (length,) = struct.unpack_from("<I", data, 12)
+    fields, body = data[16 : 16 + length], data[(16 + length + 7) & ~7 :]
+    field = b"\x07\x01s\0" + struct.pack("<I", len(sender)) + sender + b"\0"
+    for each in (extra, field):
+        fields += bytes(-len(fields) % 8) + each if each else b""
+    header = data[:12] + struct.pack("<I", len(fields)) + fields
+    return header + bytes(-len(header) % 8) + body
+
+
+@given(
+    senders=st.lists(st.booleans(), min_size=1, max_size=8),
+    sizes=st.lists(st.integers(0, 2 * CAP), min_size=8, max_size=8),
+    cuts=st.lists(st.integers(0, 50_000), max_size=20),
+)
+def test_of_a_muted_sender_nothing_comes_and_of_others_everything(
+    senders: list[bool], sizes: list[int], cuts: list[int]
+) -> None:
+    messages = [
+        call_of(b":1.7" if heard else OTHER, serial, size)
+        for serial, (heard, size) in enumerate(zip(senders, sizes, strict=False), 1)
+    ]
+    reader = frame.Reader(CAP, {OTHER})
+    seen = [one for piece in pieces(b"".join(messages), cuts) for one in reader.feed(piece, [])]
+    assert [one.header and one.header.serial for one in seen] == [
+        serial for serial, heard in enumerate(senders, 1) if heard
+    ]
+    assert all(one.data in (b"", messages[one.header.serial - 1]) for one in seen if one.header)
+
+
+@pytest.mark.parametrize("cut", [10, 30, 100, -1, None])
+@pytest.mark.parametrize("size", [0, 2 * CAP])
+def test_fds_of_a_muted_sender_come_without_their_message(cut: int | None, size: int) -> None:
+    reader = frame.Reader(CAP, {OTHER})
+    data = call(1) + call_of(OTHER, 2, size, fds=2)
+    place = len(call(1)) + cut if cut and cut > 0 else len(data) + (cut or 0)
+    seen = reader.feed(data[:place], [5, 6]) + reader.feed(data[place:] + call(3), [])
+    assert [one.header and one.header.serial for one in seen] == [1, None, 3]
+    assert [one.fds for one in seen] == [[], [5, 6], []]
+    seen = reader.feed(call_of(OTHER, 4, fds=1), [], fds_lost=True) + reader.feed(call(5), [])
+    assert [one.fds_lost for one in seen if one.header] == [False]
+
+
+@given(
+    senders=st.lists(st.sampled_from([b":1.7", OTHER, b":1.12"]), min_size=1, max_size=6),
+    sizes=st.lists(st.sampled_from([0, 10, 300, 2 * CAP]), min_size=6, max_size=6),
+    cut=st.integers(0, 20_000),
+)
+def test_whose_a_piece_is_can_be_asked_before_it_is_fed(
+    senders: list[bytes], sizes: list[int], cut: int
+) -> None:
+    messages = [
+        call_of(sender, serial, size)
+        for serial, (sender, size) in enumerate(zip(senders, sizes, strict=False), 1)
+    ]
+    data = b"".join(messages)
+    cut %= len(data) + 1
+    reader = frame.Reader(CAP)
+    before = len(reader.feed(data[:cut], []))
+    begun = [sum(map(len, messages[:each])) for each in range(len(messages))]
+    starts = [sender for sender, place in zip(senders, begun, strict=False) if place < len(data)]
+    if any(cut <= place for place in begun):
+        assert reader.last_sender(data[cut:]) == starts[-1].decode()
+    # Asking changes nothing.
+    after = reader.feed(data[cut:], [])
+    assert [one.header.serial for one in after if one.header] == [
+        *range(before + 1, len(messages) + 1)
+    ]
+
+
+def test_who_is_muted_may_change_between_two_messages() -> None:
+    muted: set[bytes] = set()
+    reader = frame.Reader(CAP, muted)
+    assert len(reader.feed(call_of(OTHER, 1) * 3, [])) == 3
+    muted.add(OTHER)
+    assert reader.feed(call_of(OTHER, 1) * 3, []) == []
+    muted.clear()
+    assert len(reader.feed(call_of(OTHER, 1) * 3, [])) == 3
+
+
+@pytest.mark.parametrize("code", [1, 10, 200])
+@pytest.mark.parametrize("kind", ["s", "g"])
+def test_a_sender_cannot_be_written_into_another_field(code: int, kind: str) -> None:
+    """By bytes of a string that look like the sender's field, which begins with no NUL."""
+    forged = b"\x07\x01s"
+    length = struct.pack("<I", len(forged)) if kind == "s" else bytes([len(forged)])
+    extra = bytes([code, 1, ord(kind), 0]) + length + forged + b"\0"
+    reader = frame.Reader(CAP, {OTHER})
+    assert reader.feed(call_of(OTHER, 1, extra=extra), []) == []
+    (heard,) = reader.feed(call_of(b":1.7", 2, extra=extra), [])
+    assert heard.header is not None
+    assert heard.header.sender == ":1.7"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 255).filter(lambda code: code != 7),
+            st.sampled_from("sogu"),
+            st.binary(max_size=60).map(lambda each: each.replace(b"\0", b"\x07")),
+        ),
+        max_size=6,
+    )
+)
+def test_whatever_the_other_fields_are_the_sender_is_found_as_the_header_has_it(
+    others: list[tuple[int, str, bytes]],
+) -> None:
+    fields = b""
+    for code, kind, value in others:
+        fields += bytes(-len(fields) % 8) + bytes([code, 1, ord(kind), 0])
+        if kind == "u":
+            fields += (value + bytes(4))[:4]
+        elif kind == "g":
+            fields += bytes([len(value)]) + value + b"\0"
+        else:
+            fields += struct.pack("<I", len(value)) + value + b"\0"
+    reader = frame.Reader(CAP, {OTHER})
+    assert reader.feed(call_of(OTHER, 1, extra=fields), []) == []
+    for one in reader.feed(call_of(b":1.7", 2, extra=fields), []):
+        assert one.header is None or one.header.sender == ":1.7"
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n", b"l\x01\0\x02" + bytes(12)])

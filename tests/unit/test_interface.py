@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loopd import announcer, introspection, service
-from loopd.bus import Authorization, Method
+from loopd.call import Authorization, Method
 
 TREE = ElementTree.fromstring(introspection.description())
 INTERFACES = {each.get("name"): each for each in TREE.iter("interface")}

@@ -19,8 +19,8 @@ LAYERS = (
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
     ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("registry", "locks", "monitor", "polkit", "wire", "dial"),
-    ("device", "threads", "tasks", "config", "client.memory"),
+    ("registry", "locks", "monitor", "polkit", "wire", "dial", "session"),
+    ("device", "threads", "tasks", "config", "client.memory", "turns", "call", "outbox"),
     ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
     ("attachment",),
     ("loopdev",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("loopinfo", "request", "table"),
     ("access", "blockdev", "backing", "codec"),
     ("kernel", "errors", "fd", "frame"),
-    ("uapi", "tablereader"),
+    ("uapi", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
 )
 RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}
@@ -95,12 +95,17 @@ def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None
         ("dbus_next", "codec"),
         ("dbus_fast", "codec"),
         ("pyudev", "monitor"),
-        ("systemd", "daemon"),
         ("concurrent", "threads"),
     ],
 )
 def test_one_module_knows_a_library(library: str, module: str) -> None:
     assert [name for name in MODULES if library in imports_of(name)[1]] == [module]
+
+
+def test_two_modules_know_systemd() -> None:
+    """One tells it how we are, the other what happens."""
+    users = [name for name in MODULES if "systemd" in imports_of(name)[1]]
+    assert users == ["daemon", "journal"]
 
 
 def test_only_the_kernel_module_issues_ioctls() -> None:

@@ -4,7 +4,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import pytest
@@ -49,18 +49,23 @@ class Harness:
         self.calls: list[frame.Frame] = []
         self.lost: list[str] = []
         self.closed: list[int] = []
+        self.wary = False
+        self.trusted: set[str] = set()
         self.connection = wire.Connection(
             ours,
             max_message=1 << 16,
             on_call=self.calls.append,
             on_signal=self.calls.append,
             on_lost=self.lost.append,
-            close_fd=self._close,
+            close_fds=self._close,
+            is_wary=lambda: self.wary,
+            trusts=lambda sender: sender in self.trusted,
         )
 
-    def _close(self, fd: int) -> None:
-        os.close(fd)
-        self.closed.append(fd)
+    def _close(self, fds: Iterable[int], _: str) -> None:
+        for fd in fds:
+            os.close(fd)
+            self.closed.append(fd)
 
     def end(self) -> None:
         """Close both ends."""
@@ -207,6 +212,35 @@ def test_fds_that_no_handler_takes_are_closed() -> None:
         while not harness.calls:
             await turn()
         assert len(harness.closed) == 2
+
+    story(body)
+
+
+def test_while_it_is_wary_fds_are_taken_of_those_only_whom_it_trusts() -> None:
+    """The others' never have a number with us, so that nothing needs to be closed."""
+
+    async def body(harness: Harness) -> None:
+        def call(serial: int) -> bytes:
+            message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=serial, fds=[0])
+            return serialize_from(message, ":1.7")
+
+        before = os.listdir("/proc/self/fd")
+        harness.wary = True
+        socket.send_fds(harness.peer.socket, [call(1)], [0])
+        # A message that comes in two pieces, its fd with the first.
+        socket.send_fds(harness.peer.socket, [call(2)[:40]], [0])
+        harness.peer.socket.sendall(call(2)[40:])
+        while len(harness.calls) < 2:
+            await turn()
+        assert [one.fds_lost for one in harness.calls] == [True, True]
+        assert harness.closed == []
+        assert os.listdir("/proc/self/fd") == before
+        harness.trusted.add(":1.7")
+        socket.send_fds(harness.peer.socket, [call(3) + call(4)], [0])
+        while len(harness.calls) < 4:
+            await turn()
+        assert [one.fds_lost for one in harness.calls[2:]] == [False, False]
+        assert len(harness.closed) == 1
 
     story(body)
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What we send, until the bus has taken it: in its order, and so much at most."""
+
+import asyncio
+import logging
+import socket
+import struct
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+# What waits for a slow bus: all in all, and before it for one destination.
+_MAX_QUEUED = 16 << 20
+_MAX_QUEUED_PER_DESTINATION = 4 << 20
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    data: memoryview
+    fds: Sequence[int]
+    destination: str
+    written: asyncio.Future[None]
+
+
+class Outbox:
+    """The sending half of a connection; `on_error` is told why nothing can be sent any more."""
+
+    def __init__(self, sock: socket.socket, on_error: Callable[[str], None]) -> None:
+        self._socket = sock
+        self._on_error = on_error
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Outgoing] = deque()
+        self._queued: Counter[str] = Counter()
+
+    def put(self, message: bytes, fds: Sequence[int], destination: str) -> asyncio.Future[None]:
+        """Send a message; the fds must stay open until the future is done.
+
+        It is cancelled where the message is dropped, for too many that wait already.
+        """
+        written: asyncio.Future[None] = self._loop.create_future()
+        data = memoryview(message)
+        if not self._make_room(destination, len(data)):
+            log.warning("the bus is slow: dropped a message for %s", destination or "everyone")
+            written.cancel()
+            return written
+        self._queue.append(_Outgoing(data, fds, destination, written))
+        self._queued[destination] += len(data)
+        if len(self._queue) == 1:
+            self._writable()
+        return written
+
+    async def drain(self) -> None:
+        """Wait until all that was put in is sent, or never will be."""
+        while self._queue:
+            await asyncio.wait([self._queue[-1].written])
+
+    def close(self) -> None:
+        """Send no more."""
+        self._loop.remove_writer(self._socket)
+        for outgoing in self._queue:
+            if not outgoing.written.done():
+                outgoing.written.cancel()
+        self._queue.clear()
+
+    def _make_room(self, destination: str, size: int) -> bool:
+        """Whether a message may wait; whoever fills the queue loses what waits for it."""
+        if self._queued[destination] + size > _MAX_QUEUED_PER_DESTINATION:
+            return False
+        if self._queued.total() + size > _MAX_QUEUED:
+            filler = max(self._queued, key=self._queued.__getitem__)
+            log.warning("the bus is slow: dropped what waited for %s", filler or "everyone")
+            first, *rest = self._queue  # the first may be half written
+            self._queue = deque([first])
+            for outgoing in rest:
+                if outgoing.destination == filler:
+                    outgoing.written.cancel()
+                    self._queued[filler] -= len(outgoing.data)
+                else:
+                    self._queue.append(outgoing)
+        return True
+
+    def _writable(self) -> None:
+        try:
+            while self._queue:
+                first = self._queue[0]
+                ancillary = (
+                    [
+                        (
+                            socket.SOL_SOCKET,
+                            socket.SCM_RIGHTS,
+                            struct.pack(f"{len(first.fds)}i", *first.fds),
+                        )
+                    ]
+                    if first.fds
+                    else []
+                )
+                sent = self._socket.sendmsg(
+                    [first.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                )
+                first.data, first.fds = first.data[sent:], ()
+                self._queued[first.destination] -= sent
+                if not first.data:
+                    self._queue.popleft()
+                    if not self._queued[first.destination]:
+                        del self._queued[first.destination]
+                    if not first.written.done():
+                        first.written.set_result(None)
+        except BlockingIOError:
+            # A full socket is no lost one: what is left goes when there is room.
+            self._loop.add_writer(self._socket, self._writable)
+            return
+        except OSError as exc:
+            self._loop.call_soon(self._on_error, f"cannot write to the bus: {exc.strerror}")
+        self._loop.remove_writer(self._socket)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The serving end without a bus: what is told to whom, and whom nobody hears, call by call."""
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+from loopd import bus as bus_module
+from loopd import codec, frame
+from loopd.bus import Bus
+from loopd.call import Authorization, Method
+from loopd.config import Limits
+from loopd.threads import Threads
+
+USER = 1000
+
+
+class FakeConnection:
+    """Answers who a connection is, and keeps what is sent."""
+
+    def __init__(self, **given: Any) -> None:
+        self.on_call: Callable[[frame.Frame], None] = given["on_call"]
+        self.on_signal: Callable[[frame.Frame], None] = given["on_signal"]
+        self.muted: Collection[bytes] = given["muted"]
+        self.uids: dict[str, int] = {}
+        self.replies: list[int] = []
+        self.errors: list[tuple[int, str]] = []
+
+    async def call_bus(self, member: str, signature: str, body: list[Any]) -> list[Any]:
+        await asyncio.sleep(0)
+        return [self.uids.get(body[0], USER)]
+
+    def reply(self, to: frame.Header, *_: Any) -> "asyncio.Future[None]":
+        self.replies.append(to.serial)
+        return asyncio.get_running_loop().create_future()
+
+    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+        self.errors.append((to.serial, name.rpartition(".")[2]))
+
+
+class Stand:
+    """A Bus whose only method waits until it is let go."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.release = asyncio.Event()
+        self.left: list[str] = []
+        self.threads = Threads()
+        method = Method(
+            name="Wait",
+            in_signature="",
+            out_signature="",
+            authorization=Authorization.FREE,
+            handler=self._wait,
+        )
+        self.bus = Bus(
+            FakeConnection,
+            limits,
+            self.threads,
+            find=lambda *_: (method, None),
+            before_reply=lambda: None,
+            client_left=lambda client: self.left.append(client.name),
+            on_lost=lambda why: None,
+        )
+        self.connection: Any = self.bus.connection
+
+    async def _wait(self, caller: object, target: object) -> tuple[()]:
+        await self.release.wait()
+        return ()
+
+    def call(self, sender: str, serial: int, *, size: int = 1) -> None:
+        """Have a call come in; one of size 0 is over the cap."""
+        header = frame.Header(
+            type=frame.METHOD_CALL, flags=0, serial=serial, path="/", member="Wait", sender=sender
+        )
+        message = codec.method_call(":1.0", "/", "a.b", "Wait", "", [], serial=serial)
+        data = codec.serialize(message) if size else b""
+        self.connection.on_call(frame.Frame(header, data))
+
+    async def settle(self) -> None:
+        """Let everything happen that needs no time."""
+        for _ in range(300):
+            await asyncio.sleep(0)
+
+
+def story(body: Callable[[Stand], Coroutine[Any, Any, None]], limits: Limits | None = None) -> None:
+    async def run() -> None:
+        stand = Stand(limits or Limits())
+        await body(stand)
+        stand.release.set()
+        await stand.settle()
+
+    asyncio.run(run())
+
+
+def test_of_many_calls_at_once_some_are_served_some_refused_and_the_rest_not_heard() -> None:
+    async def body(stand: Stand) -> None:
+        stand.call(":1.7", 1)
+        await stand.settle()
+        for serial in range(2, 101):
+            stand.call(":1.7", serial)
+        assert stand.connection.muted == {b":1.7"}
+        await stand.settle()
+        assert stand.connection.errors == [
+            (serial, "LimitsExceeded") for serial in range(17, 17 + 16)
+        ]
+        stand.release.set()
+        await stand.settle()
+        assert stand.connection.replies == [*range(1, 17)]
+
+    story(body)
+
+
+def test_who_is_not_heard_is_heard_again_before_long() -> None:
+    async def body(stand: Stand) -> None:
+        for serial in range(1, 101):
+            stand.call(":1.7", serial)
+        assert stand.connection.muted == {b":1.7"}
+        stand.release.set()
+        await asyncio.sleep(bus_module._SILENCE * 2)
+        assert stand.connection.muted == set()
+        stand.call(":1.7", 101)
+        await stand.settle()
+        assert stand.connection.replies[-1] == 101
+
+    story(body)
+
+
+def test_before_its_user_is_known_a_connection_has_no_more_than_after() -> None:
+    async def body(stand: Stand) -> None:
+        for serial in range(1, 101):
+            stand.call(":1.7", serial)
+        await stand.settle()
+        assert [serial for serial, _ in stand.connection.errors] == [*range(17, 33)]
+        stand.release.set()
+        await stand.settle()
+        assert stand.connection.replies == [*range(1, 17)]
+
+    story(body)
+
+
+def test_calls_of_strangers_have_a_limit_of_their_own() -> None:
+    """Else many new connections of one user would be in everybody's way."""
+
+    async def body(stand: Stand) -> None:
+        stand.connection.uids[":1.1"] = 2000
+        stand.call(":1.1", 1)
+        await stand.settle()
+        for number in range(20, 60):
+            stand.call(f":1.{number}", 1)
+        assert len(stand.connection.errors) == 0
+        stand.call(":1.1", 2)
+        await stand.settle()
+        # Of strangers 20 at a time, of whom ten are found to be too many for one user.
+        assert len(stand.connection.errors) == 20 + 10
+        stand.release.set()
+        await stand.settle()
+        assert stand.connection.replies.count(1) == 1 + 10
+        assert stand.connection.replies.count(2) == 1
+
+    story(body, Limits(calls=20, calls_per_user=10))
+
+
+def test_a_call_over_the_cap_is_refused_and_takes_no_place() -> None:
+    async def body(stand: Stand) -> None:
+        for serial in range(1, 11):
+            stand.call(":1.7", serial, size=0)
+        for serial in range(11, 27):
+            stand.call(":1.7", serial)
+        await stand.settle()
+        assert [serial for serial, _ in stand.connection.errors] == [*range(1, 11)]
+        stand.release.set()
+        await stand.settle()
+        assert stand.connection.replies == [*range(11, 27)]
+
+    story(body)
+
+
+def test_nothing_is_left_of_a_connection_that_flooded_and_left() -> None:
+    async def body(stand: Stand) -> None:
+        for serial in range(1, 101):
+            stand.call(":1.7", serial)
+        await stand.settle()
+        message = codec.signal(
+            "/", "a.b", "NameOwnerChanged", "sss", [":1.7", ":1.7", ""], serial=1
+        )
+        header = frame.Header(
+            type=frame.SIGNAL,
+            flags=0,
+            serial=1,
+            member="NameOwnerChanged",
+            sender="org.freedesktop.DBus",
+            signature="sss",
+        )
+        stand.connection.on_signal(frame.Frame(header, codec.serialize(message)))
+        assert stand.left == [":1.7"]
+        stand.release.set()
+        await asyncio.sleep(bus_module._SILENCE * 2)
+        assert stand.connection.muted == set()
+        inside: Any = SimpleNamespace(**vars(stand.bus))
+        assert (inside._sessions, inside._calls, inside._calls_of_nobody) == ({}, 0, 0)
+        assert inside._turns.account(USER).calls == 0
+
+    story(body)
+
+
+def test_a_client_that_left_while_its_call_waited_is_not_served() -> None:
+    async def body(stand: Stand) -> None:
+        served: list[object] = []
+
+        async def serve(caller: object, target: object) -> tuple[()]:
+            served.append(caller)
+            return ()
+
+        stand._wait = serve  # type: ignore[method-assign]
+        stand.call(":1.7", 1)
+        session = stand.bus._sessions[":1.7"]
+        session.left.set_result(None)
+        await stand.settle()
+        assert served == []
+        assert stand.bus._calls == 0
+
+    story(body)

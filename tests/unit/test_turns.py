@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Turns between users: by the time they had, and a tenth of a processor for whoever floods."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from loopd import turns
+from loopd.turns import Account, Turns, metered
+
+ROOT, USER, OTHER = 0, 1000, 1001
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.worked = 0.0
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    clock = Clock()
+    fake = SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: clock.worked)
+    with mock.patch.object(turns, "time", fake):
+        yield clock
+
+
+# Accounts
+
+
+def test_who_does_not_flood_never_waits(clock: Clock) -> None:
+    account = Account(USER)
+    account.charge(60.0)
+    assert account.wait() == 0
+
+
+def test_who_floods_has_a_tenth_of_a_processor(clock: Clock) -> None:
+    account = Account(USER)
+    spent, start = 0.0, clock.now
+    while clock.now < start + 100:
+        account.flood()
+        if wait := account.wait():
+            clock.now += wait
+        else:
+            account.charge(0.002)
+            spent += 0.002
+            clock.now += 0.002
+    assert spent == pytest.approx(10.0, abs=0.2)
+
+
+def test_a_flood_is_forgiven_when_it_is_over(clock: Clock) -> None:
+    account = Account(USER)
+    account.flood()
+    account.charge(1.0)
+    assert 0 < account.wait() < 1.5
+    clock.now += 1.0
+    assert account.wait() == 0
+
+
+def test_root_may_flood(clock: Clock) -> None:
+    account = Account(ROOT)
+    account.flood()
+    account.charge(1.0)
+    assert account.wait() == 0
+
+
+def test_an_account_is_idle_when_nothing_is_held_against_it(clock: Clock) -> None:
+    account = Account(USER)
+    assert account.idle
+    account.calls += 1
+    assert not account.idle
+    account.calls -= 1
+    account.flood()
+    assert not account.idle
+    clock.now += 2
+    assert account.idle
+    account.charge(0.01)
+    assert not account.idle
+    clock.now += 1
+    assert account.idle
+
+
+# Turns
+
+
+def story(body: Callable[[Turns], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        await body(Turns())
+
+    asyncio.run(run())
+
+
+async def settle(begun: list[Any], count: int) -> None:
+    """Let the event loop turn until so many calls have begun."""
+    for _ in range(10_000):
+        if len(begun) >= count:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError(f"only {len(begun)} calls have begun")
+
+
+def test_calls_of_one_user_begin_in_their_order_one_in_a_turn() -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        account = queue.account(USER)
+        for number in range(5):
+            queue.add(account, lambda number=number: begun.append(number))
+        seen = []
+        while len(begun) < 5:
+            await asyncio.sleep(0)
+            seen.append(len(begun))
+        assert begun == [0, 1, 2, 3, 4]
+        assert seen == [1, 2, 3, 4, 5]
+
+    story(body)
+
+
+def test_who_comes_late_is_before_all_that_another_user_has_waiting() -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        busy, late = queue.account(USER), queue.account(OTHER)
+
+        def call(account: Account) -> None:
+            begun.append(account.uid)
+            account.charge(0.01)
+
+        for _ in range(50):
+            queue.add(busy, lambda: call(busy))
+        await settle(begun, 10)
+        for _ in range(3):
+            queue.add(late, lambda: call(late))
+        await settle(begun, 16)
+        assert begun[:10] == [USER] * 10
+        # It begins level with the other: what that had before is not held against it.
+        assert sorted(begun[10:16]) == [USER] * 3 + [OTHER] * 3
+        assert OTHER in begun[10:12]
+        await settle(begun, 53)
+
+    story(body)
+
+
+def test_two_users_share_by_time_and_not_by_calls() -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        dear, cheap = queue.account(USER), queue.account(OTHER)
+
+        def call(account: Account, cost: float) -> None:
+            begun.append(account.uid)
+            account.charge(cost)
+
+        for _ in range(100):
+            queue.add(dear, lambda: call(dear, 0.009))
+            queue.add(cheap, lambda: call(cheap, 0.001))
+        await settle(begun, 50)
+        assert 4 <= begun[:50].count(USER) <= 6
+        await settle(begun, 200)
+
+    story(body)
+
+
+def test_who_floods_waits_and_nobody_else_does(clock: Clock) -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        flooder, other = queue.account(USER), queue.account(OTHER)
+        flooder.flood()
+        flooder.charge(1.0)
+        queue.add(flooder, lambda: begun.append(USER))
+        queue.add(other, lambda: begun.append(OTHER))
+        await settle(begun, 1)
+        assert begun == [OTHER]
+        clock.now += 2
+        queue.add(other, lambda: begun.append(OTHER))
+        await settle(begun, 3)
+        assert sorted(begun) == [USER, OTHER, OTHER]
+
+    story(body)
+
+
+def test_who_waits_alone_is_served_when_the_time_has_come() -> None:
+    async def body(queue: Turns) -> None:
+        served = asyncio.get_running_loop().create_future()
+        account = queue.account(USER)
+        account.flood()
+        account.charge(0.052)
+        assert account.wait() > 0
+        queue.add(account, lambda: served.set_result(None))
+        await asyncio.wait_for(served, 10)
+
+    story(body)
+
+
+def test_users_who_do_nothing_are_forgotten_when_there_are_many(clock: Clock) -> None:
+    async def body(queue: Turns) -> None:
+        flooder = queue.account(USER)
+        flooder.flood()
+        for uid in range(2000, 2000 + turns._MANY * 2):
+            queue.account(uid)
+        assert len(queue._accounts) <= turns._MANY
+        assert queue.account(USER) is flooder
+
+    story(body)
+
+
+# Metering
+
+
+def test_the_steps_of_a_coroutine_are_charged_and_its_waits_are_not(clock: Clock) -> None:
+    charged: list[float] = []
+
+    async def work() -> str:
+        clock.worked += 1
+        await asyncio.sleep(0)
+        clock.worked += 2
+        return "done"
+
+    async def run() -> str:
+        task = asyncio.ensure_future(wrapped(work()))
+        await asyncio.sleep(0)
+        clock.worked += 100
+        return await task
+
+    async def wrapped(coroutine: Coroutine[Any, Any, str]) -> str:
+        return await metered(coroutine, charged.append)
+
+    assert asyncio.run(run()) == "done"
+    assert charged == [1, 2]
+
+
+def test_a_metered_coroutine_fails_and_is_cancelled_as_any_other() -> None:
+    seen: list[str] = []
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("so")
+
+    async def wait() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    async def outcome(work: Coroutine[Any, Any, None]) -> None:
+        await metered(work, lambda seconds: None)
+
+    async def run() -> None:
+        with pytest.raises(ValueError, match="so"):
+            await outcome(fail())
+        task = asyncio.ensure_future(outcome(wait()))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert seen == ["cancelled"]
