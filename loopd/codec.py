@@ -7,8 +7,11 @@ An `h` in a body is the index of a passed fd, in both directions.
 """
 
 import io
+import struct
 from collections.abc import Sequence
 from typing import Any
+
+from .frame import read_header
 
 try:
     import dbus_fast as _library
@@ -78,7 +81,17 @@ def parse(data: bytes | bytearray | memoryview) -> Message:
         raise MalformedMessage(f"{type(exc).__name__}: {exc}") from exc
     if message is None:
         raise MalformedMessage("the message is shorter than its header says")
+    if not message.body and _signature(data):
+        # A bus refuses that, but the libraries take it for a message of no arguments.
+        raise MalformedMessage("there is no body, although there is a signature")
     return message
+
+
+def _signature(data: bytes | bytearray | memoryview) -> str:
+    """What the header of a message that can be read says of its body."""
+    order = "<" if data[0] == 0x6C else ">"
+    (fields,) = struct.unpack_from(order + "I", data, 12)
+    return read_header(bytes(data[: 16 + fields]), 16 + fields).signature
 
 
 def argument_types(signature: str) -> list[str]:

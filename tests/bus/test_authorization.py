@@ -101,6 +101,7 @@ def path_of(caller: Caller, loop: loops.BoundLoop) -> str:
 
 
 def test_attach_asks_one_question_about_the_callers_bus_name(world: World) -> None:
+    """CVE-2013-4288, CVE-2019-6133."""
     caller = world.caller()
     caller.attach(world.image(2 * MIB))
     question = only_question(world.polkit)
@@ -162,6 +163,7 @@ def test_cancellation_ids_are_never_used_twice(world: World) -> None:
 
 
 def test_the_messages_flag_alone_lets_polkit_prompt(world: World) -> None:
+    """Transport rule 6 (handlers)."""
     caller, other = world.caller(), world.caller(OTHER)
     attached = caller.attach(world.image(), interactive=True)
     operate(caller, attached.path, "Open r", interactive=True)[0].close()
@@ -207,6 +209,7 @@ def test_a_challenge_that_was_not_met_is_access_denied(world: World) -> None:
 
 
 def test_an_error_of_polkit_is_access_denied(world: World) -> None:
+    """CVE-2021-3560."""
     world.polkit.on(ATTACH, Answer.ERROR)
     assert error_of(world.caller().attach, world.image()) == DENIED
     assert nothing_bound(world)
@@ -215,6 +218,7 @@ def test_an_error_of_polkit_is_access_denied(world: World) -> None:
 def test_a_polkit_that_dies_in_the_midst_means_no_and_one_that_comes_back_is_asked(
     new_world: Callable[..., World],
 ) -> None:
+    """CVE-2021-3560."""
     world = new_world()
     caller = world.caller()
     world.polkit.on(ATTACH, Answer.DIE)
@@ -226,6 +230,7 @@ def test_a_polkit_that_dies_in_the_midst_means_no_and_one_that_comes_back_is_ask
 
 
 def test_without_any_polkit_nobody_but_root_may(new_world: Callable[..., World]) -> None:
+    """CVE-2021-3560."""
     world = new_world(authority=None)
     root, caller = world.caller(None), world.caller()
     assert error_of(caller.attach, world.image()) == DENIED
@@ -236,7 +241,7 @@ def test_without_any_polkit_nobody_but_root_may(new_world: Callable[..., World])
 
 
 def test_answers_that_are_no_answers_mean_no(new_world: Callable[..., World]) -> None:
-    """Of the right form, but not a boolean true; and of wrong forms."""
+    """CVE-2021-3560: of the right form, but not a boolean true; and of wrong forms."""
     world = new_world(authority=None)
     with world.bus.connect() as liar:
         liar.call_bus("RequestName", "su", [POLKIT, 4])
@@ -271,7 +276,9 @@ def test_answers_that_are_no_answers_mean_no(new_world: Callable[..., World]) ->
 
 
 def test_an_answer_from_somebody_else_is_no_answer(new_world: Callable[..., World]) -> None:
-    """The bus itself drops a reply that was not asked of its sender, which loopd relies on."""
+    """Transport rule 8 (peers): the bus itself drops a reply that was not asked of its sender,
+    which loopd relies on.
+    """
     world = new_world(authority=Answer.HANG, config=SHORT)
     caller, liar = world.caller(), world.raw(OTHER)
     call = caller.attach_begin(world.image())
@@ -296,6 +303,7 @@ def test_an_answer_from_somebody_else_is_no_answer(new_world: Callable[..., Worl
 def test_a_polkit_that_does_not_answer_means_no_and_gets_the_question_back(
     new_world: Callable[..., World],
 ) -> None:
+    """Transport rule 8 (peers)."""
     world = new_world(authority=Answer.HANG, config=SHORT)
     caller = world.caller()
     assert error_of(caller.attach, world.image()) == DENIED
@@ -306,6 +314,7 @@ def test_a_polkit_that_does_not_answer_means_no_and_gets_the_question_back(
 def test_a_stopped_polkit_means_no_and_its_late_yes_attaches_nothing(
     new_world: Callable[..., World],
 ) -> None:
+    """Transport rule 8 (peers)."""
     world = new_world(authority=None, config=SHORT)
     with world.bus.connect() as polkit:
         polkit.call_bus("RequestName", "su", [POLKIT, 4])
@@ -485,6 +494,7 @@ def test_an_fd_gives_no_more_rights_than_its_bearer_has(world: World, member: st
 def test_operations_take_everything_but_yes_for_no(
     new_world: Callable[..., World], answer: Answer
 ) -> None:
+    """CVE-2021-3560."""
     world = new_world()
     caller, other = world.caller(), world.caller(OTHER)
     attached = caller.attach(world.image())
@@ -499,7 +509,9 @@ def test_operations_take_everything_but_yes_for_no(
 
 
 def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
-    """What polkit said yes to is gone then, and its number may have come to mean another."""
+    """CVE-2021-3560: what polkit said yes to is gone then, and its number may have come to mean
+    another.
+    """
     caller, other = world.caller(), world.caller(OTHER)
     for operation in OPERATIONS:
         attached = caller.attach(world.image())
@@ -519,6 +531,7 @@ def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
 
 
 def test_a_caller_that_leaves_takes_its_question_about_a_device_back(world: World) -> None:
+    """CVE-2021-3560."""
     caller, other = world.caller(), world.caller(OTHER)
     attached = caller.attach(world.image())
     world.polkit.on(MANAGE, Answer.HANG)
@@ -585,6 +598,7 @@ def test_a_file_on_a_filesystem_that_cannot_be_seen_needs_the_stronger_action_al
 
 @pytest.mark.parametrize("kind", ["fuse", "fuse.loopd"])
 def test_a_file_on_fuse_needs_the_stronger_action_alone(world: World, kind: str) -> None:
+    """Hanging files."""
     caller = world.caller()
     world.polkit.default = Answer.DENY
     with Fuse(kind=kind) as fuse:

@@ -76,6 +76,7 @@ def still_serves(world: World, client: RawClient, fd: int) -> None:
 def test_an_index_of_no_passed_fd_is_refused(
     world: World, client: RawClient, fd: int, member: str
 ) -> None:
+    """CVE-2025-8067, Transport rule 4 (handles)."""
     signature, rest = TAKES_ONE[member]
     for index in (1, 2, 253, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1):
         for fds in ([], [fd]):
@@ -88,7 +89,9 @@ def test_an_index_of_no_passed_fd_is_refused(
 def test_no_fd_of_the_daemon_can_be_named(
     world: World, client: RawClient, fd: int, member: str
 ) -> None:
-    """Its bus socket is among them: a handler that took the index for an fd would close it."""
+    """CVE-2025-8067, Transport rule 4 (handles): its bus socket is among them: a handler that took
+    the index for an fd would close it.
+    """
     signature, rest = TAKES_ONE[member]
     numbers = sorted(world.idle_fds)
     for fds in ([], [fd]):
@@ -101,6 +104,7 @@ def test_no_fd_of_the_daemon_can_be_named(
 
 @pytest.mark.parametrize("member", TAKES_ONE)
 def test_a_missing_fd_is_refused(world: World, client: RawClient, fd: int, member: str) -> None:
+    """CVE-2025-8067, Transport rule 4 (handles)."""
     signature, rest = TAKES_ONE[member]
     serial = client.send(MANAGER_PATH, MANAGER, member, signature, [0, *rest])
     assert refusal(client, serial) == (INVALID, False)
@@ -113,6 +117,7 @@ def test_a_missing_fd_is_refused(world: World, client: RawClient, fd: int, membe
 def test_more_fds_than_are_used_are_refused(
     world: World, client: RawClient, polices: bool, fd: int, member: str
 ) -> None:
+    """CVE-2025-8067, Transport rule 4 (handles)."""
     signature, rest = TAKES_ONE[member]
     for count in (2, 16):
         for index in (0, 1):
@@ -139,6 +144,7 @@ HANDLES = [
 def test_a_handle_in_the_options_is_refused(
     world: World, client: RawClient, fd: int, member: str
 ) -> None:
+    """CVE-2025-8067, Transport rule 4 (handles)."""
     for key in ("offset", "size-limit", "reference", "lazy", "unheard-of"):
         for value in HANDLES:
             for fds in ([fd], []):
@@ -152,7 +158,7 @@ def test_a_handle_in_the_options_is_refused(
 def test_a_second_fd_for_a_handle_in_the_options_is_refused(
     world: World, client: RawClient, polices: bool, fd: int, member: str
 ) -> None:
-    """Each fd is used exactly once then, but by no option that there is."""
+    """CVE-2025-8067: each fd is used exactly once then, but by no option that there is."""
     for first, second in ((0, 1), (1, 0)):
         serial = client.send(
             MANAGER_PATH,
@@ -172,6 +178,7 @@ def test_a_second_fd_for_a_handle_in_the_options_is_refused(
 def test_a_device_method_takes_no_handle_in_its_options(
     world: World, client: RawClient, polices: bool, fd: int, member: str, before: list[str]
 ) -> None:
+    """CVE-2025-8067."""
     reply = client.call(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
     path, node, _ = reply.body
     fds = world.wait_fds(
@@ -211,6 +218,7 @@ TAKES_NONE: dict[str, tuple[str, str, str, list[Any]]] = {
 def test_a_method_without_a_handle_takes_no_fd(
     world: World, client: RawClient, polices: bool, fd: int, method: str
 ) -> None:
+    """Transport rule 4 (handles)."""
     interface, member, signature, args = TAKES_NONE[method]
     for count in (1, 2, 16):
         serial = client.send(MANAGER_PATH, interface, member, signature, args, fds=[fd] * count)
@@ -221,6 +229,7 @@ def test_a_method_without_a_handle_takes_no_fd(
 def test_a_property_cannot_be_set_to_an_fd_of_the_daemon(
     world: World, client: RawClient, fd: int
 ) -> None:
+    """CVE-2025-8067, Transport rule 4 (handles)."""
     for number in world.idle_fds:
         args = [MANAGER, "Version", Variant("h", number)]
         name, _ = refusal(client, client.send(MANAGER_PATH, PROPERTIES, "Set", "ssv", args))
@@ -231,6 +240,7 @@ def test_a_property_cannot_be_set_to_an_fd_of_the_daemon(
 def test_fds_for_what_is_not_there_are_closed(
     world: World, client: RawClient, polices: bool, fd: int
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 3 (ownership)."""
     for path, interface, member, error in (
         (MANAGER_PATH, MANAGER, "NoSuchMember", "UnknownMethod"),
         (MANAGER_PATH, f"{LOOPD}.NoSuch", "Attach", "UnknownInterface"),
@@ -250,6 +260,7 @@ def test_fds_for_what_is_not_there_are_closed(
 def test_a_wrong_signature_is_refused_and_its_fd_closed(
     world: World, client: RawClient, fd: int
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049."""
     wrong: list[tuple[str, list[Any]]] = [
         ("", []),
         ("h", [0]),
@@ -272,6 +283,7 @@ def test_a_wrong_signature_is_refused_and_its_fd_closed(
 
 
 def test_fds_of_a_signal_are_closed(world: World, client: RawClient, fd: int) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 3 (ownership)."""
     names = [("Attach", MANAGER), ("NameOwnerChanged", BUS), ("Anything", "a.b")]
     for destination in (LOOPD, client.owner_of(LOOPD)):
         for member, interface in names:
@@ -292,6 +304,7 @@ def test_fds_of_a_signal_are_closed(world: World, client: RawClient, fd: int) ->
 def test_a_call_that_wants_no_reply_gets_none_and_its_fds_are_closed(
     world: World, client: RawClient, fd: int
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049."""
     log = world.bus.process.log
     printed = len(log.text)
     flags = wire.NO_REPLY_EXPECTED
@@ -316,6 +329,7 @@ def test_a_call_that_wants_no_reply_gets_none_and_its_fds_are_closed(
 def test_a_message_over_the_cap_is_refused_and_its_fd_closed(
     world: World, client: RawClient, fd: int
 ) -> None:
+    """Transport rule 2 (reader)."""
     options = {"reference": Variant("s", "x" * 200_000)}
     serial = client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, options], fds=[fd])
     assert refusal(client, serial) == (f"{BUS}.Error.LimitsExceeded", False)
@@ -342,6 +356,7 @@ def test_what_loopd_opens_or_gets_is_closed_in_its_children(
 def test_an_fd_that_finds_no_room_is_refused_and_loopd_goes_on(
     world: World, client: RawClient, fd: int
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 2 (reader)."""
     pid = world.daemon.pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(world.idle_fds) + 1, limits[1]))
@@ -358,6 +373,7 @@ def test_an_fd_that_finds_no_room_is_refused_and_loopd_goes_on(
 def test_a_thousand_bad_calls_leave_no_fd(
     world: World, client: RawClient, polices: bool, fd: int
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 3 (ownership)."""
     kinds: list[tuple[str, str, str, list[Any], int]] = [
         (MANAGER, "Attach", "ha{sv}", [1, {}], 1),
         (MANAGER, "Attach", "ha{sv}", [0, {"x": Variant("h", 0)}], 1),

@@ -304,6 +304,7 @@ def test_the_properties_of_the_manager(world: World) -> None:
     [b"new\nline", b"ends\n", b"ends\n\n", b" \xff\xfe\x80", b"x (deleted)", b"tab\t", b"\\012"],
 )
 def test_a_backing_file_may_have_any_name(world: World, name: bytes) -> None:
+    """CVE-2014-0004."""
     directory = world.new_path()
     directory.mkdir()
     path = os.fsencode(directory) + b"/" + name
@@ -361,6 +362,7 @@ def about(told: list[Told], path: str) -> list[Told]:
 
 
 def test_a_device_is_announced_before_attach_returns(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     listener = Listener(world.raw())
     fd = os.open(world.image(SIZE), os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -506,6 +508,7 @@ def introspect(caller: Caller, path: str) -> Description:
 
 
 def test_the_manager_is_described_as_it_is(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     described = introspect(world.caller(), MANAGER_PATH)
     assert described.methods == {
         MANAGER: MANAGER_METHODS,
@@ -521,6 +524,7 @@ def test_the_manager_is_described_as_it_is(world: World) -> None:
 
 
 def test_a_device_is_described_as_it_is(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     described = introspect(caller, attached.path)
@@ -531,6 +535,7 @@ def test_a_device_is_described_as_it_is(world: World) -> None:
 
 
 def test_every_object_is_found_from_the_root(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     for path, child in itertools.pairwise(OBJECTS):
@@ -545,7 +550,9 @@ def test_every_object_is_found_from_the_root(world: World) -> None:
 
 
 def test_what_is_described_can_be_called(world: World) -> None:
-    """With a signature that no method has: a method that is not there would say so instead."""
+    """Transport rule 9 (standard interfaces): with a signature that no method has: a method that is
+    not there would say so instead.
+    """
     caller = world.caller()
     attached = attach(world, caller)
     for path in [*OBJECTS, attached.path]:
@@ -580,6 +587,7 @@ def test_an_argument_too_few_or_too_many_is_invalid(world: World) -> None:
 
 
 def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -> None:
+    """CVE-2026-26103, CVE-2026-26104, Transport rule 10 (deny by default)."""
     owner, root, other = world.caller(), world.caller(None), world.caller(OTHER)
     image = world.image(SIZE, mode=0o666)
     attached = [owner.attach(image), attach(world, root)]
@@ -632,6 +640,7 @@ def test_the_managed_objects_are_the_devices_with_their_properties(world: World)
 
 
 def test_only_the_manager_has_managed_objects(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     for path in [*OBJECTS, attached.path]:
@@ -656,6 +665,7 @@ def test_only_the_manager_has_managed_objects(world: World) -> None:
     ],
 )
 def test_an_unknown_path_is_an_unknown_object(world: World, path: str) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     for interface, member, *args in [
         (DEVICE, "Detach", "a{sv}", {}),
@@ -670,6 +680,7 @@ def test_an_unknown_path_is_an_unknown_object(world: World, path: str) -> None:
 
 
 def test_an_unknown_interface_is_told_as_such(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     for path, interface, member, *args in [
@@ -689,6 +700,7 @@ def test_an_unknown_interface_is_told_as_such(world: World) -> None:
 
 
 def test_an_unknown_member_is_an_unknown_method(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     for path in [*OBJECTS, attached.path]:
@@ -701,6 +713,7 @@ def test_an_unknown_member_is_an_unknown_method(world: World) -> None:
 
 
 def test_an_unknown_property_is_told_as_such(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     caller = world.caller()
     attached = attach(world, caller)
     value = Variant("s", "")
@@ -720,6 +733,7 @@ def test_an_unknown_property_is_told_as_such(world: World) -> None:
 
 
 def test_no_property_can_be_set(world: World) -> None:
+    """Transport rule 9 (standard interfaces)."""
     for caller in (world.caller(), world.caller(None)):
         attached = attach(world, caller)
         for path, interface in ((MANAGER_PATH, MANAGER), (attached.path, DEVICE)):
@@ -863,6 +877,7 @@ def configured(file: Path, reference: bytes) -> Iterator[loops.BoundLoop]:
     ],
 )
 def test_a_strangers_reference_may_be_any_bytes(world: World, reference: bytes, shown: str) -> None:
+    """Invalid UTF-8."""
     caller = world.caller()
     with configured(make_sparse(world.new_path(), SIZE), reference) as loop:
         path = f"{MANAGER_PATH}/device/loop{loop.number}_{loop.diskseq}"

@@ -39,6 +39,12 @@ LEAVE = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def world_options() -> dict[str, Any]:
+    """A question ends with its asker here, and not by itself: no test waits for that long."""
+    return {"config": "[deadlines]\nauthorization = 60\n"}
+
+
 def is_bound(attached: Attached) -> bool:
     return loops.loop_is_bound(attached.number, attached.diskseq)
 
@@ -67,6 +73,7 @@ def fails(call: Call) -> str:
 
 @LEAVE
 def test_a_device_goes_when_its_client_does(world: World, leave: Leave) -> None:
+    """Transport rule 7 (disconnects)."""
     caller, watcher = world.caller(), world.caller(OTHER)
     devices = [caller.attach(world.image()) for _ in range(3)]
     assert all(map(is_bound, devices))
@@ -93,6 +100,7 @@ def test_one_clients_end_leaves_the_devices_of_others(world: World, leave: Leave
 
 @LEAVE
 def test_a_client_that_leaves_while_polkit_thinks_gets_nothing(world: World, leave: Leave) -> None:
+    """CVE-2021-3560, Transport rule 7 (disconnects)."""
     world.polkit.on(ATTACH, Answer.HANG)
     caller = world.caller()
     caller.attach_begin(world.image())
@@ -104,7 +112,9 @@ def test_a_client_that_leaves_while_polkit_thinks_gets_nothing(world: World, lea
 
 
 def test_a_yes_that_comes_after_the_client_left_attaches_nothing(world: World) -> None:
-    """polkit answers in the very moment in which the caller goes; the news of it come later."""
+    """CVE-2021-3560: polkit answers in the very moment in which the caller goes; the news of it
+    come later.
+    """
     for _ in range(20):
         world.polkit.on(ATTACH, Answer.HANG)
         world.polkit.questions.clear()
@@ -121,6 +131,7 @@ def test_a_yes_that_comes_after_the_client_left_attaches_nothing(world: World) -
 
 
 def test_a_client_killed_right_after_asking_gets_nothing_that_stays(world: World) -> None:
+    """CVE-2021-3560."""
     scheduling = random.Random(20)
     with memfd() as fd, world.bus.connect() as bystander:
         for _ in range(100):
@@ -150,6 +161,7 @@ def test_a_process_killed_right_after_asking_gets_nothing_that_stays(world: Worl
 
 
 def test_a_client_killed_right_after_asking_for_its_device_leaves_nothing(world: World) -> None:
+    """CVE-2021-3560."""
     scheduling = random.Random(21)
     with memfd() as fd, world.bus.connect() as bystander:
         for _ in range(30):
@@ -191,7 +203,7 @@ def test_a_device_in_use_when_its_client_dies_goes_at_the_last_close(world: Worl
 def test_a_forged_report_of_a_clients_end_is_not_believed(
     new_world: Callable[..., World],
 ) -> None:
-    """A bus without our policy lets anyone send us signals."""
+    """Transport rule 7 (disconnects): a bus without our policy lets anyone send us signals."""
     world = new_world(policies=[])
     caller, liar = world.caller(), world.raw(OTHER)
     attached = caller.attach(world.image())
@@ -266,6 +278,7 @@ def pause() -> Iterator[Pause]:
 def test_a_client_that_leaves_during_the_binding_gets_nothing(
     new_world: Callable[..., World], pause: Pause
 ) -> None:
+    """CVE-2021-3560."""
     world = new_world(prelude=pause.prelude)
     caller, watcher = world.caller(), world.caller(OTHER)
     caller.attach_begin(world.image())
@@ -287,7 +300,7 @@ def test_a_client_that_leaves_during_the_binding_gets_nothing(
 def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
     new_world: Callable[..., World], pause: Pause
 ) -> None:
-    """udev opens what it has heard of, and may do so while the client dies."""
+    """Quota dodges: udev opens what it has heard of, and may do so while the client dies."""
     world = new_world(prelude=pause.prelude)
     caller, watcher = world.caller(), world.caller(OTHER)
     caller.attach_begin(world.image())
@@ -320,6 +333,7 @@ def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
 
 
 def test_kill_9_of_the_daemon_leaves_nothing_bound(new_world: Callable[..., World]) -> None:
+    """Killed at any point."""
     world = new_world()
     caller, other = world.caller(), world.caller(OTHER)
     devices = [caller.attach(world.image()) for _ in range(3)]
@@ -332,6 +346,7 @@ def test_kill_9_of_the_daemon_leaves_nothing_bound(new_world: Callable[..., Worl
 def test_kill_9_during_the_binding_leaves_nothing_bound(
     new_world: Callable[..., World], pause: Pause
 ) -> None:
+    """Killed at any point."""
     world = new_world(prelude=pause.prelude)
     world.caller().attach_begin(world.image())
     number = pause.wait()
@@ -342,6 +357,7 @@ def test_kill_9_during_the_binding_leaves_nothing_bound(
 def test_kill_9_of_the_daemon_leaves_a_device_in_use_to_its_last_close(
     new_world: Callable[..., World],
 ) -> None:
+    """Killed at any point."""
     world = new_world()
     caller = world.caller()
     attached = caller.attach(world.image())
@@ -356,7 +372,9 @@ def test_kill_9_of_the_daemon_leaves_a_device_in_use_to_its_last_close(
 def test_a_client_that_turned_autoclear_off_cannot_keep_its_device(
     new_world: Callable[..., World],
 ) -> None:
-    """An fd of the device is enough to do that, so loopd turns it on again and clears itself."""
+    """Killed at any point: an fd of the device is enough to do that, so loopd turns it on again and
+    clears itself.
+    """
     world = new_world()
     caller = world.caller()
     attached = caller.attach(world.image())
@@ -451,6 +469,7 @@ def test_a_stop_during_the_binding_leaves_nothing_bound(
 def test_the_end_of_the_bus_ends_the_daemon_and_its_devices(
     new_world: Callable[..., World], end: Callable[[PrivateBus], Any]
 ) -> None:
+    """Transport rule 12 (losing the bus)."""
     world = new_world()
     with memfd() as fd:
         client = world.raw()

@@ -152,6 +152,7 @@ def test_read_only_is_as_the_file_is_open_unless_given(
 
 
 def test_a_readable_file_is_never_made_writable(world: World, caller: Caller) -> None:
+    """Rights of an fd."""
     name, text = refused(world, caller, world.image(SIZE), {"read-only": False}, mode="r")
     assert (name, text.partition(":")[0]) == (INVALID_ARGS, "read-only")
 
@@ -391,6 +392,7 @@ def opened(flags: int, path: str = "") -> Callable[[Path], int]:
 def test_a_file_of_the_wrong_kind_is_refused(
     world: World, caller: Caller, make: Callable[[Path], int]
 ) -> None:
+    """Rights of an fd."""
     fd = make(world.new_path())
     try:
         name, text = refused(world, caller, fd)
@@ -401,7 +403,7 @@ def test_a_file_of_the_wrong_kind_is_refused(
 
 
 def test_what_a_path_fd_leads_to_makes_no_difference(world: World, caller: Caller) -> None:
-    """An O_PATH fd needs no right to read."""
+    """Rights of an fd: an O_PATH fd needs no right to read."""
     image = world.image(SIZE, owner="root", mode=0o600)
     name, _ = refused(world, caller, caller.open(image, os.O_PATH))
     assert name == UNSUPPORTED_FILE
@@ -430,7 +432,7 @@ def test_a_file_without_a_name_can_be_attached(world: World, caller: Caller) -> 
 def test_a_file_that_the_caller_cannot_open_can_be_passed_to_it(
     world: World, caller: Caller
 ) -> None:
-    """The passed fd is what counts, and nobody opens the file again."""
+    """GHSA-qq4x-vfq4-9h9g: the passed fd is what counts, and nobody opens the file again."""
     fd = os.open(world.image(SIZE, owner="root", mode=0o600), os.O_RDONLY | os.O_CLOEXEC)
     try:
         attached = caller.attach(fd)
@@ -447,6 +449,7 @@ def test_a_sparse_file_of_many_gigabytes_can_be_attached(world: World, caller: C
 
 @pytest.mark.parametrize("seal", SEALS)
 def test_a_sealed_memfd_can_be_read_only(world: World, caller: Caller, seal: str) -> None:
+    """Rights of an fd."""
     with memfd(SIZE, flags=os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) as fd:
         fcntl.fcntl(fd, F_ADD_SEALS, SEALS[seal])
         for mapping in ({}, {"read-only": False}):
@@ -585,7 +588,7 @@ kernel.loop_ctl_get_free, kernel.loop_get_status64 = offers, hangs
 def test_a_device_that_a_stranger_bound_to_a_hanging_file_is_passed_over(
     world: World, caller: Caller, new_world: Callable[..., World]
 ) -> None:
-    """As happens to who asked for a free number a moment too early."""
+    """Foreign devices that hang: as happens to who asked for a free number a moment too early."""
     taken = caller.attach(world.image(SIZE))
     late = new_world(prelude=OFFERS_A_STRANGERS_DEVICE.format(number=taken.number))
     attached = late.caller().attach(late.image(SIZE))

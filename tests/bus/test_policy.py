@@ -65,6 +65,7 @@ def arrives(client: RawClient, service: RawClient, member: str, **how: Any) -> b
 
 
 def test_only_root_owns_the_name(bus: PrivateBus, client: RawClient) -> None:
+    """Transport rule 13 (bus policy)."""
     with pytest.raises(wire.CallError) as refusal:
         client.call_bus("RequestName", "su", [LOOPD, 4])
     assert refusal.value.name == DENIED
@@ -76,6 +77,7 @@ def test_only_root_owns_the_name(bus: PrivateBus, client: RawClient) -> None:
 def test_anyone_calls_anything_without_an_fd(
     client: RawClient, service: RawClient, interface: str | None
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     assert arrives(client, service, "Anything", interface=interface)
 
 
@@ -83,6 +85,7 @@ def test_anyone_calls_anything_without_an_fd(
 def test_what_takes_an_fd_gets_one_and_no_more(
     client: RawClient, service: RawClient, fds: list[int], member: str
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 13 (bus policy)."""
     assert arrives(client, service, member, fds=fds[:1])
     assert arrives(client, service, member)
     assert not arrives(client, service, member, fds=fds)
@@ -103,12 +106,14 @@ def test_what_takes_an_fd_gets_one_and_no_more(
 def test_nothing_else_gets_an_fd(
     client: RawClient, service: RawClient, fds: list[int], interface: str | None, member: str
 ) -> None:
+    """CVE-2014-3532, CVE-2020-12049, Transport rule 13 (bus policy)."""
     assert not arrives(client, service, member, interface=interface, fds=fds[:1])
 
 
 def test_the_unique_name_is_no_way_round(
     client: RawClient, service: RawClient, fds: list[int]
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     assert not arrives(client, service, "ListDevices", destination=service.unique_name, fds=fds[:1])
 
 
@@ -116,6 +121,7 @@ def test_the_unique_name_is_no_way_round(
 def test_a_signal_sent_to_the_service_is_dropped(
     client: RawClient, service: RawClient, destination: str
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     to = LOOPD if destination == "name" else service.unique_name
     client.send(MANAGER, LOOPD, "Signal", type=wire.SIGNAL, destination=to)
     client.call_bus("GetId")
@@ -126,6 +132,7 @@ def test_a_signal_sent_to_the_service_is_dropped(
 def test_a_broadcast_that_the_service_asked_for_arrives(
     client: RawClient, service: RawClient
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     service.add_match("type='signal',member='UserRemoved'")
     client.send("/", f"{LOGIND}.Manager", "UserRemoved", type=wire.SIGNAL, destination=None)
     client.call_bus("GetId")
@@ -138,6 +145,7 @@ def test_a_broadcast_that_the_service_asked_for_arrives(
 def test_a_reply_that_nobody_asked_for_is_dropped(
     client: RawClient, service: RawClient, fds: list[int]
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     for header in ({"type": wire.METHOD_RETURN}, {"type": wire.ERROR, "error_name": "a.b"}):
         client.send(None, None, None, reply_serial=1, fds=fds[:1], **header)
     client.call_bus("GetId")
@@ -148,6 +156,7 @@ def test_a_reply_that_nobody_asked_for_is_dropped(
 def test_the_answer_to_a_call_of_the_service_may_carry_fds(
     bus: PrivateBus, service: RawClient, fds: list[int]
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     with bus.connect() as logind:
         logind.call_bus("RequestName", "su", [LOGIND, 4])
         assert answered_with_fds(service, logind, LOGIND, "Inhibit", fds)
@@ -156,6 +165,7 @@ def test_the_answer_to_a_call_of_the_service_may_carry_fds(
 def test_the_answer_of_the_service_may_carry_fds(
     client: RawClient, service: RawClient, fds: list[int]
 ) -> None:
+    """Transport rule 13 (bus policy)."""
     assert answered_with_fds(client, service, LOOPD, "Open", fds)
 
 

@@ -67,6 +67,7 @@ def ended(call: Call) -> str:
 
 
 def test_a_user_has_so_many_devices_by_all_connections(world: World) -> None:
+    """Quota dodges."""
     first, second = world.caller(), world.caller()
     devices = [attach(world, caller) for caller in (first, second, first)]
     for caller in (first, second):
@@ -122,6 +123,7 @@ def test_all_users_together_have_so_many_devices(world: World) -> None:
 
 
 def test_a_device_counts_until_its_last_user_has_closed_it(world: World) -> None:
+    """Quota dodges."""
     caller = world.caller()
     devices = [attach(world, caller) for _ in range(PER_USER)]
     fd = caller.open_device(devices[0].path, "r")
@@ -135,6 +137,7 @@ def test_a_device_counts_until_its_last_user_has_closed_it(world: World) -> None
 
 
 def test_a_device_in_use_by_a_client_that_died_counts_for_its_user(world: World) -> None:
+    """Quota dodges."""
     leaving, staying = world.caller(), world.caller()
     devices = [attach(world, leaving) for _ in range(PER_USER)]
     fd = staying.open_device(devices[0].path, "r")
@@ -149,6 +152,7 @@ def test_a_device_in_use_by_a_client_that_died_counts_for_its_user(world: World)
 
 
 def test_calls_at_the_same_time_get_no_more_than_there_is(world: World) -> None:
+    """Quota dodges."""
     callers = [world.caller(), world.caller()]
     for _ in range(3):
         world.polkit.reset(Answer.HANG)
@@ -168,6 +172,7 @@ def test_calls_at_the_same_time_get_no_more_than_there_is(world: World) -> None:
 
 
 def test_what_fails_takes_no_place(world: World) -> None:
+    """libblockdev #1171."""
     caller = world.caller()
     # A sector of 128 KiB is more than a kernel takes, which shows when it is asked.
     image = world.image(256 * 1024)
@@ -205,6 +210,7 @@ def hang(world: World, caller: Caller, count: int) -> list[Call]:
 
 
 def test_a_connection_has_16_calls_under_way(new_world: Callable[..., World]) -> None:
+    """Transport rule 6 (handlers)."""
     world = new_world(config=CALLS)
     caller, same_user, root = world.caller(), world.caller(), world.caller(None)
     calls = hang(world, caller, 16)
@@ -229,6 +235,7 @@ def test_a_connection_has_16_calls_under_way(new_world: Callable[..., World]) ->
 def test_a_user_has_so_many_calls_under_way_by_all_connections(
     new_world: Callable[..., World],
 ) -> None:
+    """Quota dodges."""
     world = new_world(config=CALLS)
     first, second, other = world.caller(), world.caller(), world.caller(OTHER)
     calls = hang(world, first, 12) + hang(world, second, 8)
@@ -248,6 +255,7 @@ def test_a_user_has_so_many_calls_under_way_by_all_connections(
 
 
 def test_all_together_have_so_many_calls_under_way(new_world: Callable[..., World]) -> None:
+    """Transport rule 6 (handlers)."""
     world = new_world(config=CALLS)
     user, other, root = world.caller(), world.caller(OTHER), world.caller(None)
     calls = hang(world, user, 14) + hang(world, other, 14)
@@ -261,6 +269,7 @@ def test_all_together_have_so_many_calls_under_way(new_world: Callable[..., Worl
 
 
 def test_a_refused_call_leaves_no_fd_and_takes_no_place(new_world: Callable[..., World]) -> None:
+    """CVE-2014-3532, CVE-2020-12049."""
     world = new_world(config=CALLS)
     caller = world.caller()
     calls = hang(world, caller, 16)
@@ -322,6 +331,7 @@ def test_roots_calls_are_bound_by_the_limit_in_all_alone(new_world: Callable[...
 
 
 def test_a_user_has_4_open_questions_to_polkit(new_world: Callable[..., World]) -> None:
+    """Quota dodges."""
     world = new_world(config="")
     first, second = world.caller(), world.caller()
     other, root = world.caller(OTHER), world.caller(None)

@@ -132,6 +132,7 @@ def test_bound_or_not(lab: Lab) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_bound(
     lab: Lab, request_: dict[str, Any], key: str
 ) -> None:
+    """libblockdev #1171."""
     with pytest.raises(InvalidArgs, match=f"^{key}: "):
         lab.attach(lab.sparse(64 * MIB if key == "sector-size" else MIB), **request_)
     assert lab.bound() == []
@@ -190,7 +191,7 @@ def calls_of_attach(lab: Lab, **request: Any) -> list[str]:
 def test_a_failure_at_any_call_leaves_nothing_bound_claimed_or_open(
     lab: Lab, request_: dict[str, Any]
 ) -> None:
-    """A1: whatever fails after binding, the device is cleared and closed."""
+    """libblockdev #1171, A1: whatever fails after binding, the device is cleared and closed."""
     path = lab.gpt()
     calls = calls_of_attach(lab, **request_)
     assert "loop_configure" in calls
@@ -256,7 +257,7 @@ def test_a_device_that_vanishes_is_no_error(lab: Lab) -> None:
 
 
 def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
-    """A8, A10: nobody waits for a device's lock with loop-control's held."""
+    """Locked for ever, A8, A10: nobody waits for a device's lock with loop-control's held."""
     locked: list[int] = []
 
     def lock() -> None:
@@ -286,7 +287,7 @@ def test_the_64th_attempt_is_the_last(lab: Lab) -> None:
 
 
 def test_stale_partitions_are_removed_and_another_device_is_tried(lab: Lab) -> None:
-    """A9: the next image is never seen through a partition of a former life."""
+    """Old partitions, A9: the next image is never seen through a partition of a former life."""
     stale = stale_partition(lab)
     lab.script.after("loop_ctl_get_free", lambda: None)
     device = lab.attach(lab.image(4 * MIB))
@@ -307,7 +308,7 @@ def stale_partition(lab: Lab) -> int:
 
 
 def test_what_a_former_daemon_left_on_an_unbound_device_is_removed(lab: Lab) -> None:
-    """A9: at start."""
+    """Old partitions, A9: at start."""
     number = stale_partition(lab)
     loopdev.clean(number)
     assert kernel.loop_partitions(number) == []
@@ -319,7 +320,7 @@ def test_what_a_former_daemon_left_on_an_unbound_device_is_removed(lab: Lab) -> 
 
 
 def test_a_partition_that_appears_just_before_binding_does_not_stay(lab: Lab) -> None:
-    """A9: looked for again after binding and before first use."""
+    """Old partitions, A9: looked for again after binding and before first use."""
 
     def add() -> None:
         # An unbound device has no size, so it takes one that is bound for a moment.
@@ -346,7 +347,7 @@ def test_the_wanted_number_and_no_other(lab: Lab) -> None:
 
 
 def test_the_locks_are_taken_control_first_and_the_control_lock_is_not_kept(lab: Lab) -> None:
-    """A10."""
+    """Locked for ever, A10."""
     held: list[bool] = []
 
     def look() -> None:
@@ -456,7 +457,7 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
 
 
 def test_a_device_that_others_lock_for_ever_is_cleared_without_the_lock(lab: Lab) -> None:
-    """A20."""
+    """Locked for ever, A20."""
     device = lab.attach(lab.image())
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)

@@ -92,16 +92,19 @@ class PrivateBus:
         policies: Sequence[Path] | None = None,
         limits: Mapping[str, int] | None = None,
         servicedirs: Sequence[Path] = (),
+        accounts: Sequence[int] = (),
     ) -> None:
         """Prepare a bus.
 
         `policies` are the files included after the default policy (ours and polkit's when None;
-        those that are not there are passed over); `limits` are dbus-daemon's, by name.
+        those that are not there are passed over); `limits` are dbus-daemon's, by name; `accounts`
+        are uids that have an account as far as the bus sees (without one it lets nobody in).
         """
         given = (OUR_POLICY, POLKIT_POLICY) if policies is None else policies
         self._policies = [path for path in given if path.exists()]
         self._limits = dict(limits or {})
         self._servicedirs = servicedirs
+        self._accounts = accounts
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -110,6 +113,7 @@ class PrivateBus:
             self.socket_path = directory / "socket"
             config = directory / "bus.conf"
             config.write_text(self._config())
+            self._passwd = directory / "passwd"
             self.process = stack.enter_context(self._start(config))
             self._exit = stack.pop_all()
         return self
@@ -135,7 +139,7 @@ class PrivateBus:
         """End the bus by SIGKILL."""
         self.process.kill()
 
-    def connect(self, user: str | None = None) -> RawClient:
+    def connect(self, user: str | int | None = None) -> RawClient:
         """Return a new connection, as `user` when one is named."""
         return RawClient(self.address, user=user)
 
@@ -183,6 +187,7 @@ class PrivateBus:
             process = Process(
                 [
                     *(["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []),
+                    *self._with_accounts(),
                     "dbus-daemon",
                     f"--config-file={config}",
                     "--nofork",
@@ -209,6 +214,16 @@ class PrivateBus:
             os.close(read_end)
             if write_end >= 0:
                 os.close(write_end)
+
+    def _with_accounts(self) -> list[str]:
+        """Return what comes before a command that is to see the accounts."""
+        if not self._accounts:
+            return []
+        own = [f"loopd-test-{uid}:x:{uid}:{uid}::/:/bin/false" for uid in self._accounts]
+        self._passwd.write_text("\n".join([Path("/etc/passwd").read_text().rstrip("\n"), *own, ""]))
+        script = f"mount --bind '{self._passwd}' /etc/passwd; exec \"$@\""
+        mounts = ["unshare", "--mount", "--propagation", "private", "--"]
+        return [*mounts, "sh", "-euc", script, "sh"]
 
     def _config(self) -> str:
         escape = xml.sax.saxutils.escape

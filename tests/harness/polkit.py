@@ -152,7 +152,10 @@ class Question:
 
 
 class PolkitDouble:
-    """An authority that answers as it is told; `default` holds for actions not programmed."""
+    """An authority that answers as it is told; `default` holds for actions not programmed.
+
+    It fails the test if the subject of any question is not a bus name.
+    """
 
     def __init__(self, bus: PrivateBus, default: Answer = Answer.DENY) -> None:
         """Prepare a double; it owns polkit's name from the start of the `with` block."""
@@ -280,6 +283,9 @@ class PolkitDouble:
         with self._changed:
             if message.member == "CheckAuthorization":
                 (kind, subject), action, details, flags, cancellation_id = message.body
+                if kind != "system-bus-name" or subject.keys() != {"name"}:
+                    # A pid or a uid would be a claim, and may be another's by now.
+                    raise ValueError(f"asked about {kind} {subject}, and not about a bus name")
                 question = Question(
                     subject_kind=kind,
                     subject=wire.plain(subject),

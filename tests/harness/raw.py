@@ -37,8 +37,13 @@ class DisconnectedError(Exception):
 class RawClient:
     """A connection to a bus whose every byte is the test's."""
 
-    def __init__(self, address: str, *, user: str | None = None, unix_fds: bool = True) -> None:
-        """Connect and say Hello, as `user` when one is named (for that one must be root)."""
+    def __init__(
+        self, address: str, *, user: str | int | None = None, unix_fds: bool = True
+    ) -> None:
+        """Connect and say Hello, as `user` when one is named (for that one must be root).
+
+        A number is a uid, and the gid of the same number; nobody need have an account for it.
+        """
         self._socket = _connect(address, user)
         self._data = bytearray()
         self._fds: list[int] = []
@@ -46,8 +51,7 @@ class RawClient:
         self.received: list[wire.Message] = []
         """Messages that were read while another was waited for, oldest first."""
         try:
-            uid = os.getuid() if user is None else pwd.getpwnam(user).pw_uid
-            self._authenticate(uid, unix_fds)
+            self._authenticate(os.getuid() if user is None else _ids(user)[0], unix_fds)
             self.unique_name: str = self.call_bus("Hello")[0]
         except BaseException:
             self.close()
@@ -276,7 +280,15 @@ class RawClient:
             return None
 
 
-def _connect(address: str, user: str | None) -> socket.socket:
+def _ids(user: str | int) -> tuple[int, int]:
+    """Return the uid and the gid of a user."""
+    if isinstance(user, int):
+        return user, user
+    account = pwd.getpwnam(user)
+    return account.pw_uid, account.pw_gid
+
+
+def _connect(address: str, user: str | int | None) -> socket.socket:
     transport, _, options = address.split(";")[0].partition(":")
     path = dict(option.split("=", 1) for option in options.split(","))["path"]
     if transport != "unix":
@@ -298,14 +310,14 @@ def _connect(address: str, user: str | None) -> socket.socket:
 _SYSCALLS = {"x86_64": (116, 119, 117), "aarch64": (159, 149, 147)}
 
 
-def _as_user(user: str, work: Callable[[], None]) -> None:
+def _as_user(user: str | int, work: Callable[[], None]) -> None:
     """Do `work` in a thread that is `user`: the kernel notes a peer's uid when it connects."""
-    account = pwd.getpwnam(user)
+    uid, gid = _ids(user)
     setgroups, setresgid, setresuid = _SYSCALLS[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     failures: list[BaseException] = []
 
-    def call(number: int, *arguments: int | None) -> None:
+    def call(number: int, *arguments: int | ctypes.c_uint | None) -> None:
         if libc.syscall(number, *arguments) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -313,8 +325,8 @@ def _as_user(user: str, work: Callable[[], None]) -> None:
     def run() -> None:
         try:
             call(setgroups, 0, None)
-            call(setresgid, *[account.pw_gid] * 3)
-            call(setresuid, *[account.pw_uid] * 3)
+            call(setresgid, *[ctypes.c_uint(gid)] * 3)
+            call(setresuid, *[ctypes.c_uint(uid)] * 3)
             work()
         except BaseException as exc:  # noqa: BLE001 - raised again by the thread that waits
             failures.append(exc)

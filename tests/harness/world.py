@@ -6,7 +6,7 @@ it was idle for the first time.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class World:
         """Start a caller that ends with the test."""
         return self._test.enter_context(Caller(self.bus, user))
 
-    def raw(self, user: str | None = USER) -> RawClient:
+    def raw(self, user: str | int | None = USER) -> RawClient:
         """Return a raw connection that closes with the test."""
         return self._test.enter_context(self.bus.connect(user))
 
@@ -132,15 +132,16 @@ def make_world(
     *,
     authority: Answer | str | None = Answer.ALLOW,
     policies: list[Path] | None = None,
+    accounts: Sequence[int] = (),
     **daemon: Any,
 ) -> Iterator[World]:
     """Start a world: `authority` is a double's answer or rules for the real polkitd.
 
-    `policies` goes to PrivateBus and what else there is to Daemon.
+    `policies` and `accounts` go to PrivateBus and what else there is to Daemon.
     """
     with ExitStack() as stack:
         files = stack.enter_context(area("files"))
-        bus = stack.enter_context(PrivateBus(policies=policies))
+        bus = stack.enter_context(PrivateBus(policies=policies, accounts=accounts))
         polkit: PolkitDouble | RealPolkit
         if isinstance(authority, str):
             polkit = RealPolkit(bus, authority)

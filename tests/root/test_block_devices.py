@@ -215,10 +215,12 @@ def test_nobody_is_asked_for_what_cannot_be(world: World, disk: loops.BoundLoop)
 def test_a_mode_that_would_launder_rights_is_refused(
     owner: Caller, disk: loops.BoundLoop, flags: int
 ) -> None:
+    """Rights of an fd."""
     assert error_of(attach, owner, disk.node, flags).name == f"{ERROR}UnsupportedFile"
 
 
 def test_a_read_only_fd_makes_nothing_writable(owner: Caller, disk: loops.BoundLoop) -> None:
+    """Rights of an fd."""
     for options in ({}, {"offset": 4096}, {"reference": "disk"}):
         error = error_of(attach, owner, disk.node, os.O_RDONLY, read_only=False, **options)
         assert (error.name, error.message.partition(":")[0]) == (INVALID_ARGS, "read-only")
@@ -503,6 +505,7 @@ def test_nothing_else_is_supported(
 
 
 def test_it_counts_in_the_quota(disk: loops.BoundLoop) -> None:
+    """Quota dodges."""
     rules = rules_allowing("org.example.loop1.attach-block-device")
     with make_world(authority=rules, config="[limits]\ndevices_per_user = 2\n") as limited:
         with limited.test() as world:

@@ -236,6 +236,7 @@ def test_a_close_within_the_second_makes_it_true(world: World) -> None:
 
 
 def test_a_client_that_locks_its_device_for_ever_is_in_nobodys_way(world: World) -> None:
+    """Locked for ever."""
     holder, other = world.caller(), world.caller(OTHER)
     attached = holder.attach(world.image())
     fd = holder.open_device(attached.path, "r")

@@ -184,7 +184,7 @@ def rename(loop: loops.BoundLoop, name: bytes) -> None:
 def test_a_name_that_is_no_text_costs_nobody_the_bus(
     world: World, foreign: loops.BoundLoop, name: bytes, told: str
 ) -> None:
-    """losetup cuts a long path anywhere, within a character too."""
+    """Invalid UTF-8: losetup cuts a long path anywhere, within a character too."""
     rename(foreign, name)
     # A loopd that starts now is the one to see it.
     with make_world() as other, other.test():
@@ -197,6 +197,7 @@ def test_a_name_that_is_no_text_costs_nobody_the_bus(
 
 @pytest.mark.parametrize("name", [b"new\nline", b"caf\xc3", b"x (deleted)", b"x" * 255])
 def test_a_file_of_any_name_is_shown_as_it_is(world: World, name: bytes) -> None:
+    """CVE-2014-0004."""
     caller = world.caller()
     path = os.fsencode(world.files) + b"/" + name
     make_plain(Path(os.fsdecode(path)))
@@ -229,6 +230,7 @@ def stopped(fuse: Fuse) -> Iterator[None]:
 
 
 def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -> None:
+    """Foreign devices that hang."""
     with Fuse() as fuse:
         node = losetup("-f", "--show", str(fuse.file))
         loop = loops.look_at(int(node.removeprefix("/dev/loop")))

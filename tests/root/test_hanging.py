@@ -30,13 +30,15 @@ AT_ONCE = 5.0
 """Seconds that a busy machine may take for what takes some milliseconds."""
 
 
+RULES = rules_allowing(
+    "org.example.loop1.attach", "org.example.loop1.open-device", users=(USER, OTHER, "mail")
+)
+
+
 @pytest.fixture
 def world() -> Iterator[World]:
     """One of the test's own: it may be left with threads that hang until the file goes on."""
-    rules = rules_allowing(
-        "org.example.loop1.attach", "org.example.loop1.open-device", users=(USER, OTHER, "mail")
-    )
-    with make_world(authority=rules) as made, made.test() as testing:
+    with make_world(authority=RULES) as made, made.test() as testing:
         yield testing
 
 
@@ -133,6 +135,7 @@ def serves(world: World, victim: Caller, user: str = OTHER) -> None:
 
 
 def test_looking_at_a_device_whose_settings_hang_stops_nobody(world: World) -> None:
+    """LOOP_CHANGE_FD, Hanging files."""
     victim = world.caller(OTHER)
     serves(world, victim)
     with hanging_device(world) as hanging:
@@ -144,6 +147,7 @@ def test_looking_at_a_device_whose_settings_hang_stops_nobody(world: World) -> N
 
 
 def test_detaching_a_device_that_hangs_over_and_over_stops_nobody(world: World) -> None:
+    """Hanging files."""
     victim = world.caller(OTHER)
     with hanging_device(world) as hanging:
         hanging.begin("SetSectorSize", "ua{sv}", 4096, {})
@@ -157,6 +161,7 @@ def test_detaching_a_device_that_hangs_over_and_over_stops_nobody(world: World) 
 
 
 def test_operations_that_hang_are_given_up_and_stop_only_their_own_user(world: World) -> None:
+    """Hanging files."""
     victim = world.caller(OTHER)
     with hanging_device(world) as hanging:
         for _ in range(14):
@@ -166,7 +171,9 @@ def test_operations_that_hang_are_given_up_and_stop_only_their_own_user(world: W
 
 
 def test_a_number_whose_device_hangs_is_refused_without_a_touch(world: World) -> None:
-    """Nobody opens it, while holding the lock that every allocation on the machine wants."""
+    """Hanging files: nobody opens it, while holding the lock that every allocation on the machine
+    wants.
+    """
     root, victim = world.caller(None), world.caller(OTHER)
     with hanging_device(world) as hanging:
         hanging.begin("SetSectorSize", "ua{sv}", 4096, {})
@@ -176,8 +183,25 @@ def test_a_number_whose_device_hangs_is_refused_without_a_touch(world: World) ->
         serves(world, victim)
 
 
+IMPATIENT = "from loopd import daemon; daemon._STOP_TIMEOUT = 0.5"
+"""A stop waits for 5 s otherwise, three times."""
+
+
+def test_loopd_can_be_stopped_while_a_device_hangs() -> None:
+    """Hanging files."""
+    with make_world(authority=RULES, prelude=IMPATIENT) as world, world.test():
+        with hanging_device(world) as hanging:
+            hanging.begin("Resize", "a{sv}", {})
+            hanging.begin("SetSectorSize", "ua{sv}", 4096, {})
+            serves(world, world.caller(OTHER))
+            assert world.daemon.terminate() == 0
+        loops.wait_unbound(hanging.attached.number, hanging.attached.diskseq)
+
+
 def test_many_devices_that_hang_when_they_are_detached_stop_nobody(world: World) -> None:
-    """As many as two users may have, and more than there are threads for one kind of work."""
+    """Hanging files: as many as two users may have, and more than there are threads for one kind of
+    work.
+    """
     victim = world.caller("mail")
     with ExitStack() as stack, Fuse() as fuse:
         owners = [world.caller(USER), world.caller(OTHER)]

@@ -40,6 +40,7 @@ def change_file(device: RemoteFd, image: Path) -> None:
 
 
 def test_a_binding_keeps_its_name_over_a_change_of_file_and_no_other_has_it(world: World) -> None:
+    """LOOP_CHANGE_FD."""
     caller = world.caller()
     attached = caller.attach(world.image(), "r")
     binding = kernel.loop_binding(attached.number)
@@ -58,6 +59,7 @@ def test_a_binding_keeps_its_name_over_a_change_of_file_and_no_other_has_it(worl
 def test_a_device_whose_file_was_changed_is_still_its_owners_counted_and_detached(
     world: World,
 ) -> None:
+    """LOOP_CHANGE_FD."""
     caller = world.caller()
     attached = caller.attach(world.image(), "r")
     device = caller.open_device(attached.path, "r")
@@ -74,6 +76,7 @@ def test_a_device_whose_file_was_changed_is_still_its_owners_counted_and_detache
 def test_a_device_that_others_hold_is_counted_until_they_close_it_whatever_they_do(
     world: World,
 ) -> None:
+    """LOOP_CHANGE_FD."""
     caller = world.caller()
     attached = caller.attach(world.image(), "r")
     device = caller.open_device(attached.path, "r")
@@ -89,6 +92,7 @@ def test_a_device_that_others_hold_is_counted_until_they_close_it_whatever_they_
 
 
 def test_a_user_that_turned_autoclear_off_gets_no_more_fds_without_it(world: World) -> None:
+    """Killed at any point."""
     caller = world.caller()
     attached = caller.attach(world.image())
     device = caller.open_device(attached.path, "rw")
@@ -111,6 +115,7 @@ def test_a_user_that_turned_autoclear_off_gets_no_more_fds_without_it(world: Wor
 def test_a_user_that_turns_autoclear_off_while_its_device_goes_does_not_keep_it(
     world: World,
 ) -> None:
+    """Killed at any point."""
     caller = world.caller()
     attached = caller.attach(world.image())
     device = caller.open_device(attached.path, "rw")
@@ -128,6 +133,7 @@ def test_a_user_that_turns_autoclear_off_while_its_device_goes_does_not_keep_it(
 
 
 def test_a_path_that_sysfs_cannot_show_loses_nobody_a_device(world: World) -> None:
+    """CVE-2014-0004."""
     caller = world.caller()
     top = world.new_path()
     top.mkdir(mode=0o777)

@@ -16,6 +16,7 @@ import pytest
 from loopd import kernel
 from tests.harness import loops
 from tests.harness.area import CHECKOUT
+from tests.harness.caller import RemoteFd
 from tests.harness.images import MIB, make_ext4
 from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
@@ -89,9 +90,21 @@ def mounted(world: World, udev: Udev, name: str) -> Iterator[str]:
         loops.wait_unbound(loop.number, loop.diskseq)
 
 
+def rename(device: RemoteFd, name: bytes) -> None:
+    """Set lo_file_name, as whoever has a device open can."""
+    fd = device.fetch()
+    try:
+        info = kernel.loop_get_status64(fd)
+        info.lo_file_name = name
+        kernel.loop_set_status64(fd, info)
+    finally:
+        os.close(fd)
+
+
 def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
     world: World, udev: Udev
 ) -> None:
+    """Links of udev."""
     name = str(uuid.uuid4())
     by_uuid, by_label = Path(f"/dev/disk/by-uuid/{name}"), Path(f"/dev/disk/by-label/{LABEL}")
     with mounted(world, udev, name) as node:
@@ -105,9 +118,11 @@ def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
         assert (link_to(by_uuid), link_to(by_label)) == (node, node)
         assert udev.links(attached.node) <= {f"/dev/disk/by-diskseq/{attached.diskseq}"}
 
-        # Not after another look either, when the client has written to its device.
+        # Not after another look either, when the client has written to its device, and has given
+        # it another name than loopd lets it have.
         fd = user.open_device(attached.path, "rw")
         fd.write(fd.read(4096))
+        rename(fd, f"disk/by-uuid/{name}".encode())
         fd.close()
         udev.settle()
         assert (link_to(by_uuid), link_to(by_label)) == (node, node)
@@ -125,6 +140,7 @@ def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
 
 
 def test_the_mark_is_there_for_as_long_as_the_device_is(world: World, udev: Udev) -> None:
+    """Links of udev."""
     user = world.caller(USER)
     attached = user.attach(world.image())
     assert mark_of(attached.number).exists()
@@ -145,6 +161,7 @@ def test_roots_device_has_no_mark(world: World, udev: Udev) -> None:
 
 def test_marks_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path) -> None:
     # Not in /run/loopd: the loopd of the other tests would not leave them there so long.
+    """Killed at any point."""
     with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
         attached = world.caller(USER).attach(world.image())
         mark = area / "unprivileged" / f"loop{attached.number}"

@@ -274,6 +274,7 @@ def test_a_device_that_is_going_is_not_opened_again(world: World, owner: Caller)
 
 
 def test_many_fds_of_one_device_leave_none_in_loopd(world: World, owner: Caller) -> None:
+    """Transport rule 5 (reply fds)."""
     attached = owner.attach(world.image(SIZE))
     with world.daemon.same_fds():
         fds = [owner.open_device(attached.path, mode) for mode in ("r", "rw") * 20]

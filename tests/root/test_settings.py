@@ -291,6 +291,7 @@ def test_a_reference_can_be_changed_while_the_device_is_in_use(world: World, own
 def test_a_name_that_is_not_ours_to_choose_is_told_readably(
     world: World, foreign: loops.BoundLoop
 ) -> None:
+    """Invalid UTF-8."""
     manager = world.caller(MANAGING)
     wait_known(manager, foreign)
     # losetup cuts a long path where it likes; so is this one cut.

@@ -178,6 +178,7 @@ def bcache(path: Path) -> Path:
 
 
 def test_a_marked_image_takes_no_link_from_the_device_that_has_it(udev: Udev, area: Path) -> None:
+    """Links of udev."""
     filesystem = uuid.uuid4()
     by_uuid = Path(f"/dev/disk/by-uuid/{filesystem}")
     by_label = Path(f"/dev/disk/by-label/{label_of(filesystem)}")
@@ -206,6 +207,7 @@ def test_a_marked_disk_keeps_the_name_of_its_attachment(udev: Udev, area: Path) 
 
 
 def test_a_partition_goes_by_the_mark_of_its_disk(udev: Udev, area: Path) -> None:
+    """Links of udev."""
     filesystem = uuid.uuid4()
     image = blank(area / "disk")
     write(image, 440, filesystem.bytes[:4])
@@ -236,6 +238,7 @@ def test_a_partition_goes_by_the_mark_of_its_disk(udev: Udev, area: Path) -> Non
 def test_nothing_assembles_a_marked(
     udev: Udev, area: Path, image: Callable[[Path], Path], kind: str | None
 ) -> None:
+    """Links of udev."""
     path = image(area / "image")
     with bound(udev, path, marked=True) as name:
         found = properties(udev, name)

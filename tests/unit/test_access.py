@@ -90,6 +90,7 @@ def test_an_action_that_nothing_implies_stays() -> None:
 
 
 def test_nothing_is_done_for_a_client_that_has_left() -> None:
+    """CVE-2021-3560."""
     loop = asyncio.new_event_loop()
     client = Client(":1.2", 1000, loop.create_future())
     client.require_present()

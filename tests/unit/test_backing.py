@@ -73,6 +73,7 @@ def test_a_temporary_file_without_a_name_is_accepted(tmp_path: Path, opened: lis
 def test_a_way_to_open_that_would_give_more_rights_is_refused(
     image: Path, opened: list[int], flags: int, words: str
 ) -> None:
+    """Rights of an fd."""
     opened.append(os.open(image, flags))
     with pytest.raises(UnsupportedFile, match=words):
         backing.examine(opened[0])
@@ -81,6 +82,7 @@ def test_a_way_to_open_that_would_give_more_rights_is_refused(
 def test_a_flag_that_nobody_thought_of_is_refused(
     image: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rights of an fd."""
     opened.append(os.open(image, os.O_RDWR | os.O_NOATIME))
     monkeypatch.setattr(backing, "_ALLOWED_FLAGS", backing._ALLOWED_FLAGS & ~os.O_NOATIME)
     with pytest.raises(UnsupportedFile, match="not allowed"):
@@ -118,6 +120,7 @@ def test_a_memfd_is_on_tmpfs_although_no_mount_shows_it(opened: list[int]) -> No
 
 @pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing.F_SEAL_FUTURE_WRITE])
 def test_a_memfd_sealed_against_writing_is_not_writable(seal: int, opened: list[int]) -> None:
+    """Rights of an fd."""
     opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
     fcntl.fcntl(opened[0], fcntl.F_ADD_SEALS, seal)
     file = backing.examine(opened[0])
@@ -167,6 +170,7 @@ def test_the_mount_counts_before_the_device_number(
 
 
 def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
+    """Hanging files."""
     program = (
         "import os, sys; from loopd import backing; fd = os.open(sys.argv[1], os.O_RDWR); "
         "os.write(2, b'MARK'); backing.examine(fd); os.write(2, b'MARK')"

@@ -24,6 +24,7 @@ def two(tmp_path: Path) -> Iterator[tuple[int, int]]:
 
 
 def test_a_lock_that_somebody_keeps_is_given_up_at_the_deadline(two: tuple[int, int]) -> None:
+    """Locked for ever."""
     fcntl.flock(two[0], fcntl.LOCK_EX)
     begun = time.monotonic()
     assert not blockdev.try_lock(two[1], fcntl.LOCK_EX, timeout=0.05)

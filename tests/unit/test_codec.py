@@ -75,7 +75,15 @@ print(back.body[0], back.body[1].value, list(back.unix_fds))
 
 @pytest.mark.parametrize(
     "damage",
-    ["data[:20]", "data[:-3]", "b'l' + data[1:4] + b'\\xff' * 8 + data[12:]", "b'x' + data[1:]"],
+    [
+        *(
+            "data[:20]",
+            "data[:-3]",
+            "b'l' + data[1:4] + b'\\xff' * 8 + data[12:]",
+            "b'x' + data[1:]",
+        ),
+        "data[:4] + bytes(4) + data[8:-9]",  # no body, although the signature has a string
+    ],
 )
 def test_what_cannot_be_read_is_one_error(library: str, damage: str) -> None:
     body = f"""
@@ -89,6 +97,7 @@ except codec.MalformedMessage:
 
 
 def test_the_cache_of_signatures_is_bounded(library: str) -> None:
+    """Transport rule 11 (signature cache)."""
     body = """
 import itertools
 for kinds in itertools.product("ybnqiuxtds", repeat=3):

@@ -66,6 +66,7 @@ TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 def test_messages_come_out_whole_and_in_order_however_they_are_cut(
     texts: list[str], cuts: list[int]
 ) -> None:
+    """Transport rule 2 (reader)."""
     messages = [call(serial, text) for serial, text in enumerate(texts, 1)]
     reader = frame.Reader(CAP)
     seen = [one for piece in pieces(b"".join(messages), cuts) for one in reader.feed(piece, [])]
@@ -76,6 +77,7 @@ def test_messages_come_out_whole_and_in_order_however_they_are_cut(
 def test_a_message_over_the_cap_is_judged_by_its_header_and_the_next_one_is_whole(
     cuts: list[int], size: int
 ) -> None:
+    """Transport rule 2 (reader)."""
     data = call(1, "x" * size) + call(2, "next")
     reader = frame.Reader(CAP)
     large, following = (one for piece in pieces(data, cuts) for one in reader.feed(piece, []))
@@ -104,6 +106,7 @@ def test_fds_of_a_message_over_the_cap_stay_with_it() -> None:
 
 
 def test_lost_fds_are_told_with_their_message() -> None:
+    """Transport rule 2 (reader)."""
     reader = frame.Reader(CAP)
     data = call(1, fds=1)
     assert reader.feed(data[:50], [], fds_lost=True) == []
@@ -119,6 +122,7 @@ def test_fds_of_a_message_that_never_completes_can_be_taken_back() -> None:
 
 
 def test_a_header_that_cannot_be_read_costs_its_message_only() -> None:
+    """Transport rule 2 (reader)."""
     broken = bytearray(call(1))
     broken[17:20] = b"\x01(\0"  # the first field's type
     reader = frame.Reader(CAP)

@@ -36,6 +36,7 @@ def test_the_xml_has_the_interfaces_that_are_served() -> None:
 
 @pytest.mark.parametrize("interface", METHODS)
 def test_the_xml_has_the_methods_that_are_served(interface: str) -> None:
+    """Transport rule 9 (standard interfaces)."""
     described = {
         each.get("name"): (signature(each, "in"), signature(each, "out"))
         for each in INTERFACES[interface].iter("method")
@@ -56,6 +57,7 @@ def test_the_xml_has_the_properties_of_a_device() -> None:
 
 
 def test_everything_in_the_xml_is_documented_and_every_argument_has_a_name() -> None:
+    """Transport rule 9 (standard interfaces)."""
     for kind in ("interface", "method", "signal", "property"):
         for each in TREE.iter(kind):
             doc = each.find("annotation[@name='org.gtk.GDBus.DocString']")
@@ -66,6 +68,7 @@ def test_everything_in_the_xml_is_documented_and_every_argument_has_a_name() -> 
 
 
 def test_a_method_without_a_declared_authorization_cannot_be_made() -> None:
+    """CVE-2026-26103, CVE-2026-26104, Transport rule 10 (deny by default)."""
     made: dict[str, Any] = {
         "name": "X",
         "in_signature": "",
@@ -77,6 +80,7 @@ def test_a_method_without_a_declared_authorization_cannot_be_made() -> None:
 
 
 def test_what_changes_something_is_for_the_manager_to_allow() -> None:
+    """CVE-2026-26103, CVE-2026-26104, Transport rule 10 (deny by default)."""
     free = {
         f"{interface}.{name}"
         for interface, methods in METHODS.items()

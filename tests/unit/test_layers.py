@@ -26,8 +26,8 @@ LAYERS = (
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table"),
-    ("access", "blockdev", "backing", "codec", "frame"),
-    ("kernel", "errors", "fd"),
+    ("access", "blockdev", "backing", "codec"),
+    ("kernel", "errors", "fd", "frame"),
     ("uapi", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
 )

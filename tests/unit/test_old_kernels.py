@@ -295,7 +295,7 @@ def test_the_only_opener_unbinds_at_once(on: MakeLab) -> None:
 
 
 def test_a_client_is_never_the_only_opener_of_what_is_bound(on: MakeLab) -> None:
-    """A20: else its own CLR_FD would leave it an fd on the next user's image."""
+    """Stale device fd, A20: else its own CLR_FD would leave it an fd on the next user's image."""
     lab = on(UNBINDS_WHILE_OPEN)
     device = lab.attach(lab.image())
     with lab.open(device.number) as fd:
@@ -310,7 +310,7 @@ def test_a_client_is_never_the_only_opener_of_what_is_bound(on: MakeLab) -> None
 
 
 def test_a_number_that_somebody_may_have_open_is_not_used(on: MakeLab) -> None:
-    """A device is made anew, so that nobody can have had it before."""
+    """Stale device fd: a device is made anew, so that nobody can have had it before."""
     lab = on(UNBINDS_WHILE_OPEN)
     first = lab.attach(lab.image())
     number = first.number

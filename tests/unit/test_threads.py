@@ -68,6 +68,8 @@ def test_what_takes_too_long_is_left_and_its_late_result_handed_over() -> None:
 
 
 def test_a_user_who_hangs_all_its_turns_waits_for_itself_and_nobody_else_does() -> None:
+    """Hanging files."""
+
     async def body(threads: Threads) -> None:
         with hanging() as hang:
             for _ in range(OPERATION.value):
@@ -98,6 +100,8 @@ def test_looks_at_sysfs_do_not_wait_behind_what_hangs() -> None:
 def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Hanging files."""
+
     async def body(threads: Threads) -> None:
         slow, closed = [*os.pipe(), *os.pipe(), *os.pipe()], threading.Event()
         quick = os.memfd_create("quick")
@@ -122,6 +126,8 @@ def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
 
 
 def test_a_stop_says_that_something_hangs() -> None:
+    """Hanging files."""
+
     async def run() -> None:
         threads = Threads()
         with hanging() as hang:

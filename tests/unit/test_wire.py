@@ -93,6 +93,8 @@ async def turn() -> None:
 
 
 def test_a_full_socket_loses_nothing_and_keeps_the_order() -> None:
+    """Transport rule 1 (writer)."""
+
     async def body(harness: Harness) -> None:
         count, text = 400, "x" * 1000  # a hundred times what the socket holds
         for _ in range(count):
@@ -110,6 +112,8 @@ def test_a_full_socket_loses_nothing_and_keeps_the_order() -> None:
 
 
 def test_a_destination_that_fills_the_queue_loses_its_own_messages_only() -> None:
+    """Transport rule 1 (writer)."""
+
     async def body(harness: Harness) -> None:
         greedy = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.6")
         modest = frame.Header(frame.METHOD_CALL, 0, 2, sender=":1.8")
@@ -126,6 +130,8 @@ def test_a_destination_that_fills_the_queue_loses_its_own_messages_only() -> Non
 
 
 def test_the_bus_going_away_is_told_once_and_ends_every_call() -> None:
+    """Transport rule 12 (losing the bus)."""
+
     async def body(harness: Harness) -> None:
         call = asyncio.ensure_future(
             harness.connection.call(":1.7", "/a", "b.c", "D", timeout=None)
@@ -181,6 +187,8 @@ def test_a_reply_of_somebody_else_is_not_taken_for_the_answer() -> None:
 
 
 def test_a_call_that_is_not_answered_times_out_and_its_late_fds_are_closed() -> None:
+    """Transport rule 8 (peers)."""
+
     async def body(harness: Harness) -> None:
         with pytest.raises(errors.TimedOut):
             await harness.connection.call(":1.7", "/a", "b.c", "D", timeout=0.01)
@@ -196,6 +204,8 @@ def test_a_call_that_is_not_answered_times_out_and_its_late_fds_are_closed() -> 
 
 
 def test_fds_that_no_handler_takes_are_closed() -> None:
+    """Transport rule 3 (ownership)."""
+
     async def body(harness: Harness) -> None:
         message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=1, fds=[0, 0])
         socket.send_fds(harness.peer.socket, [serialize_from(message, ":1.7")], [0, 0])
@@ -249,6 +259,8 @@ def test_received_fds_are_not_for_children() -> None:
 
 
 def test_reply_fds_are_with_the_peer_when_the_write_is_done() -> None:
+    """Transport rule 5 (reply fds)."""
+
     async def body(harness: Harness) -> None:
         header = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.7")
         reading, writing = os.pipe()
