@@ -9,7 +9,7 @@ skipped before anything but the sender is looked at.
 import re
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_REPLY_EXPECTED = 0x1
@@ -80,6 +80,8 @@ class Frame:
     """The fds did not all arrive: our table of open files is full, or they were not wanted."""
     sender: str = ""
     """As in the header, known also where that is none for being muted."""
+    muted: bool = False
+    """It is there for its fds only."""
 
 
 def read_header(data: bytes | bytearray, end: int) -> Header:
@@ -124,9 +126,6 @@ def read_header(data: bytes | bytearray, end: int) -> Header:
     return header
 
 
-_NOTHING = Frame(None, b"")
-
-
 class Reader:
     """Cuts the stream. Feed it what recvmsg gave, in order.
 
@@ -138,41 +137,44 @@ class Reader:
         self._muted = muted
         self._buffer = bytearray()
         self._skip = 0
+        self._skipped = Frame(None, b"")
         self._fds: list[int] = []
         self._fds_lost = False
 
     def feed(self, data: bytes, fds: list[int], *, fds_lost: bool = False) -> list[Frame]:
-        """Take a piece of the stream and give the messages that can be judged now.
+        """Take a piece of the stream and give the messages that are complete now.
 
-        A frame without header is there for its fds, which nobody wants. The kernel ends a read
-        after the piece that carries fds, so they belong to the message that begins last in it.
-        Raises MalformedStream.
+        The kernel ends a read after the piece that carries fds, so they belong to the message that
+        begins last in it. Raises MalformedStream.
         """
         frames: list[Frame] = []
         last = self._cut(data, frames)
         if last is None:
             self._fds += fds
             self._fds_lost |= fds_lost
-            return frames
-        last.fds += fds
-        last.fds_lost |= fds_lost
-        if last.fds and last.header is None and (not frames or frames[-1] is not last):
-            frames.append(last)
-        return frames
+        else:
+            last.fds += fds
+            last.fds_lost |= fds_lost
+        return [frame for frame in frames if frame.fds or not frame.muted]
 
     def take_fds(self) -> list[int]:
         """The fds of a message that will never be complete, to be closed."""
         fds, self._fds = self._fds, []
+        if self._skip:
+            fds, self._skipped.fds = self._skipped.fds, []
         return fds
 
     def last_sender(self, data: bytes) -> str:
         """Who sends the message that begins last, if this piece comes next; empty if unknown."""
         probe = Reader(self._max_message)
-        probe._buffer, probe._skip = self._buffer[:], self._skip
+        probe._buffer = self._buffer[:]
+        probe._skip, probe._skipped = self._skip, replace(self._skipped)
         try:
             frames = probe.feed(data, [])
         except MalformedStream:
             return ""
+        if probe._skip:
+            return probe._skipped.sender
         if not probe._buffer:
             return frames[-1].sender if frames else ""
         unpack = _LITTLE if probe._buffer[0] == 0x6C else _BIG
@@ -184,16 +186,22 @@ class Reader:
     def _cut(self, data: bytes, frames: list[Frame]) -> Frame | None:
         """Append the frames that are complete, and return that of the message which began last.
 
-        None means that this one is still incomplete. Every message that anybody sends comes by
-        here, and a flood of them is only as harmless as this loop is quick.
+        None means that this one is still to come. Of muted senders there are only frames that have
+        fds, and the last. Every message that anybody sends comes by here, and a flood of them is
+        only as harmless as this loop is quick.
         """
-        last = Frame(None, b"")
-        skipped = min(self._skip, len(data))
-        self._skip -= skipped
+        last: Frame | None = None
+        if self._skip:
+            last, skipped = self._skipped, min(self._skip, len(data))
+            self._skip -= skipped
+            if self._skip:
+                return last
+            data = data[skipped:]
+            frames.append(last)
         buffer, muted = self._buffer, self._muted
-        buffer += data[skipped:] if skipped else data
+        buffer += data
         start, size = 0, len(buffer)
-        muted_sender: re.Match[bytes] | None = None
+        unheard: re.Match[bytes] | None = None
         while size - start >= _FIXED:
             if buffer[start] == 0x6C:
                 version, body, fields = _LITTLE(buffer, start)
@@ -213,10 +221,9 @@ class Reader:
             sender = _SENDER.match(buffer, start + _FIXED, min(end, size)) if muted else None
             if muted and (sender is None or sender[1] in muted):
                 # A bus always says who sends, or the header is one that nobody can read.
-                last, muted_sender = _NOTHING, sender
+                last, unheard = None, sender
                 if self._fds or self._fds_lost:
-                    last = self._with_fds(Frame(None, b"", sender=_name(sender)))
-                    frames.append(last)
+                    frames.append(self._with_fds(_unheard(sender)))
             elif total > self._max_message:
                 known = fields <= _MAX_FIELDS
                 last = self._with_fds(_framed(self._header(start, end) if known else None, b""))
@@ -228,14 +235,17 @@ class Reader:
                 last = self._with_fds(_framed(_parsed(message, end - start), message))
                 frames.append(last)
             start += total
-        if start > size:
-            self._skip = start - size
-            start = size
         incomplete = start < size
         del buffer[:start]
         if incomplete:
             return None
-        return Frame(None, b"", sender=_name(muted_sender)) if last is _NOTHING else last
+        if last is None:
+            last = _unheard(unheard)
+            frames.append(last)
+        if start > size:
+            self._skip, self._skipped = start - size, last
+            frames.pop()
+        return last
 
     def _header(self, start: int, end: int) -> Header | None:
         return _parsed(bytes(self._buffer[start:end]), end - start)
@@ -248,6 +258,10 @@ class Reader:
 
 def _framed(header: Header | None, data: bytes) -> Frame:
     return Frame(header, data, sender=header.sender if header else "")
+
+
+def _unheard(sender: re.Match[bytes] | None) -> Frame:
+    return Frame(None, b"", sender=_name(sender), muted=True)
 
 
 def _name(sender: re.Match[bytes] | None) -> str:
