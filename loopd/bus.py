@@ -321,11 +321,11 @@ class Bus:
             note_end(caller, method, "done")
             await self._answer(header, client, method, result)
         except LoopError as exc:
-            note_end(caller, method, exc.dbus_name, exc)
+            note_end(caller, method, exc.dbus_name)
             self._answer_error(header, exc)
         except OSError as exc:
             error = from_os_error(exc, method.name)
-            note_end(caller, method, error.dbus_name, error)
+            note_end(caller, method, error.dbus_name)
             self._answer_error(header, error)
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)

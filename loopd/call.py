@@ -9,7 +9,7 @@ from typing import Any
 
 from . import codec, frame
 from .access import Caller
-from .errors import InvalidArgs, LimitsExceeded, LoopError
+from .errors import InvalidArgs, LimitsExceeded
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,11 @@ class Call:
         return arguments
 
 
-def note_end(caller: Caller, method: Method, result: str, error: LoopError | None = None) -> None:
-    """Log how a call ended, unless it is one that everybody may make."""
+def note_end(caller: Caller, method: Method, result: str) -> None:
+    """Log how a call ended, unless it is one that everybody may make.
+
+    Of what the client said there is nothing in it, not even in the text of an error.
+    """
     if method.authorization is Authorization.FREE:
         return
     log.info(
@@ -90,7 +93,7 @@ def note_end(caller: Caller, method: Method, result: str, error: LoopError | Non
         f" of {node}" if (node := caller.concerns.get("DEVICE")) else "",
         caller.uid,
         caller.client.name,
-        error or result,
+        result,
         extra={
             "ACTION": method.name,
             "RESULT": result,

@@ -259,7 +259,7 @@ def test_a_caller_whom_the_bus_does_not_know_gets_nothing(library: str) -> None:
             serial = bus.send("ListDevices", sender=f":1.{number + 10}")
             assert bus.reply(serial).error_name is None
         assert [each for each in bus.received if each.type == wire.METHOD_CALL] == []
-        assert "attached" not in daemon.log
+        assert "Attach of" not in daemon.log
         daemon.kill()  # nobody would answer it when it says good-bye
 
 
@@ -290,7 +290,7 @@ def test_a_caller_that_leaves_before_its_answer_gets_nothing(world: World) -> No
             with world.bus.connect() as bystander:
                 bystander.call_bus("GetId")  # the bus has passed the answer on
             deaf.enter_context(stopped(world.bus.pid))
-        while "attached /dev/loop" not in world.daemon.log[printed:]:
+        while "Attach of /dev/loop" not in world.daemon.log[printed:]:
             assert deadline.remaining
         client.close()
     world.wait_devices(0)
@@ -383,7 +383,7 @@ def test_nothing_that_a_client_says_gets_into_the_log(new_world: Callable[..., W
         error_of(caller.manager, "GetDeviceByNode", "s", name)
     error_of(caller.attach, path)
     assert caller.detach(attached.path) is True
-    assert "attached /dev/loop" in world.daemon.log
+    assert "Attach of /dev/loop" in world.daemon.log
     assert "forged" not in world.daemon.log
     assert "\x1b" not in world.daemon.log
     path.unlink()
