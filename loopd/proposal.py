@@ -57,7 +57,12 @@ class Proposal:
     """None if it is a regular file."""
     request: AttachRequest
     trusted: bool
-    """Whether nobody can make the file's filesystem hang."""
+    """Whether its filesystem is one of the local ones, or an administrator vouches for it."""
+
+    @property
+    def may_hang(self) -> bool:
+        """Whether calls on the file may wait for somebody, whoever trusts that they will end."""
+        return self.block is None and self.file.filesystem not in backing.TRUSTED_FILESYSTEMS
 
     @property
     def needs_loop_device(self) -> bool:

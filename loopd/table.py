@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def check(answer: bytes, *, size: int, sector_size: int) -> list[PartitionExtent
         found: dict[int, PartitionExtent] = {}
         for number, start, length, extended in told:
             if extended:
-                room = next((each - start for each in starts if each > start), length)
+                behind = bisect_right(starts, start)
+                room = starts[behind] - start if behind < len(starts) else length
                 length = min(length, room, max(_EXTENDED_SIZE, sector_size) // 512)
             extent = PartitionExtent(number, start * 512, length * 512)
             if _is_possible(extent, size, sector_size):

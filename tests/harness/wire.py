@@ -102,43 +102,43 @@ def _padding(length: int, kind: str) -> int:
     return -length % _ALIGNMENT.get(kind, 4)
 
 
-def marshal(signature: str, values: Sequence[Any]) -> bytes:
-    """Return the little-endian bytes of `values`, as they stand at the start of a body."""
+def marshal(signature: str, values: Sequence[Any], endian: str = "<") -> bytes:
+    """Return the bytes of `values`, as they stand at the start of a body."""
     out = bytearray()
     for kind, value in zip(split(signature), values, strict=True):
-        _put(out, kind, value)
+        _put(out, kind, value, endian)
     return bytes(out)
 
 
-def _put(out: bytearray, kind: str, value: Any) -> None:
+def _put(out: bytearray, kind: str, value: Any, endian: str) -> None:
     out += bytes(_padding(len(out), kind[0]))
     match kind[0]:
         case "s" | "o":
             data = value.encode()
-            out += struct.pack("<I", len(data)) + data + b"\0"
+            out += struct.pack(endian + "I", len(data)) + data + b"\0"
         case "g":
             data = value.encode()
-            out += struct.pack("<B", len(data)) + data + b"\0"
+            out += struct.pack("B", len(data)) + data + b"\0"
         case "v":
-            _put(out, "g", value.signature)
-            _put(out, value.signature, value.value)
+            _put(out, "g", value.signature, endian)
+            _put(out, value.signature, value.value, endian)
         case "(":
             for part, each in zip(split(kind[1:-1]), value, strict=True):
-                _put(out, part, each)
+                _put(out, part, each, endian)
         case "{":
             key, content = split(kind[1:-1])
-            _put(out, key, value[0])
-            _put(out, content, value[1])
+            _put(out, key, value[0], endian)
+            _put(out, content, value[1], endian)
         case "a":
             at = len(out)
             out += bytes(4)
             out += bytes(_padding(len(out), kind[1]))
             start = len(out)
             for each in value.items() if isinstance(value, Mapping) else value:
-                _put(out, kind[1:], each)
-            struct.pack_into("<I", out, at, len(out) - start)
+                _put(out, kind[1:], each, endian)
+            struct.pack_into(endian + "I", out, at, len(out) - start)
         case letter:
-            out += struct.pack("<" + _FIXED[letter], value)
+            out += struct.pack(endian + _FIXED[letter], value)
 
 
 def unmarshal(signature: str, data: bytes, endian: str = "<") -> tuple[Any, ...]:
@@ -259,6 +259,7 @@ def build(
     body: bytes = b"",
     unix_fds: int | None = None,
     extra_fields: Sequence[tuple[int, Variant]] = (),
+    endian: str = "<",
 ) -> bytes:
     """Return a message that says what it is told; a field that is None is left out."""
     values = {
@@ -278,7 +279,16 @@ def build(
     ]
     header = marshal(
         "yyyyuua(yv)",
-        [ord("l"), type, flags, 1, len(body), serial, [*fields, *extra_fields]],
+        [
+            ord("l" if endian == "<" else "B"),
+            type,
+            flags,
+            1,
+            len(body),
+            serial,
+            [*fields, *extra_fields],
+        ],
+        endian,
     )
     return header + bytes(-len(header) % 8) + body
 

@@ -77,7 +77,10 @@ def test_every_file_names_its_licence() -> None:
     without = [
         file
         for file in tracked
-        if file not in exempt and (path := CHECKOUT / file).exists()
+        # What fuzzing has found is bytes of no language.
+        if file not in exempt
+        and not file.startswith("tests/fuzz/corpus/")
+        and (path := CHECKOUT / file).exists()
         if "SPDX-License-Identifier: LGPL-2.1-or-later" not in path.read_text()[:400]
     ]
     assert without == []
