@@ -34,6 +34,7 @@ _SILENCE = 0.1
 # Fds of one user that are being closed and may not be for as long as it likes: of one who has more
 # none are taken, nor of strangers while there is such a user.
 _MAX_CLOSING = 32
+_BUG = "loopd failed; its log says why"
 _TOO_MANY = "too many calls are under way: try again later"
 
 _REQUEST_NAME_DO_NOT_QUEUE = 4
@@ -279,13 +280,18 @@ class Bus:
     def _begin(self, session: Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""
         start = time.thread_time()
+        header = call.header
         try:
             client.require_present()
-            header = call.header
             method, target = self._find(client.uid, header.path, header.interface, header.member)
             arguments = call.arguments(method)
         except LoopError as exc:
-            self._answer_error(call.header, exc)
+            self._answer_error(header, exc)
+            self._end(session, call)
+        # A bug of ours: it costs this call, not its place and its fds.
+        except Exception:
+            log.exception("a call of %s cannot be begun", header.sender, extra=client.fields)
+            self._answer_error(header, Failed(_BUG))
             self._end(session, call)
         else:
             serving = self._serve(session, client, call, method, target, arguments)
@@ -332,7 +338,7 @@ class Bus:
         # Whatever else comes up is a bug of ours: the log has it whole, the caller none of it.
         except Exception:
             log.exception("%s of %s failed", method.name, header.sender, extra=client.fields)
-            self._answer_error(header, Failed("loopd failed; its log says why"))
+            self._answer_error(header, Failed(_BUG))
         finally:
             self._end(session, call)
 

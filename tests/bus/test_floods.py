@@ -84,6 +84,7 @@ def served_again(client: RawClient) -> int:
 
 
 def test_a_connection_that_floods_is_told_so_some_times_and_then_not_heard(world: World) -> None:
+    """Transport rule 2 (reader)."""
     client, other = world.raw(), world.raw()
     with memfd() as fd:
         waiting = fill(world, client, fd)
@@ -106,6 +107,7 @@ def test_a_connection_that_floods_is_told_so_some_times_and_then_not_heard(world
 
 
 def test_a_connection_that_waits_for_each_answer_is_always_told(world: World) -> None:
+    """Transport rule 6 (handlers)."""
     client = world.raw()
     with memfd() as fd:
         waiting = fill(world, client, fd)
@@ -118,7 +120,7 @@ def test_a_connection_that_waits_for_each_answer_is_always_told(world: World) ->
 
 
 def test_fds_of_what_is_not_heard_are_closed(world: World) -> None:
-    """World sees that none is left."""
+    """Transport rule 3 (ownership): world sees that none is left."""
     client = world.raw()
     with memfd() as fd:
         waiting = fill(world, client, fd)
@@ -131,6 +133,7 @@ def test_fds_of_what_is_not_heard_are_closed(world: World) -> None:
 
 
 def test_large_calls_that_are_too_many_are_told_from_their_headers(world: World) -> None:
+    """Transport rule 2 (reader)."""
     client = world.raw()
     sent = [
         client.send(MANAGER_PATH, MANAGER, "GetDeviceByNode", "s", ["x" * 200_000])
@@ -141,7 +144,7 @@ def test_large_calls_that_are_too_many_are_told_from_their_headers(world: World)
 
 
 def test_large_options_are_read_up_to_the_cap_only(world: World) -> None:
-    """A container of many small things takes longest to read."""
+    """Transport rule 2 (reader): a container of many small things takes longest to read."""
     client = world.raw()
     with memfd() as fd:
         for count, error in ((100, "InvalidArgs"), (20_000, "LimitsExceeded")):
@@ -153,6 +156,7 @@ def test_large_options_are_read_up_to_the_cap_only(world: World) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flood_keeps_nobody_from_being_served(world: World, kind: str) -> None:
+    """Transport rule 2 (reader)."""
     other = world.raw(OTHER)
     with flood(world.bus, kind, USER) as flooder:
         for _ in range(30):
@@ -174,7 +178,7 @@ def test_a_flood_keeps_nobody_from_being_served(world: World, kind: str) -> None
 
 
 def test_many_connections_of_one_user_are_one_user(world: World) -> None:
-    """Each of them floods, and what they have together is what one would have."""
+    """Quota dodges: each of them floods, and what they have together is what one would have."""
     clients = [world.raw() for _ in range(40)]
     other = world.raw(OTHER)
     with memfd() as fd:
@@ -189,6 +193,7 @@ def test_many_connections_of_one_user_are_one_user(world: World) -> None:
 
 
 def test_replies_that_are_not_read_do_not_disconnect_loopd(world: World) -> None:
+    """Transport rule 1 (writer)."""
     pid = world.daemon.pid
     client = world.raw()
     for _ in range(2000):

@@ -104,6 +104,7 @@ def refusal(client: RawClient, serial: int) -> str | None:
 
 def test_a_file_is_refused_without_a_request_to_its_filesystem() -> None:
     # Where nothing is flushed, so that its server can be stopped altogether.
+    """Hanging files."""
     with new_world() as world, Fuse(flushes=False) as fuse, ExitStack() as stack:
         world.polkit.on(UNTRUSTED, Answer.DENY)
         client, victim = world.raw(), world.caller(OTHER)
@@ -149,7 +150,9 @@ def fuse_fds(pid: int, fuse: Fuse) -> int:
 
 
 def test_what_hangs_when_it_is_closed_holds_nobody_up(fuse: Fuse) -> None:
-    """In calls that are refused for every kind of reason, in signals, in messages too long."""
+    """Hanging files, Transport rule 3 (ownership): in calls that are refused for every kind of
+    reason, in signals, in messages too long.
+    """
     with new_world(policies=[], authority=Answer.DENY) as world, opened(fuse) as fd:
         client, victim = world.raw(), world.caller(OTHER)
         world.polkit.on("org.example.loop1.attach", Answer.ALLOW)
@@ -188,7 +191,9 @@ def test_what_hangs_when_it_is_closed_holds_nobody_up(fuse: Fuse) -> None:
 
 
 def test_threads_that_hang_in_a_close_are_bounded_and_the_rest_is_closed_at_last() -> None:
-    """A few filesystems, because dbus-daemon keeps 64 fds for loopd at most, and would hang."""
+    """Hanging files, Transport rule 3 (ownership): a few filesystems, because dbus-daemon keeps 64
+    fds for loopd at most, and would hang.
+    """
     messages = 60
     with new_world(policies=[]) as world, ExitStack() as stack:
         client, victim = world.raw(), world.caller(OTHER)
@@ -255,6 +260,7 @@ def timed_out(call: Call) -> None:
 
 
 def test_attaches_that_hang_hang_alone_and_leave_nothing(either: World) -> None:
+    """Hanging files."""
     hanging: list[tuple[Fuse, RemoteFd, dict[str, Any], Call]] = []
     victim, caller = either.caller(OTHER), either.caller()
     with ExitStack() as stack:
@@ -282,6 +288,7 @@ def test_attaches_that_hang_hang_alone_and_leave_nothing(either: World) -> None:
 
 
 def test_operations_that_hang_hang_alone_and_work_afterwards(allowing: World) -> None:
+    """Hanging files."""
     operations: list[tuple[str, str, str, list[Any]]] = [
         ("FSYNC", "Sync", "a{sv}", [{}]),
         ("GETATTR", "Resize", "a{sv}", [{}]),
@@ -316,6 +323,7 @@ def test_operations_that_hang_hang_alone_and_work_afterwards(allowing: World) ->
 def test_a_detach_whose_flush_hangs_hangs_alone_and_ends(
     allowing: World, fuse: Fuse, leaves: str
 ) -> None:
+    """Hanging files."""
     victim = allowing.caller(OTHER)
     caller, file = passed(allowing, fuse)
     attached = caller.attach(file)
@@ -334,7 +342,7 @@ def test_a_detach_whose_flush_hangs_hangs_alone_and_ends(
 
 
 def test_wherever_it_stops_half_way_nothing_is_left_of_it(either: World, fuse: Fuse) -> None:
-    """After each number of requests, its client leaving while it hangs."""
+    """Hanging files: after each number of requests, its client leaving while it hangs."""
     with opened(fuse) as fd:
         options = {"sector-size": Variant("u", 0), "partition-scan": Variant("b", True)}
         answered = 0
@@ -421,7 +429,7 @@ def hang_in(request: str, world: World, fuse: Fuse) -> tuple[Caller, RemoteFd]:
 def test_a_stop_says_what_it_leaves_hanging_and_ends_with_that(
     stopping_world: World, fuse: Fuse, request_: str
 ) -> None:
-    """The kernel lets no process go before that."""
+    """Hanging files: the kernel lets no process go before that."""
     world = stopping_world
     _, file = hang_in(request_, world, fuse)
     world.daemon.process.signal(signal.SIGTERM)
@@ -436,7 +444,9 @@ def test_a_stop_says_what_it_leaves_hanging_and_ends_with_that(
 def test_a_read_that_nobody_takes_up_does_not_keep_it_from_ending(
     stopping_world: World,
 ) -> None:
-    """A request that the filesystem has not read yet ends with the process that waits for it."""
+    """Hanging files: a request that the filesystem has not read yet ends with the process that
+    waits for it.
+    """
     world = stopping_world
     with Fuse(flushes=False) as fuse:
         caller, file = passed(world, fuse)

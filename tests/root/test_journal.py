@@ -137,6 +137,7 @@ def test_the_end_of_a_client_and_of_its_device_are_told(
 def test_a_client_cannot_write_lines_of_its_own_nor_fill_the_journal(
     journal: Journal, world: tuple[PrivateBus, Path]
 ) -> None:
+    """Forged log lines."""
     bus, files = world
     with Caller(bus, USER) as user, Caller(bus, None) as root:
         image = make_plain(files / "image", SIZE, owner=USER)

@@ -127,6 +127,8 @@ def test_who_is_not_heard_is_heard_again_before_long() -> None:
 
 
 def test_before_its_user_is_known_a_connection_has_no_more_than_after() -> None:
+    """Quota dodges."""
+
     async def body(stand: Stand) -> None:
         for serial in range(1, 101):
             stand.call(":1.7", serial)
@@ -140,7 +142,7 @@ def test_before_its_user_is_known_a_connection_has_no_more_than_after() -> None:
 
 
 def test_calls_of_strangers_have_a_limit_of_their_own() -> None:
-    """Else many new connections of one user would be in everybody's way."""
+    """Quota dodges: else many new connections of one user would be in everybody's way."""
 
     async def body(stand: Stand) -> None:
         stand.connection.uids[":1.1"] = 2000
@@ -205,6 +207,8 @@ def test_nothing_is_left_of_a_connection_that_flooded_and_left() -> None:
 
 
 def test_a_client_that_left_while_its_call_waited_is_not_served() -> None:
+    """CVE-2021-3560."""
+
     async def body(stand: Stand) -> None:
         served: list[object] = []
 
@@ -218,6 +222,19 @@ def test_a_client_that_left_while_its_call_waited_is_not_served() -> None:
         session.left.set_result(None)
         await stand.settle()
         assert served == []
+        assert stand.bus._calls == 0
+
+    story(body)
+
+
+def test_a_bug_that_a_call_shows_costs_no_place() -> None:
+    async def body(stand: Stand) -> None:
+        stand.bus._find = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+        for serial in range(1, 40):
+            stand.call(":1.7", serial)
+            await stand.settle()
+        assert {name for _, name in stand.connection.errors} == {"Failed"}
+        assert len(stand.connection.errors) == 39
         assert stand.bus._calls == 0
 
     story(body)

@@ -31,6 +31,7 @@ def line(made: logging.LogRecord) -> str:
 
 @given(st.text(st.characters(), max_size=300))
 def test_a_line_is_one_line_whatever_a_client_has_written_into_it(text: str) -> None:
+    """Forged log lines."""
     shown = line(record("Resize: %s".replace("%s", text.replace("%", "%%"))))
     assert len(shown.splitlines()) == 1
     assert not any(ord(each) < 0x20 or 0x7F <= ord(each) < 0xA0 for each in shown)
@@ -152,6 +153,7 @@ def passed(limit: journal.Limit, count: int, **extra: Any) -> int:
 
 
 def test_one_user_fills_no_journal() -> None:
+    """Forged log lines."""
     clock = Clock()
     limit = journal.Limit(clock)
     first = passed(limit, 100_000, UID=USER)

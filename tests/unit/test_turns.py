@@ -146,6 +146,8 @@ def test_who_comes_late_is_before_all_that_another_user_has_waiting() -> None:
 
 
 def test_two_users_share_by_time_and_not_by_calls() -> None:
+    """Transport rule 6 (handlers)."""
+
     async def body(queue: Turns) -> None:
         begun: list[int] = []
         dear, cheap = queue.account(USER), queue.account(OTHER)
@@ -165,6 +167,8 @@ def test_two_users_share_by_time_and_not_by_calls() -> None:
 
 
 def test_who_floods_waits_and_nobody_else_does(clock: Clock) -> None:
+    """Transport rule 6 (handlers)."""
+
     async def body(queue: Turns) -> None:
         begun: list[int] = []
         flooder, other = queue.account(USER), queue.account(OTHER)
