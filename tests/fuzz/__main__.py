@@ -107,7 +107,8 @@ def smallest(target: Callable[[bytes], None], inputs: Iterable[bytes]) -> list[b
     Others fill the rest: what libFuzzer sees is finer than this.
     """
     reached: set[Any] = set()
-    chosen, others = [], []
+    chosen: list[bytes] = []
+    others: list[bytes] = []
     for data in sorted(inputs, key=lambda each: (len(each), each)):
         new = arcs(target, data)
         (others if new <= reached else chosen).append(data)

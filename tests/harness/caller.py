@@ -38,7 +38,7 @@ _PROGRAM = Path(__file__).with_name("caller_program.py")
 # A virtual environment may be closed to the caller's uid; Debian's own Python is not, and has gi.
 _PYTHON = getattr(sys, "_base_executable", sys.executable)
 
-_OPTION_TYPES = {
+OPTION_TYPES = {
     "read-only": "b",
     "offset": "t",
     "size-limit": "t",
@@ -54,6 +54,7 @@ _OPTION_TYPES = {
     "force": "b",
     "partition": "u",
 }
+"""The type of each option there is."""
 
 
 def options(mapping: Mapping[str, Any] | None = None, **named: Any) -> dict[str, Variant]:
@@ -63,7 +64,7 @@ def options(mapping: Mapping[str, Any] | None = None, **named: Any) -> dict[str,
     """
     given = {key.replace("_", "-"): value for key, value in named.items()} | dict(mapping or {})
     return {
-        key: value if isinstance(value, Variant) else Variant(_OPTION_TYPES[key], value)
+        key: value if isinstance(value, Variant) else Variant(OPTION_TYPES[key], value)
         for key, value in given.items()
     }
 

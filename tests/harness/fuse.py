@@ -46,10 +46,13 @@ class Fuse:
             self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(self.orders)
             with theirs:
-                command = [sys.executable, "-I", _PROGRAM, directory, self._kind, str(self._size)]
-                command += [str(self._flush), str(theirs.fileno())]
+                numbers = map(str, (self._size, self._flush, theirs.fileno()))
                 self.process = stack.enter_context(
-                    Process(command, name="fuse", pass_fds=[theirs.fileno()])
+                    Process(
+                        [sys.executable, "-I", _PROGRAM, directory, self._kind, *numbers],
+                        name="fuse",
+                        pass_fds=[theirs.fileno()],
+                    )
                 )
             stack.callback(_unmount, directory)
             self._answer("the mount")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.harness import wire
 from tests.harness.area import CHECKOUT
 from tests.harness.bus import LOOPD
-from tests.harness.caller import _OPTION_TYPES, MANAGER_PATH
+from tests.harness.caller import MANAGER_PATH, OPTION_TYPES
 from tests.harness.raw import BUS
 from tests.harness.wire import Variant
 
@@ -164,9 +164,9 @@ def _nested(depth: int) -> Variant:
     return value
 
 
-_KEYS = sorted(_OPTION_TYPES)
+_KEYS = sorted(OPTION_TYPES)
 # What an option may well be, so that what comes after it is looked at, too.
-_GOOD = {
+_GOOD: dict[str, list[Any]] = {
     "offset": [0, 512, 4096],
     "size-limit": [0, 512, 65536],
     "sector-size": [0, 512, 4096],
@@ -190,7 +190,7 @@ def _good_options(keys: list[str]) -> st.SearchStrategy[tuple[str, Variant]]:
         lambda key: st.tuples(
             st.just(key),
             st.sampled_from(_GOOD.get(key, [True, False])).map(
-                lambda value: Variant(_OPTION_TYPES[key], value)
+                lambda value: Variant(OPTION_TYPES[key], value)
             ),
         )
     )
@@ -200,7 +200,7 @@ _option = st.one_of(
     _good_options(_KEYS),
     st.sampled_from(_KEYS).flatmap(
         lambda key: st.tuples(
-            st.just(key), values(_OPTION_TYPES[key]).map(lambda v: Variant(_OPTION_TYPES[key], v))
+            st.just(key), values(OPTION_TYPES[key]).map(lambda v: Variant(OPTION_TYPES[key], v))
         )
     ),
     st.tuples(st.sampled_from(_KEYS) | _TEXTS, variants),

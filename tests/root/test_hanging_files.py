@@ -308,13 +308,14 @@ def test_operations_that_hang_hang_alone_and_work_afterwards(allowing: World) ->
                 assert fuse.wait_kept() == request
             hanging.append((fuse, attached, call))
             serves(allowing, victim)
-        assert len(caller.manager("ListDevices")[0]) >= len(hanging)
+        listed = {each[0] for each in caller.manager("ListDevices")[0]}
+        assert {attached.path for _, attached, _ in hanging} <= listed
         for *_, call in hanging:
             timed_out(call)
         for fuse, *_ in hanging:
             fuse.release()
-        for (_, attached, _), (_, *operation) in zip(hanging, operations, strict=True):
-            member, signature, args = operation
+        for (_, attached, _), operation in zip(hanging, operations, strict=True):
+            _, member, signature, args = operation
             caller.device(attached.path, member, signature, *args)
             assert caller.detach(attached.path) is True
 
