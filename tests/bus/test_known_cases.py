@@ -282,8 +282,11 @@ def test_a_caller_that_left_before_it_was_known_gets_nothing(world: World) -> No
     assert world.polkit.questions == []
 
 
-def test_a_caller_that_leaves_before_its_answer_gets_nothing(world: World) -> None:
+def test_a_caller_that_leaves_before_its_answer_gets_nothing(
+    new_world: Callable[..., World],
+) -> None:
     """CVE-2021-3560: the device is bound and the answer on its way to nobody."""
+    world = new_world(arguments=["--debug"])  # which leaves no line out
     printed = len(world.daemon.log)
     world.polkit.on(ATTACH, Answer.HANG)
     deadline = Deadline()
