@@ -275,7 +275,8 @@ class Bus:
         session = self._sessions.get(sender)
         if session is None or session.account is None:
             return False
-        return self._threads.closing(session.owner) <= _MAX_CLOSING
+        closing = self._threads.closing(session.owner) + self._threads.closing(session.name)
+        return closing <= _MAX_CLOSING
 
     def _begin(self, session: Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""

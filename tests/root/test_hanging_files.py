@@ -26,6 +26,7 @@ from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, World, make_world
 
 UNTRUSTED = "org.example.loop1.attach-untrusted-filesystem"
+LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 UNTRUSTED_FILESYSTEM = f"{LOOPD}.Error.UntrustedFilesystem"
 NO_SUCH_DEVICE = f"{LOOPD}.Error.NoSuchDevice"
 TIMED_OUT = f"{LOOPD}.Error.TimedOut"
@@ -190,30 +191,46 @@ def test_what_hangs_when_it_is_closed_holds_nobody_up(fuse: Fuse) -> None:
         world.wait_idle_fds()
 
 
-def test_threads_that_hang_in_a_close_are_bounded_and_the_rest_is_closed_at_last() -> None:
-    """Hanging files, Transport rule 3 (ownership): a few filesystems, because dbus-daemon keeps 64
-    fds for loopd at most, and would hang.
+def send_fds(client: RawClient, fd: int, count: int) -> None:
+    """Send so many calls with an fd, of which nobody wants an answer."""
+    for _ in range(count):
+        arguments = (MANAGER_PATH, MANAGER, "NoSuch", "h", [0])
+        client.send(*arguments, fds=[fd], flags=wire.NO_REPLY_EXPECTED)
+
+
+def test_of_a_user_whose_fds_do_not_close_no_more_are_taken() -> None:
+    """Hanging files, Transport rule 3 (ownership): else they would fill the table of fds, and there
+    would be no room for anybody's.
     """
-    messages = 60
+    kept = 60  # dbus-daemon has 64 fds under way for loopd at most, and hangs with the rest
     with new_world(policies=[]) as world, ExitStack() as stack:
-        client, victim = world.raw(), world.caller(OTHER)
+        client, same_user, victim = world.raw(), world.raw(), world.caller(OTHER)
         serves(world, victim)
+        for each in (client, same_user):
+            each.call(MANAGER_PATH, MANAGER, "ListDevices")
         before = world.daemon.threads()
-        filesystems = [stack.enter_context(Fuse()) for _ in range(5)]
-        for fuse in filesystems:
-            fd = stack.enter_context(opened(fuse))
-            with stopping(world.daemon.pid):
-                for _ in range(messages):
-                    client.send(
-                        *(MANAGER_PATH, MANAGER, "NoSuch", "h", [0]), fds=[fd], type=wire.SIGNAL
-                    )
-                wait_passed_on(world, fuse)
-                fuse.hang("FLUSH")
-            assert fuse.wait_kept() == "FLUSH"
+        first, second = (stack.enter_context(Fuse()) for _ in range(2))
+        hanging, fine = (stack.enter_context(opened(each)) for each in (first, second))
+        with stopping(world.daemon.pid):
+            for each in (client, same_user):
+                send_fds(each, hanging, kept // 2)  # so few that it is heard on
+            wait_passed_on(world, first)
+            first.hang("FLUSH")
+        for _ in range(kept):
+            assert first.wait_kept() == "FLUSH"
+        # Not even those that would close, of whichever connection.
+        for each in (client, same_user, world.raw()):
+            send_fds(each, fine, 10)
+            serial = each.send(MANAGER_PATH, MANAGER, "GetDevice", "h", [0], fds=[fine])
+            assert refusal(each, serial) == LIMITS_EXCEEDED
+        assert fuse_fds(world.daemon.pid, second) == 0
         serves(world, victim)
-        assert world.daemon.threads() < before + len(filesystems) * messages
-        for fuse in filesystems:
-            fuse.release()
+        assert world.daemon.threads() < before + 2 * kept
+        first.release()
+        world.wait_idle_fds()
+        # And then they are taken again.
+        serial = client.send(MANAGER_PATH, MANAGER, "GetDevice", "h", [0], fds=[fine])
+        assert refusal(client, serial) == NO_SUCH_DEVICE
         world.wait_idle_fds()
 
 
