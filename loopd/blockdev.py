@@ -39,7 +39,15 @@ _AGAIN_ATTEMPTS = 64
 
 def opened(fd: int) -> OwnedFd:
     """Own an fd of a device."""
-    return OwnedFd(fd, kernel.close)
+    return OwnedFd(fd, _close)
+
+
+def _close(fd: int) -> None:
+    try:
+        kernel.close(fd)
+    except OSError as exc:
+        # The fd is gone whatever close(2) says, and nothing that was done is to be undone for it.
+        log.debug("closing a device: %s", exc.strerror)
 
 
 class Lock(StrEnum):
@@ -94,7 +102,10 @@ def control_locked(control_fd: int, *, timeout: float) -> Iterator[None]:
         yield
     finally:
         if locked:
-            kernel.flock(control_fd, fcntl.LOCK_UN)
+            try:
+                kernel.flock(control_fd, fcntl.LOCK_UN)
+            except OSError as exc:  # the close that follows does the same
+                log.debug("cannot unlock /dev/loop-control: %s", exc.strerror)
 
 
 def in_use(number: int, partition: int | None = None) -> bool:
