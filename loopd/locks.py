@@ -68,7 +68,10 @@ class Locks:
         if device.loop and device.loop.lock:
             lock, device.loop.lock = device.loop.lock, None
             # Now, whoever has a copy of the fd; its close may have to wait, and so makes udev look.
-            kernel.flock(lock.fileno(), fcntl.LOCK_UN)
+            try:
+                kernel.flock(lock.fileno(), fcntl.LOCK_UN)
+            except OSError as exc:
+                log.debug("cannot unlock %s: %s", device.node, exc.strerror)
             self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, lock.close))
 
     def client_left(self, client: Client) -> None:
