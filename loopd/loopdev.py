@@ -83,10 +83,11 @@ class LoopDevice:
 def detach(device: LoopDevice) -> bool:
     """Let go of a device: write back, remove partitions, clear, close.
 
-    Returns whether our fds are closed. They stay open while others have a device of ours open, and
-    `clear` has to be called again then. Closing earlier would leave the rest to autoclear, which
-    whoever has a writable fd can turn off; before Linux 6.11 the last opener could even unbind the
-    device, keep its fd and read the next image on the number. Nothing is raised.
+    Returns whether our fds are closed. They stay open while others have a device of ours open, or
+    sysfs does not say whether it is ours, and `clear` has to be called again then. Closing earlier
+    would leave the rest to autoclear, which whoever has a writable fd can turn off; before Linux
+    6.11 the last opener could even unbind the device, keep its fd and read the next image on the
+    number. Nothing is raised.
     """
     # The lock first: another fd on the device would make CLR_FD a lazy one.
     if device.lock is not None:
@@ -104,7 +105,13 @@ def clear(device: LoopDevice, *, lock_timeout: float = 0) -> bool:
     A device that somebody else attached is cleared once and closed: the kernel does the rest. The
     device's lock is waited for so many seconds, and done without then. Nothing is raised.
     """
-    if kernel.loop_binding(device.number) != device.binding:
+    try:
+        ours = kernel.loop_binding(device.number) == device.binding
+    except OSError as exc:
+        # Nothing is cleared that may be another's by now.
+        log.debug("cannot see whether %s is bound: %s", device.node, exc.strerror)
+        return False
+    if not ours:
         device.close()
         return True
     loop_fd = device.fd.fileno()

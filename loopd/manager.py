@@ -10,7 +10,7 @@ import errno
 import logging
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -296,8 +296,9 @@ class Manager:
             pause = next(pauses, pause)
             await asyncio.sleep(pause)
             cleared = await end(partial(loopdev.clear, loop))
-        if kernel.loop_binding(loop.number) != device.status.binding:
-            self._registry.forget(device)
+        with suppress(OSError):  # then it is looked at again
+            if kernel.loop_binding(loop.number) != device.status.binding:
+                self._registry.forget(device)
         # Else an operation still under way has it open, or others have someone else's device. The
         # kernel tells when it is unbound; it may just have.
         self._registry.look_at(loop.number)
