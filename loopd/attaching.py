@@ -95,11 +95,23 @@ class Attaching:
                 return self._hold(caller, fd, proposal.file, proposal.block)
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
-        await asyncio.wait([attempt.task], timeout=timeout)
-        if not attempt.task.done():
-            attempt.abandoned.set()
+        ended = False
+        try:
+            await asyncio.wait([attempt.task], timeout=timeout)
+            ended = attempt.task.done()
+        finally:
+            if not ended:
+                # Out of time, or cancelled: nobody gets the device.
+                attempt.abandoned.set()
+                attempt.task.add_done_callback(self._give_up)
+        if not ended:
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
+
+    def _give_up(self, task: asyncio.Task[Device]) -> None:
+        """Detach what was attached for somebody who does not wait for it any more."""
+        if not task.cancelled() and not task.exception():
+            self._let_go(task.result())
 
     async def _require_attach(self, caller: Caller, proposal: Proposal) -> None:
         file, number = proposal.file, proposal.request.number
@@ -190,7 +202,8 @@ class Attaching:
                     fd.move(),
                     proposal,
                     partial(self._claim, caller.uid),
-                )
+                ),
+                late=lambda attached: _undo(attached[0]),
             )
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
@@ -260,5 +273,8 @@ def _undo(loop: loopdev.LoopDevice) -> None:
     if not loopdev.detach(loop):
         # No client has ever had it, so nobody turns autoclear off.
         loop.close()
-    waits = kernel.loop_binding(loop.number) == loop.binding
+    try:
+        waits = kernel.loop_binding(loop.number) == loop.binding
+    except OSError:
+        waits = True  # as far as known; when it is looked at again, it is seen that it does not
     loop.release(loop.binding if waits else None)
