@@ -12,10 +12,12 @@ real functions.
 
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +129,9 @@ class ScriptedKernel:
         self.traits = traits or Traits()
         self.parsed: dict[int, PartitionExtent] = {}
         """What the kernel's own parser would find on any device, if it had one."""
+        self.uevent: Callable[[int], None] = lambda _: None
+        """Told the number of a device that was bound, unbound or removed, as by the kernel."""
+        self._mutex = threading.RLock()
         self._loops: dict[int, _Loop] = {}
         self._opens: dict[int, _Open] = {}
         self._real = {name: getattr(kernel, name) for name in FUNCTIONS}
@@ -138,22 +143,36 @@ class ScriptedKernel:
         """Be loopd's kernel until the end of the block."""
         with ExitStack() as stack:
             for name in FUNCTIONS:
-                stack.enter_context(mock.patch.object(kernel, name, getattr(self, name)))
+                stack.enter_context(mock.patch.object(kernel, name, self._alone(name)))
             yield self
+
+    def _alone(self, name: str) -> Callable[..., Any]:
+        """A function as it is called from several threads, which is one at a time."""
+        function = getattr(self, name)
+
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            with self._mutex:
+                return function(*args, **named)
+
+        return call
 
     # What the tests may ask of it
 
     def bound(self) -> list[int]:
         """Return the numbers that have a file bound."""
-        return sorted(number for number, loop in self._loops.items() if loop.binding)
+        with self._mutex:
+            return sorted(number for number, loop in self._loops.items() if loop.binding)
 
     def open_fds(self) -> list[int]:
         """Return the fds on device nodes."""
-        return sorted(self._opens)
+        with self._mutex:
+            return sorted(self._opens)
 
     def numbers(self) -> list[int]:
         """Return the numbers of all devices."""
-        return sorted(self._loops)
+        with self._mutex:
+            return sorted(self._loops)
 
     # What others do behind loopd's back, and the kernel by itself
 
@@ -258,6 +277,7 @@ class ScriptedKernel:
         if loop.binding or self._openers(loop):
             _refuse(errno.EBUSY)
         del self._loops[number]
+        self.uevent(number)
 
     # --- a loop device -------------------------------------------------------------------------
 
@@ -571,6 +591,7 @@ class ScriptedKernel:
         loop.binding = _Binding(self._bindings, self.dup(file_fd), info, block_size)
         loop.diskseq = self._next_diskseq()
         loop.size = self._capacity(loop)
+        self.uevent(loop.number)
 
     def _unbind(self, loop: _Loop) -> None:
         assert loop.binding
@@ -580,6 +601,7 @@ class ScriptedKernel:
         self.close(binding.file_fd)
         loop.size = 0
         loop.diskseq = self._next_diskseq()
+        self.uevent(loop.number)
 
     def _scan(self, loop: _Loop) -> None:
         assert loop.binding

@@ -18,6 +18,7 @@ from typing import Self
 
 from tests.harness.area import TOKEN, area
 from tests.harness.deadline import Deadline
+from tests.harness.process import Process
 
 UDEVD = Path("/lib/systemd/systemd-udevd")
 RULES = Path("/run/udev/rules.d")
@@ -154,13 +155,7 @@ def _start() -> int:
         )
         pidfd = os.pidfd_open(process.pid)
         try:
-            deadline = Deadline()
-            while True:
-                ready = deadline.wait_readable([notify.fileno(), pidfd], "udevd to be ready")
-                if notify.fileno() not in ready:
-                    raise RuntimeError(f"udevd ended ({process.wait()}) before it was ready")
-                if b"READY=1" in notify.recv(4096).split(b"\n"):
-                    break
+            _wait_ready(notify, pidfd)
         except BaseException:
             process.kill()
             process.wait()
@@ -170,6 +165,37 @@ def _start() -> int:
         # The last to use it waits for its end, which need not be this process.
         process.returncode = 0
         return process.pid
+
+
+def _wait_ready(notify: socket.socket, pidfd: int) -> None:
+    deadline = Deadline()
+    while True:
+        ready = deadline.wait_readable([notify.fileno(), pidfd], "udevd to be ready")
+        if notify.fileno() not in ready:
+            raise RuntimeError("udevd ended before it was ready")
+        if b"READY=1" in notify.recv(4096).split(b"\n"):
+            return
+
+
+@contextmanager
+def private_udevd() -> Iterator[Process]:
+    """Yield a udevd beside the machine's, which nobody else's tests are in need of.
+
+    It has a /run/udev of its own, and looks at the devices of the machine as any other does.
+    """
+    with area("udev") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(directory / "notify"))
+        mount = "mkdir -p /run/udev; mount -t tmpfs none /run/udev"
+        with Process(
+            [
+                *("unshare", "--mount", "--propagation", "private", "--"),
+                *("sh", "-euc", f"{mount}; exec {UDEVD}"),
+            ],
+            name="udevd",
+            environment={"NOTIFY_SOCKET": str(directory / "notify")},
+        ) as process:
+            _wait_ready(notify, process.pidfd)
+            yield process
 
 
 def _stop(pid: int) -> None:

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The use cases of loopd in this process, over a scripted kernel: no bus, and no root.
+
+They are wired as the daemon wires them.  What the kernel changes is told as its uevents tell it,
+polkit is a function, and a client is a name that may leave at any moment.
+"""
+
+import asyncio
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from loopd import manager, registry, table
+from loopd.access import Caller, Client
+from loopd.attaching import Attaching
+from loopd.config import Config
+from loopd.device import Device
+from loopd.fd import OwnedFd
+from loopd.leases import Leases
+from loopd.locks import Locks
+from loopd.manager import Manager
+from loopd.marker import Markers
+from loopd.operations import Operations
+from loopd.overlap import Claims
+from loopd.polkit import Authority
+from loopd.proposal import AttachOptions
+from loopd.registry import Listeners, Registry
+from loopd.threads import Threads, Work
+from tests.harness import leaks
+from tests.harness.asynchronous import run_async
+from tests.harness.deadline import Deadline
+from tests.harness.script import Script
+from tests.harness.scripted import ScriptedKernel, Traits
+
+TABLE = b"1 2048 2048 0\n2 4096 2048 0\n"
+"""What the child that reads partition tables says of images.make_gpt()'s."""
+
+
+_PATIENCE = 5.0
+"""Seconds for what takes no time at all."""
+
+
+async def says_yes(*_: Any, **__: Any) -> list[Any]:
+    """Be a bus on which polkit allows everything."""
+    return [[True, False, {}]]
+
+
+class Inside:
+    """What the daemon is made of, on the running event loop."""
+
+    def __init__(
+        self,
+        directory: Path,
+        scripted: ScriptedKernel,
+        *,
+        config: Config | None = None,
+        polkit: Callable[..., Coroutine[Any, Any, list[Any]]] = says_yes,
+    ) -> None:
+        """`directory` becomes the runtime directory."""
+        self.scripted = scripted
+        self.told: list[tuple[str, str]] = []
+        """What happened to which object path."""
+        self._directory = directory
+        self._fds = {*leaks.open_fds()}
+        self._loop = asyncio.get_running_loop()
+        self._names = itertools.count(1)
+        config = config or Config()
+        self.threads = Threads()
+        self.markers = Markers(directory)
+        self.markers.prepare()
+        listeners = Listeners(
+            added=lambda device: self.told.append(("added", device.path)),
+            changed=lambda device: self.told.append(("changed", device.path)),
+            removed=self._removed,
+        )
+        self.registry = Registry(self.threads, self.markers, listeners, scripted.numbers)
+        authority = Authority(polkit, timeout=1, interactive_timeout=1, max_questions=4)
+        self.leases = Leases()
+        self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        self.claims = Claims()
+        self.manager = Manager(
+            config, self.threads, authority, self.registry, self.leases, self.locks
+        )
+        self.operations = Operations(
+            self.manager, self.registry, self.locks, self.claims, self.threads
+        )
+        self.attaching = Attaching(
+            config,
+            self.threads,
+            authority,
+            self.markers,
+            self.registry,
+            self.leases,
+            self.locks,
+            self.claims,
+            let_go=self.manager.let_go,
+        )
+        scripted.uevent = self._uevent
+
+    def _removed(self, device: Device) -> None:
+        self.manager.device_gone(device)
+        self.told.append(("removed", device.path))
+
+    def _uevent(self, number: int) -> None:
+        self._loop.call_soon_threadsafe(self.registry.look_at, number)
+
+    # Clients
+
+    def caller(self, uid: int) -> Caller:
+        """Be a new connection of a user's, in a call."""
+        name = f":1.{next(self._names)}"
+        return Caller(Client(name, uid, self._loop.create_future()), interactive=False)
+
+    def leave(self, caller: Caller) -> None:
+        """Have its connection end, as the bus tells it; a second time does nothing."""
+        if not caller.client.gone:
+            caller.client.left.set_result(None)
+            self.manager.client_left(caller.client)
+
+    async def attach(self, caller: Caller, image: Path, **options: Any) -> Device:
+        """Attach a file; the options are those of AttachOptions."""
+        fd = OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC))
+        return await self.attaching.attach(caller, fd, AttachOptions(**options))
+
+    # What there is
+
+    def unrecorded(self) -> list[str]:
+        """Return what is bound and no record of loopd's."""
+        recorded = {device.number for device in self.registry if device.managed}
+        return [f"loop{number}" for number in self.scripted.bound() if number not in recorded]
+
+    def remains(self, others: tuple[int, ...] = ()) -> list[str]:
+        """Return all that should go when nobody has a device; `others` are fds of the test's."""
+        found = [f"loop{number} is bound" for number in self.scripted.bound()]
+        found += [
+            f"fd {fd} is open on {target}"
+            for fd, target in leaks.open_fds().items()
+            if fd not in self._fds and fd not in others
+        ]
+        found += [f"{device.node} is recorded" for device in self.registry]
+        found += [f"a lease on {lease.device}" for lease in self.leases]
+        found += [f"a lock on {held}" for held in self.locks._held]
+        found += [f"a claim of {claimed}" for claimed in self.claims._claimed]
+        found += [f"a claim of loop{number}" for number in self.markers._claims]
+        found += [str(mark) for mark in self._directory.glob("*/loop*")]
+        if taken := self.attaching._quota.taken:
+            found.append(f"{taken} places are taken")
+        return found
+
+    async def until_none(self, what: Callable[[], list[str]]) -> None:
+        """Wait until a list is empty, which threads and tasks in the background see to."""
+        deadline = Deadline(_PATIENCE)
+        while left := what():
+            assert deadline.remaining, left
+            if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(
+                    tasks, timeout=deadline.remaining, return_when=asyncio.FIRST_COMPLETED
+                )
+            else:
+                await asyncio.sleep(0)  # threads are at it: a look for each turn of the loop
+
+    async def require_turns(self, *uids: int) -> None:
+        """Fail unless all turns of these users can be had."""
+        for uid, work in itertools.product(uids, Work):
+            taken = [await self.threads.turn(uid, work, 5) for _ in range(work.value)]
+            for give_back in taken:
+                give_back()
+
+    async def quiet(self) -> None:
+        """Wait until no task is under way."""
+        deadline = Deadline(_PATIENCE)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            _, late = await asyncio.wait(tasks, timeout=deadline.remaining)
+            assert not late, f"tasks that do not end: {late}"
+
+    async def end(self) -> None:
+        """Wait for all that goes on."""
+        self.scripted.uevent = lambda _: None
+        await asyncio.sleep(0)  # what was told already is looked at
+        await self.quiet()
+        assert self.threads.stop(_PATIENCE)
+        await asyncio.sleep(0)
+        await self.quiet()
+
+
+@contextmanager
+def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKernel, Script]]:
+    """Be on a scripted kernel, where waiting takes no time; nothing may stay open or run."""
+    scripted, script = ScriptedKernel(traits), Script()
+    before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    interval = sys.getswitchinterval()
+    with ExitStack() as stack:
+        # Else whoever looks for an end keeps the threads from it that work at it.
+        stack.callback(sys.setswitchinterval, interval)
+        sys.setswitchinterval(0.0001)
+        for place, name, value in (
+            (time, "sleep", lambda _: None),
+            (registry, "_LOOK_AGAIN", 0),
+            (manager, "_CLEAR_PAUSES", (0.001,)),
+            # A child of its own takes longer than all the rest.
+            (table, "_ask", lambda _: TABLE),
+        ):
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.enter_context(scripted.installed())
+        stack.enter_context(script.running())
+        yield scripted, script
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(20)
+            assert not thread.is_alive(), thread
+    assert scripted.bound() == [], "left bound"
+    assert scripted.open_fds() == [], f"left open: {scripted.open_fds()}"
+    assert set(os.listdir("/proc/self/fd")) == before, "left open"
+
+
+def run_inside(
+    directory: Path,
+    story: Callable[[Inside, Script], Coroutine[Any, Any, None]],
+    traits: Traits | None = None,
+) -> Script:
+    """Run a story with the parts of a daemon, and look for what it has left."""
+
+    async def main() -> None:
+        inside = Inside(directory, scripted)
+        await story(inside, script)
+        await inside.end()
+        assert not (left := inside.remains()), left
+
+    with scripted_kernel(traits) as (scripted, script):
+        run_async(main())
+    return script
