@@ -75,11 +75,13 @@ def test_devices_come_and_go_whatever_becomes_of_udevd(world: World) -> None:
         watcher.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Size") == 2 * MIB)
         caller.kill()
         for attached in devices:
-            watcher.wait_signal(
-                "InterfacesRemoved", lambda it, path=attached.path: it.args[0] == path
-            )
+            wait_removed(watcher, attached.path)
             assert not is_bound(attached)
     serves(world)
+
+
+def wait_removed(watcher: Caller, path: str) -> None:
+    watcher.wait_signal("InterfacesRemoved", lambda it: it.args[0] == path)
 
 
 def caller_file(caller: Caller, attached: Attached) -> Path:
@@ -130,8 +132,9 @@ def test_a_full_disk_is_told_to_who_writes_and_to_who_syncs_and_to_nobody_else(
 
 
 def by_fd(caller: Caller, member: str, fd: int) -> object:
-    signature, args = ("h", ()) if member == "GetDevice" else ("ha{sv}", ({},))
-    return caller.manager(member, signature, 0, *args, fds=[fd])[0]
+    if member == "GetDevice":
+        return caller.manager(member, "h", 0, fds=[fd])[0]
+    return caller.manager(member, "ha{sv}", 0, {}, fds=[fd])[0]
 
 
 @pytest.fixture
@@ -287,7 +290,7 @@ def test_a_device_that_root_meddles_with_while_it_goes_is_gone_at_the_last_close
         assert is_bound(attached)
         assert world.device_count() == 1
     loops.wait_unbound(attached.number, attached.diskseq)
-    watcher.wait_signal("InterfacesRemoved", lambda it: it.args[0] == attached.path)
+    wait_removed(watcher, attached.path)
     world.wait_devices(0)
     serves(world)
 
