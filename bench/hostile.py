@@ -30,8 +30,12 @@ KINDS = 3000
 """Different messages."""
 PER_CLIENT = 400
 """Messages before a client leaves, if the bus keeps it that long."""
+RUDE = 0.01
+"""The share of those for which the bus may close the connection."""
 MEMORY = 4 << 20
 """Bytes that the heap may differ by."""
+
+Made = tuple[list[Packet], list[Packet]]
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
     parser.add_argument("messages", type=int, nargs="?", default=100_000)
     share = parser.parse_args().messages // (len(LIBRARIES) * 2)
     leaks.adopt_orphans()
-    made = make_up(KINDS)
+    made = make_up(KINDS, polite=True), make_up(KINDS, polite=False)
     for library in LIBRARIES:
         for policy in ("our policy", "no policy"):
             options = {} if policy == "our policy" else {"policies": []}
@@ -49,8 +53,8 @@ def main() -> None:
                 print(f"{library}, {policy}: {attack(world, made, share)}", flush=True)
 
 
-def make_up(count: int) -> list[Packet]:
-    """Have hypothesis make up so many messages."""
+def make_up(count: int, *, polite: bool) -> list[Packet]:
+    """Have hypothesis make up so many messages, `polite` ones for which the bus stays."""
     found: list[Packet] = []
 
     @hypothesis.settings(
@@ -60,7 +64,7 @@ def make_up(count: int) -> list[Packet]:
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(packets())
+    @hypothesis.given(packets(polite=polite))
     def run(packet: Packet) -> None:
         found.append(packet)
 
@@ -68,7 +72,7 @@ def make_up(count: int) -> list[Packet]:
     return found
 
 
-def attack(world: World, made: list[Packet], count: int) -> str:
+def attack(world: World, made: Made, count: int) -> str:
     """Send them, and fail if anything is left; say how it went."""
     chance = random.Random(1)
     begun = time.monotonic()
@@ -97,22 +101,24 @@ def attack(world: World, made: list[Packet], count: int) -> str:
     if grown > MEMORY:
         raise AssertionError(f"loopd has {grown} bytes more than after {warm} messages")
     return (
-        f"{sent} messages in {time.monotonic() - begun:.0f} s, {lost} connections closed by the bus; "
-        f"others waited for {max(waits) * 1000:.0f} ms at most; {grown / 1024:+.0f} KiB of memory, "
-        "no fd and no device more"
+        f"{sent} messages in {time.monotonic() - begun:.0f} s, {lost} connections closed by the "
+        f"bus; others waited for {max(waits) * 1000:.0f} ms at most; {grown / 1024:+.0f} KiB of "
+        "memory, no fd and no device more"
     )
 
 
-def one_client(client: RawClient, made: list[Packet], fds: list[int], chance: random.Random) -> int:
+def one_client(client: RawClient, made: Made, fds: list[int], chance: random.Random) -> int:
     """Send what one client sends before it leaves; return how much that was."""
     device = "/"
     with suppress(CallError):
         attached = client.call(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=fds[:1])
         device = str(attached.body[0])
         loops.used_numbers.add(int(str(attached.body[1]).removeprefix("/dev/loop")))
+    polite, rude = made
     count = chance.randint(1, PER_CLIENT)
     for _ in range(count):
-        packet = chance.choice(made)
+        # What the bus closes the connection for is interesting, too, but not always.
+        packet = chance.choice(rude if chance.random() < RUDE else polite)
         passed = [chance.choice(fds) for _ in range(packet.fds)]
         client.send_bytes(packet.data(client.next_serial(), device), passed)
         for message in client.drain():

@@ -56,9 +56,13 @@ def main() -> None:
         sys.exit(f"loopd: {exc}")
     except OSError as exc:
         sys.exit(f"loopd: cannot start: {exc}")
-    if not threads.stop(_STOP_TIMEOUT):
+    if hanging := threads.stop(_STOP_TIMEOUT):
         # A thread that a hanging file holds would keep the interpreter from ending, too.
-        log.warning("leaving with a call on a hanging file still under way")
+        log.warning(
+            "leaving with %d calls under way on files or devices that hang: the kernel may keep "
+            "this process until their servers answer or are aborted",
+            hanging,
+        )
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

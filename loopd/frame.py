@@ -148,7 +148,12 @@ class Reader:
         begins last in it. Raises MalformedStream.
         """
         frames: list[Frame] = []
-        last = self._cut(data, frames)
+        try:
+            last = self._cut(data, frames)
+        except MalformedStream:
+            # The messages before it are lost with the connection, and somebody has to close these.
+            self._fds += [fd for frame in frames for fd in frame.fds] + fds
+            raise
         if last is None:
             self._fds += fds
             self._fds_lost |= fds_lost

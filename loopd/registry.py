@@ -6,6 +6,7 @@ and decides nothing: it tells its listeners what came, changed, went.
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -172,8 +173,9 @@ class Registry:
                 try:
                     seen = await self._threads.look(partial(_sight, number))
                 except OSError as exc:
-                    # Not seeing a device does not mean that it is gone.
-                    log.warning("cannot look at loop%d: %s", number, exc.strerror)
+                    # Not seeing a device does not mean that it is gone, though its number may be.
+                    level = logging.DEBUG if exc.errno == errno.ENOENT else logging.WARNING
+                    log.log(level, "cannot look at loop%d: %s", number, exc.strerror)
                     self._loop.call_later(_LOOK_AGAIN, self.look_at, number)
                     return
                 if self._by_number.get(number) is known:

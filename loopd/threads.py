@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from .backing import closes_quickly
-from .errors import TimedOut
+from .errors import LimitsExceeded, TimedOut
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,11 @@ class Threads:
                     loop.call_soon_threadsafe(ended)
 
         pool = self._endings if work is Work.ENDING else self._calls
-        future = self._submit(pool, function)
+        try:
+            future = self._submit(pool, function, gives_up=work is not Work.ENDING)
+        except LimitsExceeded:
+            ended()
+            raise
         waited = asyncio.wrap_future(future)
         try:
             await asyncio.wait([waited], timeout=timeout)
@@ -120,7 +124,7 @@ class Threads:
 
     async def look(self, function: Callable[[], _T]) -> _T:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
-        return await asyncio.wrap_future(self._submit(self._looks, function))
+        return await asyncio.wrap_future(self._submit(self._looks, function, gives_up=False))
 
     def close_fd(self, fd: int, owner: object = None) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
@@ -160,8 +164,8 @@ class Threads:
         """Remove a loop device in nobody's way."""
         self._submit(self._removals, partial(function, number)).add_done_callback(_note_late)
 
-    def stop(self, timeout: float) -> bool:
-        """Take no more work, and say whether all that runs has ended within `timeout` seconds.
+    def stop(self, timeout: float) -> int:
+        """Take no more work, and say how many calls have not ended within `timeout` seconds.
 
         Devices that are not removed yet stay, unbound.
         """
@@ -171,12 +175,42 @@ class Threads:
         self._looks.shutdown(wait=False)
         self._closes.shutdown(wait=False)
         self._slow_closes.shutdown(wait=False)
-        return not wait(self._running.copy(), timeout).not_done
+        return len(wait(self._running.copy(), timeout).not_done)
 
-    def _submit(self, pool: ThreadPoolExecutor, function: Callable[[], _T]) -> Future[_T]:
-        future = pool.submit(function)
+    def _submit(
+        self, pool: ThreadPoolExecutor, function: Callable[[], _T], *, gives_up: bool = False
+    ) -> Future[_T]:
+        """Have a function called in a thread of a pool.
+
+        Where no thread can be started, it waits for one. Raises LimitsExceeded if it rather
+        `gives_up`, and is not called at all then.
+        """
+        future: Future[_T] = Future()
         self._running.add(future)
         future.add_done_callback(self._running.discard)
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function()
+            except BaseException as exc:  # noqa: BLE001  it is for whoever waits
+                future.set_exception(exc)
+            else:
+                future.set_result(result)
+
+        def cancel(queued: Future[None]) -> None:
+            if queued.cancelled():
+                future.cancel()
+
+        try:
+            pool.submit(call).add_done_callback(cancel)
+        # The executor queues first, and then finds that it cannot start a thread.
+        except RuntimeError as exc:
+            log.warning("cannot start a thread: %s", exc)
+            if gives_up:
+                future.cancel()
+                raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         return future
 
 

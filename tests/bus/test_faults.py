@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -228,7 +229,7 @@ def test_what_finds_no_room_for_fds_leaves_a_device_as_it_is(world: World, membe
     for more in LEVELS:
         attached = caller.attach(world.image())
         with room_for(world, more):
-            result = outcome(lambda attached=attached: calls[member](attached))
+            result = outcome(partial(calls[member], attached))
         results.append(result)
         if isinstance(result, CallError):
             assert loops.loop_is_bound(attached.number, attached.diskseq)

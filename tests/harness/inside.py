@@ -33,6 +33,7 @@ from loopd.polkit import Authority
 from loopd.proposal import AttachOptions
 from loopd.registry import Listeners, Registry
 from loopd.threads import Threads, Work
+from tests.harness import leaks
 from tests.harness.asynchronous import run_async
 from tests.harness.deadline import Deadline
 from tests.harness.script import Script
@@ -67,6 +68,7 @@ class Inside:
         self.told: list[tuple[str, str]] = []
         """What happened to which object path."""
         self._directory = directory
+        self._fds = {*leaks.open_fds()}
         self._loop = asyncio.get_running_loop()
         self._names = itertools.count(1)
         config = config or Config()
@@ -137,7 +139,11 @@ class Inside:
     def remains(self, others: tuple[int, ...] = ()) -> list[str]:
         """Return all that should go when nobody has a device; `others` are fds of the test's."""
         found = [f"loop{number} is bound" for number in self.scripted.bound()]
-        found += [f"fd {fd} is open" for fd in self.scripted.open_fds() if fd not in others]
+        found += [
+            f"fd {fd} is open on {target}"
+            for fd, target in leaks.open_fds().items()
+            if fd not in self._fds and fd not in others
+        ]
         found += [f"{device.node} is recorded" for device in self.registry]
         found += [f"a lease on {lease.device}" for lease in self.leases]
         found += [f"a lock on {held}" for held in self.locks._held]
@@ -179,7 +185,7 @@ class Inside:
         self.scripted.uevent = lambda _: None
         await asyncio.sleep(0)  # what was told already is looked at
         await self.quiet()
-        assert self.threads.stop(_PATIENCE)
+        assert self.threads.stop(_PATIENCE) == 0
         await asyncio.sleep(0)
         await self.quiet()
 

@@ -452,7 +452,7 @@ def test_a_stop_says_what_it_leaves_hanging_and_ends_with_that(
     _, file = hang_in(request_, world, fuse)
     world.daemon.process.signal(signal.SIGTERM)
     world.bus.wait_released(LOOPD)
-    wait_said(world, "leaving with a call on a hanging file still under way")
+    wait_said(world, "leaving with 1 calls under way on files or devices that hang")
     assert world.daemon.process.status is None
     fuse.release()
     assert world.daemon.wait() == 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from loopd import threads as module
-from loopd.errors import TimedOut
+from loopd.errors import LimitsExceeded, TimedOut
 from loopd.threads import Threads, Work
 
 OPERATION = Work.OPERATION
@@ -39,7 +39,7 @@ def story(body: Callable[[Threads], Awaitable[None]]) -> None:
         try:
             await asyncio.wait_for(body(threads), 20)
         finally:
-            assert threads.stop(20)
+            assert threads.stop(20) == 0
 
     asyncio.run(run())
 
@@ -133,6 +133,72 @@ def test_a_stop_says_that_something_hangs() -> None:
         with hanging() as hang:
             with pytest.raises(TimedOut):
                 await threads.run(hang, timeout=0.001)
-            assert threads.stop(0.01) is False
+            assert threads.stop(0.01) == 1
 
     asyncio.run(run())
+
+
+# No room for another thread
+
+
+class NoThread:
+    """Makes pools unable to start threads, as at the system's limit of tasks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def __enter__(self) -> None:
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        self._monkeypatch.setattr(threading.Thread, "start", start)
+
+    def __exit__(self, *_: object) -> None:
+        self._monkeypatch.undo()
+
+
+def test_where_no_thread_can_be_started_an_operation_is_refused_and_never_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(threads: Threads) -> None:
+        done: list[str] = []
+        with NoThread(monkeypatch):
+            for _ in range(Work.OPERATION.value + 1):
+                with pytest.raises(LimitsExceeded, match="thread"):
+                    await threads.run_in_turn(1000, Work.OPERATION, lambda: done.append("refused"))
+        # It has its turns again, and what was refused is not done later.
+        await threads.run_in_turn(1000, Work.OPERATION, lambda: done.append("done"))
+        assert done == ["done"]
+
+    story(body)
+
+
+def test_where_no_thread_can_be_started_an_end_waits_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(threads: Threads) -> None:
+        done: list[str] = []
+        closed = threading.Event()
+        reading, writing = os.pipe()
+        os.close(writing)
+        with NoThread(monkeypatch):
+            end = asyncio.ensure_future(
+                threads.run_in_turn(1000, Work.ENDING, lambda: done.append("first"))
+            )
+            look = asyncio.ensure_future(threads.look(lambda: done.append("look")))
+            threads.close_fd(reading)
+            await asyncio.sleep(0)
+        await threads.run_in_turn(1000, Work.ENDING, lambda: done.append("second"))
+        await end
+        await threads.look(lambda: None)
+        await look
+        assert sorted(done) == ["first", "look", "second"]
+        quick = os.memfd_create("quick")
+        monkeypatch.setattr(
+            module.os, "close", lambda fd, close=os.close: (close(fd), closed.set())
+        )
+        threads.close_fd(quick)
+        assert await asyncio.to_thread(closed.wait, 10)
+
+    story(body)
+    monkeypatch.undo()
