@@ -30,6 +30,8 @@ FLOODER = "nobody"
 VICTIM = "games"
 BUSES: dict[str, type[PrivateBus]] = {"dbus-daemon": PrivateBus, "dbus-broker": PrivateBroker}
 ATTACHES = 50
+AS_THE_UNIT = ("nice", "--adjustment=-10")
+"""The priority that loopd.service gives."""
 
 Times = list[float]
 """Seconds."""
@@ -66,7 +68,7 @@ def measure(bus_type: type[PrivateBus], library: str, kind: str, seconds: float)
         bus = stack.enter_context(bus_type())
         rules = rules_allowing("org.example.loop1.attach", users=(VICTIM, FLOODER))
         stack.enter_context(RealPolkit(bus, rules))
-        daemon = stack.enter_context(Daemon(bus, library=library))
+        daemon = stack.enter_context(Daemon(bus, library=library, within=AS_THE_UNIT))
         if kind != "none":
             stack.enter_context(flood(bus, kind, FLOODER))
         # What the flood takes to fill every queue on the way.

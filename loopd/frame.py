@@ -9,7 +9,7 @@ skipped before anything but the sender is looked at.
 import re
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_REPLY_EXPECTED = 0x1
@@ -171,22 +171,20 @@ class Reader:
 
     def last_sender(self, data: bytes) -> str:
         """Who sends the message that begins last, if this piece comes next; empty if unknown."""
-        probe = Reader(self._max_message)
-        probe._buffer = self._buffer[:]
-        probe._skip, probe._skipped = self._skip, replace(self._skipped)
-        try:
-            frames = probe.feed(data, [])
-        except MalformedStream:
+        start, size = self._skip, len(data)
+        if start >= size:
+            return self._skipped.sender
+        if self._buffer:
+            data = bytes(self._buffer) + data
+            size = len(data)
+        begun, end = -1, 0
+        while size - start >= _FIXED and data[start] in (0x6C, 0x42):
+            _, body, fields = (_LITTLE if data[start] == 0x6C else _BIG)(data, start)
+            begun, end = start, start + _FIXED + fields
+            start += ((_FIXED + fields + 7) & ~7) + body
+        if start < size or begun < 0 or end > size:
             return ""
-        if probe._skip:
-            return probe._skipped.sender
-        if not probe._buffer:
-            return frames[-1].sender if frames else ""
-        unpack = _LITTLE if probe._buffer[0] == 0x6C else _BIG
-        if len(probe._buffer) < _FIXED:
-            return ""
-        end = _FIXED + unpack(probe._buffer, 0)[2]
-        return _name(_SENDER.match(probe._buffer, _FIXED, end))
+        return _name(_SENDER.match(data, begun + _FIXED, end))
 
     def _cut(self, data: bytes, frames: list[Frame]) -> Frame | None:
         """Append the frames that are complete, and return that of the message which began last.

@@ -27,7 +27,7 @@ BUS_NAME = "org.freedesktop.DBus"
 BUS_PATH = "/org/freedesktop/DBus"
 
 _CHUNK = 65536
-_MAX_FDS = 253  # SCM_MAX_FD
+_ROOM_FOR_FDS = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD
 _SLICE = 0.005  # seconds of reading before others get their turn
 
 
@@ -65,6 +65,9 @@ class Connection:
         self._on_lost = on_lost
         self._close_fds = close_fds
         self._unwanted: dict[str, list[int]] = {}
+        self._muted = muted
+        self._fd_flood = False
+        """Whether the last fds came from somebody muted, so that the next ones will, too."""
         self._is_wary = is_wary
         self._trusts = trusts
         self._loop = asyncio.get_running_loop()
@@ -251,13 +254,15 @@ class Connection:
 
     def _receive(self) -> tuple[bytes, list[int], bool]:
         """The next piece of the stream, its fds, and whether some of them are lost."""
-        size, room = _CHUNK, socket.CMSG_SPACE(_MAX_FDS * 4)
-        if self._is_wary():
-            # An fd that we have must be closed, and only we; one without room the kernel drops, and
-            # flushes nothing.
+        size, room = _CHUNK, _ROOM_FOR_FDS
+        wary = self._is_wary()
+        if self._fd_flood or wary:
+            # An fd that has a number with us must be closed. One without room the kernel drops,
+            # which costs less, and flushes nothing.
             next_ = self._socket.recv(_CHUNK, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            size = len(next_)
-            if not self._trusts(self._reader.last_sender(next_)):
+            size, sender = len(next_), self._reader.last_sender(next_)
+            self._fd_flood = sender.encode() in self._muted
+            if self._fd_flood or (wary and not self._trusts(sender)):
                 room = 0
         data, ancillary, flags, _ = self._socket.recvmsg(
             size, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -287,6 +292,7 @@ class Connection:
         finally:
             # Whatever nobody has taken by now, nobody will.
             if incoming.fds:
+                self._fd_flood |= incoming.muted
                 self._unwanted.setdefault(incoming.sender, []).extend(incoming.fds)
 
     def _on_reply(self, header: frame.Header, incoming: frame.Frame) -> None:
