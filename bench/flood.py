@@ -29,7 +29,7 @@ from tests.harness.raw import RawClient
 FLOODER = "nobody"
 VICTIM = "games"
 BUSES: dict[str, type[PrivateBus]] = {"dbus-daemon": PrivateBus, "dbus-broker": PrivateBroker}
-ATTACHES = 50
+ATTACHES = 120
 AS_THE_UNIT = ("nice", "--adjustment=-10")
 """The priority that loopd.service gives."""
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class Bus:
         limits: Limits,
         threads: Threads,
         *,
+        who_is: Callable[[str], Awaitable[int]],
         find: Find,
         before_reply: Callable[[], None],
         client_left: Callable[[Client], None],
@@ -62,6 +63,7 @@ class Bus:
     ) -> None:
         self._limits = limits
         self._threads = threads
+        self._who_is = who_is
         self._find = find
         self._before_reply = before_reply
         self._client_left = client_left
@@ -163,7 +165,7 @@ class Bus:
     async def _identify(self, session: Session) -> None:
         """Find out who a connection is, which the bus knows and which never changes."""
         try:
-            (uid,) = await self.connection.call_bus("GetConnectionUnixUser", "s", [session.name])
+            uid = await self._who_is(session.name)
         except (LoopError, BusError) as exc:
             # It has left, or the bus has.
             log.debug("nobody knows who %s is: %s", session.name, exc)

@@ -113,7 +113,17 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     markers = Markers(runtime_directory)
     await threads.run(markers.prepare)
-    socket = await threads.run(partial(dial.connect, dial.system_bus_address()))
+    connect = partial(dial.connect, dial.system_bus_address())
+    asking = wire.Connection(
+        await threads.run(connect),
+        max_message=codec.MAX_MESSAGE,
+        on_call=None,
+        on_signal=None,
+        on_lost=partial(end, 1),
+        close_fds=threads.close_fds,
+    )
+    """For questions to others, so that no flood of calls is in the way of their answers."""
+    socket = await threads.run(connect)
 
     # Each part gets the calls it may make of the ones above it, which are made further down.
     announcer: Announcer
@@ -138,13 +148,14 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         partial(wire.Connection, socket),
         config.limits,
         threads,
+        who_is=asking.user_of,
         find=service.find,
         before_reply=announcer.flush,
         client_left=lambda client: manager.client_left(client),
         on_lost=partial(end, 1),
     )
     authority = Authority(
-        bus.connection.call,
+        asking.call,
         timeout=config.deadlines.authorization,
         interactive_timeout=config.deadlines.interactive_authorization,
         max_questions=config.limits.questions_per_user,
@@ -162,6 +173,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     monitor = None
     try:
+        await asking.hello()
         await bus.start()
         # Listening before looking, so that nothing falls between.
         monitor = Monitor(registry.look_at, registry.look_at_private)
@@ -182,6 +194,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         return status
     finally:
         bus.connection.close()
+        asking.close()
         if monitor:
             monitor.close()
 

@@ -129,12 +129,19 @@ def read_header(data: bytes | bytearray, end: int) -> Header:
 class Reader:
     """Cuts the stream. Feed it what recvmsg gave, in order.
 
-    Messages of a sender in `muted` are skipped whole; the set may change at any time.
+    Messages of a sender in `muted` are skipped whole; the set may change at any time. So are those
+    of types that are not in `types`.
     """
 
-    def __init__(self, max_message: int, muted: Collection[bytes] = frozenset()) -> None:
+    def __init__(
+        self,
+        max_message: int,
+        muted: Collection[bytes] = frozenset(),
+        types: Collection[int] = (METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL),
+    ) -> None:
         self._max_message = max_message
         self._muted = muted
+        self._types = types
         self._buffer = bytearray()
         self._skip = 0
         self._skipped = Frame(None, b"")
@@ -201,7 +208,7 @@ class Reader:
                 return last
             data = data[skipped:]
             frames.append(last)
-        buffer, muted = self._buffer, self._muted
+        buffer, muted, types = self._buffer, self._muted, self._types
         buffer += data
         start, size = 0, len(buffer)
         unheard: re.Match[bytes] | None = None
@@ -222,7 +229,7 @@ class Reader:
                 break  # its sender may still be to come
             # Only while somebody is muted: the search costs as much as the rest of this loop.
             sender = _SENDER.match(buffer, start + _FIXED, min(end, size)) if muted else None
-            if muted and (sender is None or sender[1] in muted):
+            if (muted and (sender is None or sender[1] in muted)) or buffer[start + 1] not in types:
                 # A bus always says who sends, or the header is one that nobody can read.
                 last, unheard = None, sender
                 if self._fds or self._fds_lost:

@@ -39,10 +39,10 @@ def _close_fds(fds: Iterable[int], _: str) -> None:
 class Connection:
     """One connection, to be used once `hello` has returned.
 
-    `on_call` and `on_signal` get frames and return at once; fds they do not take out of
-    `frame.fds` are closed by `close_fds`, which is told whose they are. Of senders in `muted`
-    nothing is heard at all. While `is_wary`, fds are left to the kernel but of those whom
-    `trusts`. `on_lost` is called once when the bus is gone.
+    `on_call` and `on_signal` get frames and return at once; where there is none, what it would get
+    is skipped unread. Fds that they do not take out of `frame.fds` are closed by `close_fds`, which
+    is told whose they are. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
+    left to the kernel but of those whom it `trusts`. `on_lost` is called once when the bus is gone.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Connection:
         sock: socket.socket,
         *,
         max_message: int,
-        on_call: Callable[[frame.Frame], None],
-        on_signal: Callable[[frame.Frame], None],
+        on_call: Callable[[frame.Frame], None] | None,
+        on_signal: Callable[[frame.Frame], None] | None,
         on_lost: Callable[[str], None],
         close_fds: Callable[[Iterable[int], str], None] = _close_fds,
         muted: Collection[bytes] = frozenset(),
@@ -59,7 +59,10 @@ class Connection:
         trusts: Callable[[str], bool] = lambda sender: True,
     ) -> None:
         self._socket = sock
-        self._reader = frame.Reader(max_message, muted)
+        types = [frame.METHOD_RETURN, frame.ERROR]
+        types += [frame.METHOD_CALL] if on_call else []
+        types += [frame.SIGNAL] if on_signal else []
+        self._reader = frame.Reader(max_message, muted, types)
         self._on_call = on_call
         self._on_signal = on_signal
         self._on_lost = on_lost
@@ -90,6 +93,11 @@ class Connection:
         return await self.call(
             BUS_NAME, BUS_PATH, BUS_NAME, member, signature, body, timeout=timeout
         )
+
+    async def user_of(self, name: str) -> int:
+        """Ask the bus for the uid of a connection."""
+        (uid,) = await self.call_bus("GetConnectionUnixUser", "s", [name])
+        return int(uid)
 
     async def call(
         self,
@@ -280,9 +288,9 @@ class Connection:
             header = incoming.header
             if header is None:
                 return
-            if header.type == frame.METHOD_CALL:
+            if header.type == frame.METHOD_CALL and self._on_call:
                 self._on_call(incoming)
-            elif header.type == frame.SIGNAL:
+            elif header.type == frame.SIGNAL and self._on_signal:
                 self._on_signal(incoming)
             elif header.type in (frame.METHOD_RETURN, frame.ERROR):
                 self._on_reply(header, incoming)

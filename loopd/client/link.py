@@ -58,7 +58,7 @@ class Link:
         connection = wire.Connection(
             sock,
             max_message=_MAX_MESSAGE,
-            on_call=lambda call: None,  # nobody has anything to ask of a client
+            on_call=None,  # nobody has anything to ask of a client
             on_signal=watch.on_signal,
             on_lost=lambda why: watch.end_all(Ended.BUS_LOST),
         )

@@ -108,7 +108,10 @@ def test_attach_asks_one_question_about_the_callers_bus_name(world: World) -> No
     assert question.action == ATTACH
     assert question.subject_kind == "system-bus-name"
     assert question.subject == {"name": caller.unique_name}
-    assert question.asker == world.raw().owner_of(LOOPD)
+    # Not by the connection that others' calls come in by.
+    (asker,) = world.raw().call_bus("GetConnectionUnixProcessID", "s", [question.asker])
+    assert asker == world.daemon.pid
+    assert question.asker != world.raw().owner_of(LOOPD)
     assert question.flags == 0
     assert question.cancellation_id
     assert question.details == {

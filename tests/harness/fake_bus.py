@@ -25,7 +25,9 @@ _ANSWERS: dict[str, tuple[str, list[Any]]] = {
 
 
 class FakeBus:
-    """Listens from the start of the `with` block, and serves the one that connects first.
+    """Listens from the start of the `with` block, and serves the loopd that connects.
+
+    Of loopd's connections the one that asks for the name is its service; the other asks questions.
 
     `errors` are what calls of the bus's own methods are answered with, where there is one.
     """
@@ -33,6 +35,7 @@ class FakeBus:
     def __init__(self) -> None:
         """Answer everything well for now."""
         self.errors: dict[str, str] = {}
+        self._connections: list[_Connection] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -55,11 +58,26 @@ class FakeBus:
     def wait_owned(self, name: str, *, process: Process) -> None:
         """Serve whoever connects until it owns the name; what Daemon calls."""
         assert name == LOOPD
-        Deadline().wait_readable([self._listener.fileno()], f"{process.name} to connect")
-        connection, _ = self._listener.accept()
-        self._service = self._exit.enter_context(_Service(connection, self.errors))
-        while self._service.serve() != "RequestName":
+        deadline = Deadline()
+        while not self._serve(deadline, f"{process.name} to own its name"):
             pass
+
+    def _serve(self, deadline: Deadline, what: str) -> bool:
+        """Serve whoever wants something; whether somebody has just been given the name."""
+        for connection in self._connections:
+            if connection.has_message():
+                if connection.serve(deadline) != "RequestName":
+                    return False
+                self._service = connection
+                return True
+        fds = {each.fileno(): each for each in self._connections}
+        for fd in deadline.wait_readable([self._listener.fileno(), *fds], what):
+            if fd == self._listener.fileno():
+                accepted = _Connection(self._listener.accept()[0], self.errors)
+                self._connections.append(self._exit.enter_context(accepted))
+            else:
+                fds[fd].read(deadline)
+        return False
 
     def send(
         self,
@@ -87,7 +105,7 @@ class FakeBus:
     @property
     def received(self) -> list[wire.Message]:
         """What was sent to others on the bus, and no reply() has taken."""
-        return self._service.received
+        return [message for each in self._connections for message in each.received]
 
     def next_serial(self) -> int:
         """Return a serial not used before."""
@@ -100,10 +118,10 @@ class FakeBus:
             for index, message in enumerate(self._service.received):
                 if message.reply_serial == serial:
                     return self._service.received.pop(index)
-            self._service.serve(deadline)
+            self._serve(deadline, f"the answer to call {serial}")
 
 
-class _Service(RawClient):
+class _Connection(RawClient):
     """The bus's end of a connection."""
 
     def __init__(self, connection: socket.socket, errors: dict[str, str]) -> None:
@@ -121,9 +139,17 @@ class _Service(RawClient):
         self._data = bytearray(rest)
         self.send_bytes(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
 
-    def serve(self, deadline: Deadline | None = None) -> str | None:
-        """Read one message, and answer it if it is for the bus; return what it called."""
-        message = self._next(deadline or Deadline(), "a message to the bus")
+    def has_message(self) -> bool:
+        """Whether a whole message has been read."""
+        return len(self._data) >= 16 and len(self._data) >= wire.frame_length(self._data[:16])
+
+    def read(self, deadline: Deadline) -> None:
+        """Read what is there."""
+        self._read(deadline, "a message to the bus")
+
+    def serve(self, deadline: Deadline) -> str | None:
+        """Take one message, and answer it if it is for the bus; return what it called."""
+        message = self._next(deadline, "a message to the bus")
         for fd in message.fds:
             os.close(fd)
         message.fds.clear()

@@ -23,13 +23,8 @@ class FakeConnection:
         self.on_call: Callable[[frame.Frame], None] = given["on_call"]
         self.on_signal: Callable[[frame.Frame], None] = given["on_signal"]
         self.muted: Collection[bytes] = given["muted"]
-        self.uids: dict[str, int] = {}
         self.replies: list[int] = []
         self.errors: list[tuple[int, str]] = []
-
-    async def call_bus(self, member: str, signature: str, body: list[Any]) -> list[Any]:
-        await asyncio.sleep(0)
-        return [self.uids.get(body[0], USER)]
 
     def reply(self, to: frame.Header, *_: Any) -> "asyncio.Future[None]":
         self.replies.append(to.serial)
@@ -57,12 +52,18 @@ class Stand:
             FakeConnection,
             limits,
             self.threads,
+            who_is=self._who_is,
             find=lambda *_: (method, None),
             before_reply=lambda: None,
             client_left=lambda client: self.left.append(client.name),
             on_lost=lambda why: None,
         )
         self.connection: Any = self.bus.connection
+        self.uids: dict[str, int] = {}
+
+    async def _who_is(self, name: str) -> int:
+        await asyncio.sleep(0)
+        return self.uids.get(name, USER)
 
     async def _wait(self, caller: object, target: object) -> tuple[()]:
         await self.release.wait()
@@ -145,7 +146,7 @@ def test_calls_of_strangers_have_a_limit_of_their_own() -> None:
     """Quota dodges: else many new connections of one user would be in everybody's way."""
 
     async def body(stand: Stand) -> None:
-        stand.connection.uids[":1.1"] = 2000
+        stand.uids[":1.1"] = 2000
         stand.call(":1.1", 1)
         await stand.settle()
         for number in range(20, 60):

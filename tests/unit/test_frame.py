@@ -284,3 +284,11 @@ def test_no_header_makes_the_reader_fail_otherwise(noise: bytes) -> None:
     data = b"l\x01\0\x01" + struct.pack("<III", 0, 1, len(noise)) + noise
     for one in frame.Reader(CAP).feed(data + bytes(-len(data) % 8), []):
         assert one.header is None or one.header.serial == 1
+
+
+def test_types_that_are_not_wanted_are_skipped_and_their_fds_are_not() -> None:
+    signal = codec.serialize(codec.signal("/a", "b.c", "D", "", [], serial=1))
+    reader = frame.Reader(CAP, types=[frame.METHOD_CALL])
+    seen = reader.feed(with_sender(signal) + call(2) + with_sender(signal), [5])
+    assert [one.header and one.header.serial for one in seen] == [2, None]
+    assert [one.fds for one in seen] == [[], [5]]
