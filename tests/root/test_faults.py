@@ -151,6 +151,7 @@ def attached_file(world: World) -> Iterator[tuple[Caller, Attached, Path, int]]:
 def test_a_file_that_is_deleted_is_still_the_devices(
     world: World, attached_file: tuple[Caller, Attached, Path, int]
 ) -> None:
+    """CVE-2021-3996."""
     caller, attached, path, fd = attached_file
     path.unlink()
     assert by_fd(caller, "GetDevice", fd) == attached.path

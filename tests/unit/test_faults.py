@@ -314,6 +314,7 @@ def codes(scenario: Scenario, function: str) -> list[int]:
 
 @EACH
 def test_each_call_of_the_kernel_may_fail(tmp_path: Path, image: Path, name: str) -> None:
+    """libblockdev #1171."""
     scenario, trouble = SCENARIOS[name], Trouble()
     for function, count in sorted(calls_of(tmp_path, image, scenario).items()):
         for code in codes(scenario, function):
@@ -431,6 +432,7 @@ def leaving(suspensions: Suspensions) -> Fault:
 def test_the_caller_may_leave_at_each_await(
     tmp_path: Path, image: Path, name: str, late: bool
 ) -> None:
+    """CVE-2021-3560."""
     scenario, trouble = SCENARIOS[name], Trouble()
     points = points_of(tmp_path, image, scenario, lambda _: True)
     for index, point in enumerate(points[:MOST]):
