@@ -167,7 +167,7 @@ def test_a_file_that_is_deleted_is_still_the_devices(
 def test_a_file_that_takes_anothers_place_is_another(
     world: World, attached_file: tuple[Caller, Attached, Path, int]
 ) -> None:
-    """Its name, which sysfs shows as the backing file's, says nothing."""
+    """CVE-2021-3996: its name, which sysfs shows as the backing file's, says nothing."""
     caller, attached, path, fd = attached_file
     make_plain(world.new_path(), 2 * MIB, owner=USER).rename(path)
     new = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -388,6 +388,7 @@ def points_of(
 
 @EACH
 def test_each_await_may_fail(tmp_path: Path, image: Path, name: str) -> None:
+    """CVE-2021-3560."""
     scenario, trouble = SCENARIOS[name], Trouble()
     points = points_of(tmp_path, image, scenario, may_fail)
     # A lazy detach asks nobody anything: it only waits for the end.
