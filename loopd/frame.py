@@ -15,6 +15,8 @@ METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_REPLY_EXPECTED = 0x1
 ALLOW_INTERACTIVE_AUTHORIZATION = 0x4
 
+Bytes = bytes | memoryview
+
 _FIXED = 16
 _LONGEST = 1 << 27
 _LITTLE = struct.Struct("<3xBI4xI").unpack_from
@@ -148,7 +150,7 @@ class Reader:
         self._fds: list[int] = []
         self._fds_lost = False
 
-    def feed(self, data: bytes, fds: list[int], *, fds_lost: bool = False) -> list[Frame]:
+    def feed(self, data: Bytes, fds: list[int], *, fds_lost: bool = False) -> list[Frame]:
         """Take a piece of the stream and give the messages that are complete now.
 
         The kernel ends a read after the piece that carries fds, so they belong to the message that
@@ -176,7 +178,7 @@ class Reader:
             fds, self._skipped.fds = self._skipped.fds, []
         return fds
 
-    def last_sender(self, data: bytes) -> str:
+    def last_sender(self, data: Bytes) -> str:
         """Who sends the message that begins last, if this piece comes next; empty if unknown."""
         start, size = self._skip, len(data)
         if start >= size:
@@ -193,7 +195,7 @@ class Reader:
             return ""
         return _name(_SENDER.match(data, begun + _FIXED, end))
 
-    def _cut(self, data: bytes, frames: list[Frame]) -> Frame | None:
+    def _cut(self, data: Bytes, frames: list[Frame]) -> Frame | None:
         """Append the frames that are complete, and return that of the message which began last.
 
         None means that this one is still to come. Of muted senders there are only frames that have

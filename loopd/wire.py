@@ -71,6 +71,8 @@ class Connection:
         self._on_signal = on_signal
         self._on_lost = on_lost
         self._close_fds = close_fds
+        # One for all, because so many large ones in turn leave the heap in pieces.
+        self._chunk = memoryview(bytearray(_CHUNK))
         self._unwanted: dict[str, list[int]] = {}
         self._muted = muted
         self._fd_flood = False
@@ -264,26 +266,26 @@ class Connection:
             self._close_fds(unwanted, sender)
         self._unwanted.clear()
 
-    def _receive(self) -> tuple[bytes, list[int], bool]:
-        """The next piece of the stream, its fds, and whether some of them are lost."""
-        size, room = _CHUNK, _ROOM_FOR_FDS
+    def _receive(self) -> tuple[memoryview, list[int], bool]:
+        """The next piece of the stream, for use at once, its fds, and whether some are lost."""
+        chunk, room = self._chunk, _ROOM_FOR_FDS
         wary = self._is_wary()
         if self._fd_flood or wary:
             # An fd that has a number with us must be closed. One without room the kernel drops,
             # which costs less, and flushes nothing.
-            next_ = self._socket.recv(_CHUNK, _PEEK)
-            size, sender = len(next_), self._reader.last_sender(next_)
+            chunk = chunk[: self._socket.recv_into(chunk, 0, _PEEK)]
+            sender = self._reader.last_sender(chunk)
             self._fd_flood = sender.encode() in self._muted
             if self._fd_flood or (wary and not self._trusts(sender)):
                 room = 0
-        data, ancillary, flags, _ = self._socket.recvmsg(size, room, _RECEIVE)
+        size, ancillary, flags, _ = self._socket.recvmsg_into([chunk], room, _RECEIVE)
         fds = [
             fd
             for level, kind, content in ancillary
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
             for (fd,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])
         ]
-        return data, fds, bool(flags & _LOST)
+        return chunk[:size], fds, bool(flags & _LOST)
 
     def _dispatch(self, incoming: frame.Frame) -> None:
         try:
