@@ -97,6 +97,8 @@ class Operation(Enum):
     SET_SECTOR_SIZE = "SetSectorSize"
     RESCAN_PARTITIONS = "RescanPartitions"
     LOCK = "Lock"
+    HOLD = "Hold"
+    SET_LIFETIME = "SetLifetime"
 
 
 _FREE: frozenset[Action] = frozenset()
@@ -117,6 +119,8 @@ _TABLE: dict[Operation, tuple[Needed, Needed, Needed]] = {
     Operation.SET_SECTOR_SIZE: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.RESCAN_PARTITIONS: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.LOCK: (_FREE, AccessDenied, NotSupported),
+    Operation.HOLD: (_FREE, AccessDenied, NotSupported),
+    Operation.SET_LIFETIME: (_FREE, _MANAGE_OTHERS, NotSupported),
 }
 
 

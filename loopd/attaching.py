@@ -16,12 +16,12 @@ from functools import partial
 
 from . import access, attachment, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Caller
-from .backing import BackingFile
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
 from .errors import Failed, TimedOut
 from .fd import OwnedFd
-from .leases import CONNECTION, Lease, Leases, Place, Quota
+from .leases import Place, Quota
+from .lifetimes import Lifetimes
 from .locks import Locks
 from .marker import Markers
 from .overlap import Claims, Mapping
@@ -52,7 +52,7 @@ class Attaching:
         authority: Authority,
         markers: Markers,
         registry: Registry,
-        leases: Leases,
+        lifetimes: Lifetimes,
         locks: Locks,
         claims: Claims,
         let_go: Callable[[Device], None],
@@ -62,12 +62,17 @@ class Attaching:
         self._authority = authority
         self._markers = markers
         self._registry = registry
-        self._leases = leases
+        self._lifetimes = lifetimes
         self._locks = locks
         self._claims = claims
         self._let_go = let_go
         self._proposals = Proposals(config, threads)
-        self._quota = Quota(per_user=config.limits.devices_per_user, in_all=config.limits.devices)
+        self._quota = Quota(
+            "loop devices",
+            per_user=config.limits.devices_per_user,
+            in_all=config.limits.devices,
+            hint="detach one first (a device counts until the kernel has let go of it)",
+        )
         self._counter = itertools.count(1)
         self._stopping = False
         self._tasks = Tasks()
@@ -78,8 +83,9 @@ class Attaching:
         self._stopping = True
 
     async def attach(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Device:
-        """Attach a file for as long as the caller's connection lasts. Takes the fd over."""
+        """Attach a file for as long as the options say. Takes the fd over."""
         with fd:
+            await self._lifetimes.require(caller.uid, options.lifetime)
             proposal = await self._proposals.look(fd, options)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
@@ -92,7 +98,7 @@ class Attaching:
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
             if proposal.block and not proposal.needs_loop_device:
-                return self._hold(caller, fd, proposal.file, proposal.block)
+                return self._hold(caller, fd, proposal, proposal.block)
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
         ended = False
@@ -117,7 +123,7 @@ class Attaching:
         file, number = proposal.file, proposal.request.number
         details = {
             "read-only": str(proposal.request.read_only).lower(),
-            "lifetime": CONNECTION,
+            "lifetime": proposal.options.lifetime,
             "filesystem": file.filesystem or ("none" if proposal.block else "unknown"),
             "size": str(file.size),
         }
@@ -132,7 +138,7 @@ class Attaching:
 
     # --- block devices that need no loop device -------------------------------------------------
 
-    def _hold(self, caller: Caller, fd: OwnedFd, file: BackingFile, block: Block) -> Device:
+    def _hold(self, caller: Caller, fd: OwnedFd, proposal: Proposal, block: Block) -> Device:
         """Record a block device as its own: nothing is bound, and nothing will be cleared."""
         status = block.status
         with self._quota.take(caller.uid) as place:
@@ -142,7 +148,7 @@ class Attaching:
                 diskseq=status.diskseq,
                 which=next(self._counter),
                 status=status,
-                file=file.identity,
+                file=proposal.file.identity,
                 sector_size=block.sector_size,
                 owner=caller.uid,
                 attached_at=_now(),
@@ -150,13 +156,9 @@ class Attaching:
             # Closed as what it is: no filesystem has a say in it.
             device.held = OwnedFd(fd.release(), kernel.close)
             device.place = place.keep()
-        self._grant(device, caller)
+        self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
         self._registry.record(device)
         return device
-
-    def _grant(self, device: Device, caller: Caller) -> None:
-        device.lease = Lease(device.path, caller.uid, caller.client.name, CONNECTION)
-        self._leases.grant(device.lease)
 
     # --- all others -----------------------------------------------------------------------------
 
@@ -222,7 +224,7 @@ class Attaching:
                 attached_at=_now(),
             )
             if wanted:
-                self._grant(device, caller)
+                self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
                 if loop.lock:
                     self._locks.note(device, caller.client, request.lock)
             self._registry.record(device)

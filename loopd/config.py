@@ -19,6 +19,8 @@ class Limits:
 
     devices_per_user: int = 32
     devices: int = 1024
+    holds_per_user: int = 64
+    holds: int = 1024
     calls_per_connection: int = 16
     calls_per_user: int = 64
     calls: int = 256

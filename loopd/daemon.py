@@ -24,7 +24,9 @@ from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
 from .errors import BusError, LoopError
 from .leases import Leases
+from .lifetimes import Lifetimes
 from .locks import Locks
+from .logind import HINTS, Logind
 from .manager import Manager
 from .marker import Markers
 from .monitor import Monitor, loop_numbers
@@ -72,7 +74,8 @@ def _fit(config: Config) -> Config:
     """Take as many open files as the system gives, and no more devices than they are enough for."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    devices = max((files - _OTHER_FDS) // _FDS_PER_DEVICE, 1)
+    # A Hold is one more.
+    devices = max((files - _OTHER_FDS - config.limits.holds) // _FDS_PER_DEVICE, 1)
     if devices >= config.limits.devices:
         return config
     log.warning("%d open files are enough for %d devices only", files, devices)
@@ -113,12 +116,14 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     markers = Markers(runtime_directory)
     await threads.run(markers.prepare)
+    lifetimes: Lifetimes
     connect = partial(dial.connect, dial.system_bus_address())
     asking = wire.Connection(
         await threads.run(connect),
         max_message=codec.MAX_MESSAGE,
         on_call=None,
-        on_signal=None,
+        # Whatever it is, see logind.HINTS.
+        on_signal=lambda signal: lifetimes.users_may_have_left(),
         on_lost=partial(end, 1),
         close_fds=threads.close_fds,
     )
@@ -160,13 +165,27 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         interactive_timeout=config.deadlines.interactive_authorization,
         max_questions=config.limits.questions_per_user,
     )
-    leases = Leases()
+    lifetimes = Lifetimes(
+        Leases(),
+        registry,
+        Logind(asking.call),
+        config.limits,
+        let_go=lambda device: manager.let_go(device),
+    )
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
-    manager = Manager(config, threads, authority, registry, leases, locks)
+    manager = Manager(config, threads, authority, registry, lifetimes, locks)
     claims = Claims()
-    operations = Operations(manager, registry, locks, claims, threads)
+    operations = Operations(manager, registry, locks, claims, threads, lifetimes)
     attaching = Attaching(
-        config, threads, authority, markers, registry, leases, locks, claims, let_go=manager.let_go
+        config,
+        threads,
+        authority,
+        markers,
+        registry,
+        lifetimes,
+        locks,
+        claims,
+        let_go=manager.let_go,
     )
     service.serve(manager, operations, attaching)
     announcer.start()
@@ -174,6 +193,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     monitor = None
     try:
         await asking.hello()
+        for rule in HINTS:
+            await asking.call_bus("AddMatch", "s", [rule])
         await bus.start()
         # Listening before looking, so that nothing falls between.
         monitor = Monitor(registry.look_at, registry.look_at_private)

@@ -46,6 +46,8 @@ class Device:
     """Our hold on a block device that needs no loop device."""
     lease: Lease | None = None
     place: Place | None = None
+    holds: int = 0
+    """How many Holds keep it, beside its lease."""
     lock: Lock = Lock.NONE
     """The BSD lock that we hold."""
     state: str = ATTACHED

@@ -17,10 +17,10 @@ from typing import Self
 from .access import ROOT
 from .errors import LimitsExceeded
 
-CONNECTION = "connection"
+CONNECTION, USER, SYSTEM = "connection", "user", "system"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Lease:
     """A device is kept for as long as its lifetime says."""
 
@@ -29,8 +29,10 @@ class Lease:
     owner: int
     """The uid."""
     holder: str
-    """The unique bus name."""
+    """The unique bus name; empty if it is no connection that keeps it."""
     lifetime: str
+    over: bool = False
+    """Whether the lifetime is over, and only Holds keep the device."""
 
 
 class Place:
@@ -66,9 +68,12 @@ class Place:
 
 
 class Quota:
-    """Places for devices, so many per uid and so many in all; root is bound by the latter only."""
+    """Places, so many per uid and so many in all; root is bound by the latter only."""
 
-    def __init__(self, *, per_user: int, in_all: int) -> None:
+    def __init__(self, what: str, *, per_user: int, in_all: int, hint: str) -> None:
+        """`what` they are for, and a `hint` how a user gets one back, are for the errors."""
+        self._what = what
+        self._hint = hint
         self.per_user = per_user
         self.in_all = in_all
         self._taken: Counter[int] = Counter()
@@ -85,12 +90,12 @@ class Quota:
         """
         if uid != ROOT and self._taken[uid] >= self.per_user:
             raise LimitsExceeded(
-                f"this user has {self.per_user} loop devices already, which is the limit: "
-                "detach one first (a device counts until the kernel has let go of it)"
+                f"this user has {self.per_user} {self._what} already, which is the limit: "
+                f"{self._hint}"
             )
         if self.taken >= self.in_all:
             raise LimitsExceeded(
-                f"there are {self.in_all} loop devices in use, which is the limit: try again later"
+                f"there are {self.in_all} {self._what} in use, which is the limit: try again later"
             )
         self._taken[uid] += 1
         return Place(partial(self._free, uid))
@@ -113,7 +118,8 @@ class Leases:
         if lease.device in self._by_device:
             raise ValueError(f"{lease.device} has a lease already")
         self._by_device[lease.device] = lease
-        self._by_holder[lease.holder].add(lease.device)
+        if lease.holder:
+            self._by_holder[lease.holder].add(lease.device)
 
     def of(self, device: str) -> Lease | None:
         """The lease on a device."""
@@ -122,14 +128,35 @@ class Leases:
     def end(self, device: str) -> None:
         """Forget the lease on a device, if there is one."""
         if lease := self._by_device.pop(device, None):
-            devices = self._by_holder[lease.holder]
-            devices.discard(device)
-            if not devices:
-                del self._by_holder[lease.holder]
+            self._leave(lease)
+
+    def over(self, lease: Lease) -> None:
+        """Note that nothing but Holds keeps its device any more."""
+        self._leave(lease)
+        lease.holder = ""
+        lease.over = True
+
+    def _leave(self, lease: Lease) -> None:
+        devices = self._by_holder.get(lease.holder, set())
+        devices.discard(lease.device)
+        if not devices:
+            self._by_holder.pop(lease.holder, None)
 
     def held_by(self, holder: str) -> list[Lease]:
         """The leases that end when this connection does."""
         return [self._by_device[device] for device in sorted(self._by_holder.get(holder, ()))]
+
+    def users(self) -> set[int]:
+        """The users whose being there keeps devices."""
+        return {lease.owner for lease in self if lease.lifetime == USER and not lease.over}
+
+    def of_user(self, uid: int) -> list[Lease]:
+        """The leases that end when this user leaves."""
+        return [
+            lease
+            for lease in self
+            if lease.lifetime == USER and lease.owner == uid and not lease.over
+        ]
 
     def __iter__(self) -> Iterator[Lease]:
         return iter([*self._by_device.values()])

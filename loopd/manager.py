@@ -28,7 +28,7 @@ from .errors import (
     TimedOut,
 )
 from .fd import OwnedFd
-from .leases import Leases
+from .lifetimes import Lifetimes
 from .locks import Locks
 from .polkit import Authority
 from .registry import Registry
@@ -44,7 +44,7 @@ _DETACH_WAIT = 1.0
 # Seconds between the attempts to clear a device that others have open; the last one stays.
 _CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25, 0.25, 0.25, 1.0)
 # What works on a block device that needed no loop device.
-_ON_BLOCK_DEVICES = frozenset({Operation.DETACH, Operation.SYNC})
+_ON_BLOCK_DEVICES = frozenset({Operation.DETACH, Operation.SYNC, Operation.HOLD})
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
 
 
@@ -57,14 +57,14 @@ class Manager:
         threads: Threads,
         authority: Authority,
         registry: Registry,
-        leases: Leases,
+        lifetimes: Lifetimes,
         locks: Locks,
     ) -> None:
         self._config = config
         self._threads = threads
         self._authority = authority
         self._registry = registry
-        self._leases = leases
+        self._lifetimes = lifetimes
         self._locks = locks
         self._tasks = Tasks()
 
@@ -236,16 +236,7 @@ class Manager:
     def client_left(self, client: Client) -> None:
         """Let go of all that a connection held."""
         self._locks.client_left(client)
-        for lease in self._leases.held_by(client.name):
-            if device := self._registry.at(lease.device):
-                log.info(
-                    "%s of uid %d has left: detaching %s",
-                    client.name,
-                    client.uid,
-                    device.node,
-                    extra={"ACTION": "Detach", **client.fields, **device.fields},
-                )
-                self.let_go(device)
+        self._lifetimes.client_left(client)
 
     async def stop(self, timeout: float) -> None:
         """Let go of all our devices, and wait at most `timeout` seconds for the kernel.
@@ -267,8 +258,7 @@ class Manager:
             return
         device.ending = True
         device.state = DETACHING
-        self._leases.end(device.path)
-        device.lease = None
+        self._lifetimes.end(device)
         self._locks.drop(device)
         self._registry.changed(device)
         self._tasks.start(self._clear(device) if device.number is not None else self._end(device))
@@ -312,7 +302,7 @@ class Manager:
 
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""
-        self._leases.end(device.path)
+        self._lifetimes.gone(device)
         if device.place:
             device.place.free()
         self._locks.drop(device)

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from . import blockdev, kernel, loopdev, loopops, overlap
+from . import access, blockdev, kernel, loopdev, loopops, overlap
 from .access import ROOT, Caller, Operation
 from .blockdev import Lock
 from .device import Device
-from .errors import DeviceBusy, InvalidArgs, NotSupported
+from .errors import AccessDenied, DeviceBusy, InvalidArgs, NotSupported
 from .fd import OwnedFd
+from .leases import CONNECTION
+from .lifetimes import Lifetimes
 from .locks import Locks
 from .manager import Manager
 from .registry import Registry
@@ -48,12 +50,14 @@ class Operations:
         locks: Locks,
         claims: overlap.Claims,
         threads: Threads,
+        lifetimes: Lifetimes,
     ) -> None:
         self._manager = manager
         self._registry = registry
         self._locks = locks
         self._claims = claims
         self._threads = threads
+        self._lifetimes = lifetimes
         self._tasks = Tasks()
 
     async def _set(
@@ -206,6 +210,23 @@ class Operations:
             caller.client.require_present()
             self._manager.require_attached(device)
         return fd
+
+    async def hold(self, caller: Caller, device: Device) -> OwnedFd:
+        """Keep a device beside its lease, until the last copy of the fd is closed."""
+        await self._manager.require(caller, Operation.HOLD, device)
+        self._manager.require_attached(device)
+        return self._lifetimes.hold(device, caller.uid)
+
+    async def set_lifetime(self, caller: Caller, device: Device, lifetime: str) -> None:
+        """Keep a device for so long from now on; `connection` means the caller's."""
+        other = access.relation(caller.uid, device.owner) is access.Relation.OTHER
+        if other and lifetime == CONNECTION:
+            raise AccessDenied("only a connection of the owner's can keep a device")
+        await self._manager.require(caller, Operation.SET_LIFETIME, device)
+        await self._lifetimes.require(device.owner, lifetime)
+        caller.client.require_present()
+        self._manager.require_attached(device)
+        self._lifetimes.change(device, caller.client, lifetime)
 
     async def lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         """Take, change or drop the BSD lock of the caller's connection."""

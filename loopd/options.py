@@ -10,9 +10,11 @@ from typing import Any
 from .blockdev import Lock
 from .codec import Variant
 from .errors import InvalidArgs, NotSupported
+from .leases import CONNECTION, SYSTEM, USER
 from .operations import ResizeOptions
 from .proposal import AttachOptions
 
+_LIFETIMES = (CONNECTION, USER, SYSTEM)
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
 _MAX_NUMBER = 0xFFFFF  # the kernel has 20 bits for it
 _MAX_REFERENCE = 62  # udev ignores a name that fills the kernel's 63
@@ -80,7 +82,7 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     direct_io = options.boolean("direct-io")
     name = options.string("reference") or ""
     lock = options.choice("lock", tuple(Lock)) or Lock.NONE
-    lifetime = options.choice("lifetime", ("connection", "user", "system"))
+    lifetime = lifetime_kind(options.choice("lifetime", _LIFETIMES) or CONNECTION)
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
@@ -88,8 +90,6 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
         raise InvalidArgs("offset: not a multiple of 512")
     if number is not None and number > _MAX_NUMBER:
         raise InvalidArgs(f"number: larger than {_MAX_NUMBER}")
-    if lifetime not in (None, "connection"):
-        raise NotSupported("lifetime: this version of loopd cannot do that yet")
     return AttachOptions(
         read_only=read_only,
         offset=offset,
@@ -100,9 +100,19 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
         direct_io=direct_io,
         reference=reference(name),
         lock=Lock(lock),
+        lifetime=lifetime,
         allow_overlap=allow_overlap,
         number=number,
     )
+
+
+def lifetime_kind(text: str) -> str:
+    """A lifetime. Raises NotSupported for what this version cannot do."""
+    if text not in _LIFETIMES:
+        raise InvalidArgs(f"lifetime: not one of {', '.join(_LIFETIMES)}")
+    if text == SYSTEM:
+        raise NotSupported("lifetime: this version of loopd cannot keep a device for ever")
+    return text
 
 
 def resize_options(given: Mapping[str, Variant]) -> ResizeOptions:

@@ -14,6 +14,7 @@ from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
 from .fd import OwnedFd
+from .leases import CONNECTION
 from .loopinfo import Status
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 from .threads import Threads
@@ -35,6 +36,7 @@ class AttachOptions:
     direct_io: bool | None = None
     reference: bytes = b""
     lock: Lock = Lock.NONE
+    lifetime: str = CONNECTION
     allow_overlap: bool = False
     number: int | None = None
 

@@ -40,6 +40,7 @@ from .operations import Operations
 from .options import (
     attach_options,
     detach_options,
+    lifetime_kind,
     lock_kind,
     no_options,
     open_options,
@@ -135,6 +136,8 @@ class Service:
         method(DEVICE, "Detach", "a{sv}", "b", manager, self._detach)
         method(DEVICE, "Resize", "a{sv}", "t", manager, self._resize)
         method(DEVICE, "Open", "sa{sv}", "h", manager, self._open)
+        method(DEVICE, "Hold", "a{sv}", "h", manager, self._hold)
+        method(DEVICE, "SetLifetime", "sa{sv}", "", manager, self._set_lifetime)
         method(DEVICE, "SetAutoclear", "ba{sv}", "", manager, self._set_autoclear)
         method(DEVICE, "SetDirectIO", "ba{sv}", "b", manager, self._set_direct_io)
         method(DEVICE, "SetReference", "sa{sv}", "", manager, self._set_reference)
@@ -230,6 +233,18 @@ class Service:
                 caller, target.its_device, writable=writable, partition=partition
             ),
         )
+
+    async def _hold(self, caller: Caller, target: Target, options: _OptionDict) -> _Answer:
+        no_options(options)
+        return (await self._operations.hold(caller, target.its_device),)
+
+    async def _set_lifetime(
+        self, caller: Caller, target: Target, lifetime: str, options: _OptionDict
+    ) -> _Answer:
+        no_options(options)
+        wanted = lifetime_kind(lifetime)
+        await self._operations.set_lifetime(caller, target.its_device, wanted)
+        return ()
 
     async def _set_autoclear(
         self, caller: Caller, target: Target, enable: bool, options: _OptionDict

@@ -22,9 +22,12 @@ from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
 from loopd.device import Device
+from loopd.errors import PeerError
 from loopd.fd import OwnedFd
 from loopd.leases import Leases
+from loopd.lifetimes import Lifetimes
 from loopd.locks import Locks
+from loopd.logind import Logind
 from loopd.manager import Manager
 from loopd.marker import Markers
 from loopd.operations import Operations
@@ -45,6 +48,11 @@ TABLE = b"1 2048 2048 0\n2 4096 2048 0\n"
 
 _PATIENCE = 5.0
 """Seconds for what takes no time at all."""
+
+
+async def no_logind(*_: Any, **__: Any) -> list[Any]:
+    """Be a bus without logind."""
+    raise PeerError("there is none", "org.freedesktop.DBus.Error.ServiceUnknown")
 
 
 async def says_yes(*_: Any, **__: Any) -> list[Any]:
@@ -83,13 +91,20 @@ class Inside:
         self.registry = Registry(self.threads, self.markers, listeners, scripted.numbers)
         authority = Authority(polkit, timeout=1, interactive_timeout=1, max_questions=4)
         self.leases = Leases()
+        self.lifetimes = Lifetimes(
+            self.leases,
+            self.registry,
+            Logind(no_logind),
+            config.limits,
+            let_go=lambda device: self.manager.let_go(device),
+        )
         self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         self.claims = Claims()
         self.manager = Manager(
-            config, self.threads, authority, self.registry, self.leases, self.locks
+            config, self.threads, authority, self.registry, self.lifetimes, self.locks
         )
         self.operations = Operations(
-            self.manager, self.registry, self.locks, self.claims, self.threads
+            self.manager, self.registry, self.locks, self.claims, self.threads, self.lifetimes
         )
         self.attaching = Attaching(
             config,
@@ -97,7 +112,7 @@ class Inside:
             authority,
             self.markers,
             self.registry,
-            self.leases,
+            self.lifetimes,
             self.locks,
             self.claims,
             let_go=self.manager.let_go,

@@ -100,8 +100,12 @@ def test_nothing_is_done_for_a_client_that_has_left() -> None:
     loop.close()
 
 
+def quota_of(per_user: int, in_all: int) -> Quota:
+    return Quota("loop devices", per_user=per_user, in_all=in_all, hint="detach one first")
+
+
 def test_a_place_is_given_back_once() -> None:
-    quota = Quota(per_user=2, in_all=10)
+    quota = quota_of(2, 10)
     place = quota.take(1000)
     quota.take(1000)
     with pytest.raises(LimitsExceeded, match="2 loop devices"):
@@ -113,7 +117,7 @@ def test_a_place_is_given_back_once() -> None:
 
 
 def test_a_place_ends_with_its_block_unless_it_is_kept() -> None:
-    quota = Quota(per_user=2, in_all=10)
+    quota = quota_of(2, 10)
     with quota.take(1000):
         assert quota.taken == 1
     assert quota.taken == 0
@@ -125,7 +129,7 @@ def test_a_place_ends_with_its_block_unless_it_is_kept() -> None:
 
 
 def test_one_user_cannot_take_the_places_of_another() -> None:
-    quota = Quota(per_user=1, in_all=2)
+    quota = quota_of(1, 2)
     quota.take(1000)
     with pytest.raises(LimitsExceeded):
         quota.take(1000)
@@ -133,7 +137,7 @@ def test_one_user_cannot_take_the_places_of_another() -> None:
 
 
 def test_root_is_bound_by_the_limit_in_all_only() -> None:
-    quota = Quota(per_user=1, in_all=3)
+    quota = quota_of(1, 3)
     for _ in range(3):
         quota.take(0)
     with pytest.raises(LimitsExceeded, match="3 loop devices"):
@@ -157,3 +161,21 @@ def test_leases_are_found_by_device_and_by_holder() -> None:
     assert [*leases] == [two, other]
     with pytest.raises(ValueError, match="already"):
         leases.grant(two)
+
+
+def test_leases_of_a_connection_and_of_a_user_end_each_with_its_own() -> None:
+    leases = Leases()
+    one = Lease("/1", 1000, ":1.5", "connection")
+    two, three = (Lease(f"/{n}", uid, "", "user") for n, uid in ((2, 1000), (3, 1001)))
+    for lease in (one, two, three):
+        leases.grant(lease)
+    assert leases.users() == {1000, 1001}
+    assert leases.of_user(1000) == [two]
+    assert leases.held_by("") == []
+    leases.over(two)
+    leases.over(one)
+    assert (leases.users(), leases.of_user(1000), leases.held_by(":1.5")) == ({1001}, [], [])
+    assert (one.holder, one.over, leases.of("/1")) == ("", True, one)
+    for device in ("/1", "/2", "/3"):
+        leases.end(device)
+    assert len(leases) == 0

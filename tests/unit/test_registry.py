@@ -20,7 +20,9 @@ from loopd.device import Device
 from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
 from loopd.leases import Leases
+from loopd.lifetimes import Lifetimes
 from loopd.locks import Locks
+from loopd.logind import Logind
 from loopd.manager import Manager
 from loopd.marker import Markers
 from loopd.operations import Operations, ResizeOptions
@@ -31,6 +33,7 @@ from loopd.registry import Listeners, Registry
 from loopd.threads import Threads
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
+from tests.harness.inside import no_logind
 from tests.harness.scripted import ScriptedKernel
 
 UID = 1000
@@ -62,15 +65,24 @@ class Parts:
         self.leases = Leases()
         locks = self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         claims = self.claims = Claims()
-        self.manager = Manager(config, self.threads, authority, self.registry, self.leases, locks)
-        self.operations = Operations(self.manager, self.registry, locks, claims, self.threads)
+        lifetimes = Lifetimes(
+            self.leases,
+            self.registry,
+            Logind(no_logind),
+            config.limits,
+            let_go=lambda device: self.manager.let_go(device),
+        )
+        self.manager = Manager(config, self.threads, authority, self.registry, lifetimes, locks)
+        self.operations = Operations(
+            self.manager, self.registry, locks, claims, self.threads, lifetimes
+        )
         self.attaching = Attaching(
             config,
             self.threads,
             authority,
             markers,
             self.registry,
-            self.leases,
+            lifetimes,
             locks,
             claims,
             let_go=self.manager.let_go,
@@ -111,7 +123,7 @@ def with_parts(area: Path) -> WithParts:
             for tasks in (parts.manager._tasks, parts.registry._tasks, parts.attaching._tasks):
                 await tasks.finish(10)
             assert scripted.bound() == []
-            assert parts.threads.stop(10)
+            assert parts.threads.stop(10) == 0
             assert len(parts.leases) == 0
             assert scripted.open_fds() == []
             assert set(os.listdir("/proc/self/fd")) == before

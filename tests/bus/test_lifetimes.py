@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How long a device is kept: by its client, by its user's being there, and by Holds beside them."""
+
+import os
+import pwd
+import select
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from tests.harness import loops
+from tests.harness.caller import DEVICE, MANAGER, Attached, Caller
+from tests.harness.deadline import Deadline
+from tests.harness.logind import LogindDouble, send_user_removed
+from tests.harness.polkit import Answer
+from tests.harness.raw import BUS
+from tests.harness.wire import CallError, Variant
+from tests.harness.world import OTHER, USER, World
+
+LOOP1 = f"{MANAGER}.Error"
+MANAGE_OTHERS = "org.example.loop1.manage-others"
+SIZE = 4096
+UID, OTHER_UID = (pwd.getpwnam(name).pw_uid for name in (USER, OTHER))
+
+
+def attach(world: World, caller: Caller, **options: Any) -> Attached:
+    return caller.attach(world.image(SIZE, mode=0o666), **options)
+
+
+def error_of(call: Callable[..., Any], *args: Any, **named: Any) -> str:
+    with pytest.raises(CallError) as caught:
+        call(*args, **named)
+    return caught.value.name
+
+
+@contextmanager
+def held(caller: Caller, attached: Attached) -> Iterator[int]:
+    """A Hold of the device, as an fd of this process; closed at the end unless it was before."""
+    (remote,) = caller.device(attached.path, "Hold", "a{sv}", {})
+    fd = remote.fetch()
+    remote.close()
+    try:
+        yield fd
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+
+
+def at_end(fd: int) -> bool:
+    """Whether the Hold says that its device is gone."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
+
+
+def wait_end(fd: int) -> None:
+    """Wait until it says so."""
+    Deadline().wait_readable([fd], "the end of the device")
+    assert os.read(fd, 1) == b""
+
+
+def wait_removed(witness: Caller, attached: Attached) -> None:
+    witness.wait_signal("InterfacesRemoved", lambda it: it.args[0] == attached.path)
+
+
+def wait_changed(witness: Caller, attached: Attached, name: str, value: object) -> None:
+    """Wait for a change of a property."""
+    witness.wait_signal(
+        "PropertiesChanged",
+        lambda it: it.path == attached.path and it.args[1].get(name) == value,
+    )
+
+
+@pytest.fixture
+def logind(world: World) -> Iterator[LogindDouble]:
+    """One that knows both users."""
+    with LogindDouble(world.bus, UID, OTHER_UID) as double:
+        yield double
+
+
+# Holds
+
+
+def test_a_held_device_outlives_its_client_until_the_last_copy_is_closed(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    with held(client, attached) as fd:
+        assert witness.get(attached.path, "Holds") == 1
+        copy = os.dup(fd)
+        client.kill()
+        wait_changed(witness, attached, "Holder", "")
+        told = witness.get_all(attached.path)
+        assert (told["State"], told["Lifetime"], told["Holds"]) == ("attached", "connection", 1)
+        os.close(fd)
+        # Whatever the close could cause would have come before this answer.
+        assert witness.get(attached.path, "Holds") == 1
+        assert loops.loop_is_bound(attached.number)
+        os.close(copy)
+        wait_removed(witness, attached)
+
+
+def test_a_hold_that_ends_before_its_client_ends_nothing(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    with held(client, attached):
+        assert client.get(attached.path, "Holds") == 1
+    wait_changed(witness, attached, "Holds", 0)
+    assert client.get(attached.path, "State") == "attached"
+    client.kill()
+    wait_removed(witness, attached)
+
+
+def test_several_holds_keep_a_device_together(world: World) -> None:
+    client, again, witness = world.caller(), world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    with held(client, attached) as first:
+        client.kill()
+        wait_changed(witness, attached, "Holder", "")
+        # Any process of the owner's may take one, also when nothing else keeps the device.
+        with held(again, attached) as second:
+            assert witness.get(attached.path, "Holds") == 2
+            os.close(first)
+            wait_changed(witness, attached, "Holds", 1)
+            assert not at_end(second)
+        wait_removed(witness, attached)
+
+
+def test_the_end_of_the_file_tells_of_the_end_of_the_device(world: World) -> None:
+    client = world.caller()
+    attached = attach(world, client)
+    with held(client, attached) as first, held(client, attached) as second:
+        opened = client.open_device(attached.path, "r")
+        assert client.detach(attached.path) is False
+        # It is detaching, and not gone.
+        assert client.get(attached.path, "State") == "detaching"
+        assert not at_end(first)
+        assert error_of(client.device, attached.path, "Hold", "a{sv}", {}) == (
+            f"{LOOP1}.NoSuchDevice"
+        )
+        opened.close()
+        wait_end(first)
+        wait_end(second)
+
+
+def test_only_the_owner_may_hold_a_device(world: World) -> None:
+    client, other, root = world.caller(), world.caller(OTHER), world.caller(None)
+    attached = attach(world, client)
+    for caller in (other, root):
+        assert error_of(caller.device, attached.path, "Hold", "a{sv}", {}) == (
+            f"{BUS}.Error.AccessDenied"
+        )
+    assert world.polkit.questions == world.polkit.questions[:1]
+    option = {"x": Variant("b", True)}
+    assert error_of(client.device, attached.path, "Hold", "a{sv}", option) == (
+        f"{BUS}.Error.InvalidArgs"
+    )
+
+
+def test_holds_have_a_limit_for_each_user_and_in_all(new_world: Callable[..., World]) -> None:
+    world = new_world(config="[limits]\nholds_per_user = 3\nholds = 5\n")
+    client, other, root = world.caller(), world.caller(OTHER), world.caller(None)
+    of = {caller: attach(world, caller) for caller in (client, other, root)}
+    with held(client, of[client]) as first, held(client, of[client]), held(client, of[client]):
+        with pytest.raises(CallError, match="3 Holds already") as caught:
+            client.device(of[client].path, "Hold", "a{sv}", {})
+        assert caught.value.name == f"{BUS}.Error.LimitsExceeded"
+        with held(other, of[other]), held(other, of[other]):
+            for caller in (other, root):
+                with pytest.raises(CallError, match="5 Holds in use"):
+                    caller.device(of[caller].path, "Hold", "a{sv}", {})
+            os.close(first)
+            wait_changed(other, of[client], "Holds", 2)
+            with held(root, of[root]):
+                pass
+
+
+def test_a_hold_taken_by_a_client_that_dies_with_it_keeps_nothing(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    call = client.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
+    del call
+    client.kill()
+    wait_removed(witness, attached)
+
+
+# The user's being there
+
+
+def test_a_device_of_a_user_stays_until_logind_forgets_the_user(
+    world: World, logind: LogindDouble
+) -> None:
+    client, other, witness = world.caller(), world.caller(OTHER), world.caller(None)
+    attached = attach(world, client, lifetime="user")
+    of_other = attach(world, other, lifetime="user")
+    details = [question.details["lifetime"] for question in world.polkit.questions]
+    assert details == ["user", "user"]
+    for caller in (client, other):
+        caller.kill()
+        world.bus.wait_released(caller.unique_name)
+    told = witness.get_all(attached.path)
+    assert (told["State"], told["Lifetime"], told["Holder"]) == ("attached", "user", "")
+    logind.remove(UID)
+    wait_removed(witness, attached)
+    assert witness.get(of_other.path, "State") == "attached"
+    logind.remove(OTHER_UID)
+    wait_removed(witness, of_other)
+
+
+def test_a_user_without_a_session_gets_no_such_device(world: World, logind: LogindDouble) -> None:
+    logind.users.discard(UID)
+    client = world.caller()
+    assert error_of(attach, world, client, lifetime="user") == f"{LOOP1}.NotSupported"
+    attached = attach(world, client)
+    arguments = (attached.path, "SetLifetime", "sa{sv}", "user", {})
+    assert error_of(client.device, *arguments) == f"{LOOP1}.NotSupported"
+
+
+def test_without_logind_there_is_no_such_lifetime(world: World) -> None:
+    with pytest.raises(CallError, match="no logind") as caught:
+        attach(world, world.caller(), lifetime="user")
+    assert caught.value.name == f"{LOOP1}.NotSupported"
+
+
+def test_a_user_who_left_while_it_was_attached_has_no_device(
+    world: World, logind: LogindDouble
+) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    world.polkit.reset(Answer.HANG)
+    call = client.attach_begin(world.image(SIZE), lifetime="user")
+    world.polkit.wait_question()
+    logind.remove(UID)
+    world.polkit.release(Answer.ALLOW)
+    attached = Attached(*call.end())
+    loops.used_numbers.add(attached.number)
+    wait_removed(witness, attached)
+
+
+def test_nobody_but_logind_says_that_a_user_has_left(world: World, logind: LogindDouble) -> None:
+    client, liar = world.caller(), world.raw(OTHER)
+    attached = attach(world, client, lifetime="user")
+    asker, asked = world.polkit.questions[0].asker, len(logind.asked)
+    for _ in range(20):
+        send_user_removed(liar, UID, asker)
+        send_user_removed(liar, UID)
+    liar.call_bus("GetId")
+    # It has asked logind, whatever it was told.
+    deadline = Deadline()
+    while len(logind.asked) == asked:
+        assert deadline.remaining
+        client.get(attached.path, "State")
+    assert client.get(attached.path, "State") == "attached"
+    client.detach(attached.path)
+
+
+def test_a_logind_that_starts_again_is_asked_anew(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    with LogindDouble(world.bus, UID):
+        attached = attach(world, client, lifetime="user")
+    client.kill()
+    assert witness.get(attached.path, "State") == "attached"
+    with LogindDouble(world.bus):
+        wait_removed(witness, attached)
+
+
+def test_a_hold_keeps_the_device_of_a_user_who_left(world: World, logind: LogindDouble) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client, lifetime="user")
+    with held(client, attached) as fd:
+        logind.remove(UID)
+        send_user_removed(world.raw(None), UID)
+        while not any("is kept by 1 Holds" in line for line in world.daemon.log.splitlines()):
+            witness.get(attached.path, "State")
+        assert witness.get(attached.path, "State") == "attached"
+        os.close(fd)
+        wait_removed(witness, attached)
+
+
+# SetLifetime
+
+
+def set_lifetime(caller: Caller, attached: Attached, lifetime: str) -> None:
+    caller.device(attached.path, "SetLifetime", "sa{sv}", lifetime, {})
+
+
+def test_a_lifetime_can_be_changed_and_bound_to_another_connection(
+    world: World, logind: LogindDouble
+) -> None:
+    client, again, witness = world.caller(), world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    set_lifetime(client, attached, "user")
+    told = witness.get_all(attached.path)
+    assert (told["Lifetime"], told["Holder"]) == ("user", "")
+    client.kill()
+    world.bus.wait_released(client.unique_name)
+    set_lifetime(again, attached, "connection")
+    told = witness.get_all(attached.path)
+    assert (told["Lifetime"], told["Holder"]) == ("connection", again.unique_name)
+    logind.remove(UID)
+    assert witness.get(attached.path, "State") == "attached"
+    again.kill()
+    wait_removed(witness, attached)
+
+
+def test_a_device_that_only_holds_keep_can_be_bound_again(world: World) -> None:
+    client, again, witness = world.caller(), world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    with held(client, attached):
+        client.kill()
+        wait_changed(witness, attached, "Holder", "")
+        set_lifetime(again, attached, "connection")
+    wait_changed(witness, attached, "Holds", 0)
+    assert witness.get(attached.path, "State") == "attached"
+    again.kill()
+    wait_removed(witness, attached)
+
+
+def test_who_may_change_the_lifetime_of_another_users_device(
+    world: World, logind: LogindDouble
+) -> None:
+    client, other = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    denied = f"{BUS}.Error.AccessDenied"
+    assert error_of(set_lifetime, other, attached, "connection") == denied
+    world.polkit.on(MANAGE_OTHERS, Answer.DENY)
+    assert error_of(set_lifetime, other, attached, "user") == denied
+    world.polkit.on(MANAGE_OTHERS, Answer.ALLOW)
+    set_lifetime(other, attached, "user")
+    told = client.get_all(attached.path)
+    assert (told["Lifetime"], told["Owner"]) == ("user", UID)
+    logind.remove(UID)
+    wait_removed(other, attached)
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "error"),
+    [
+        ("system", f"{LOOP1}.NotSupported"),
+        ("", f"{BUS}.Error.InvalidArgs"),
+        ("for ever", f"{BUS}.Error.InvalidArgs"),
+    ],
+)
+def test_other_lifetimes_are_refused(world: World, lifetime: str, error: str) -> None:
+    client = world.caller()
+    attached = attach(world, client)
+    assert error_of(set_lifetime, client, attached, lifetime) == error
+    assert client.get(attached.path, "Lifetime") == "connection"
