@@ -17,14 +17,24 @@ from typing import Any, Protocol, Self
 
 from .. import dial
 from ..fd import OwnedFd
-from .device import Device, Lock, properties, resize_options
+from .device import Device, Lifetime, Lock, properties, resize_options
 from .image import Path, open_file
 from .link import Link, Options, checked, make_options
 from .memory import Progress, copy_into_memory
 from .properties import Properties
 from .watch import DEVICE, NAME, OBJECT_MANAGER, PATH
 
-__all__ = ["Attaching", "Client", "Device", "File", "Lock", "Progress", "SupportsFileno", "attach"]
+__all__ = [
+    "Attaching",
+    "Client",
+    "Device",
+    "File",
+    "Lifetime",
+    "Lock",
+    "Progress",
+    "SupportsFileno",
+    "attach",
+]
 
 
 class SupportsFileno(Protocol):
@@ -80,6 +90,7 @@ class Client:
         direct_io: bool | None = None,
         reference: str | None = None,
         lock: Lock | None = None,
+        lifetime: Lifetime | None = None,
         allow_overlap: bool | None = None,
         number: int | None = None,
         in_memory: bool = False,
@@ -95,7 +106,8 @@ class Client:
         which are there when this returns; `direct_io` as configured, and without where the file
         does not allow it;
         `reference`, a free name of at most 62 bytes; `lock`, the BSD lock that the device has from
-        the start, see Device.lock; `allow_overlap`, to map bytes that another device maps;
+        the start, see Device.lock; `lifetime`, how long it is kept, this connection by default, see
+        Device.set_lifetime; `allow_overlap`, to map bytes that another device maps;
         `number`, that of /dev/loop3 and no other, for root and who may manage others' devices.
 
         `in_memory` attaches a copy of the file that is in memory, holes left out, without direct
@@ -119,6 +131,7 @@ class Client:
             ("direct-io", "b", direct_io),
             ("reference", "s", reference),
             ("lock", "s", lock),
+            ("lifetime", "s", lifetime),
             ("allow-overlap", "b", allow_overlap),
             ("number", "u", number),
         )

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from .. import client
 from ..fd import OwnedFd
-from . import File, Lock, SupportsFileno
+from . import File, Lifetime, Lock, SupportsFileno
 from .properties import Properties
 from .watch import Ended
 
@@ -131,6 +131,14 @@ class Device:
     def open(self, mode: Literal["r", "rw"] = "r", *, partition: int | None = None) -> OwnedFd:
         """As loopd.client.Device.open."""
         return self._runner.run(self._device.open(mode, partition=partition))
+
+    def hold(self) -> OwnedFd:
+        """As loopd.client.Device.hold."""
+        return self._runner.run(self._device.hold())
+
+    def set_lifetime(self, lifetime: Lifetime) -> None:
+        """As loopd.client.Device.set_lifetime."""
+        self._runner.run(self._device.set_lifetime(lifetime))
 
     def lock(self, kind: Lock) -> None:
         """As loopd.client.Device.lock."""

@@ -18,6 +18,10 @@ Lock = Literal["none", "shared", "exclusive"]
 """A BSD lock on a device; udev and other programs keep off while it is taken."""
 
 
+Lifetime = Literal["connection", "user", "system"]
+"""How long a device is kept: by its client's connection, its user's being there, or for ever."""
+
+
 class Device:
     """A device object of loopd. It stands for one attachment and never for a later one.
 
@@ -82,13 +86,26 @@ class Device:
         no such partition.
         """
         options = make_options(("partition", "u", partition))
-        arguments = [checked("mode", "s", mode), options]
-        body, fds = await self._link.call_with_fds(self.path, DEVICE, "Open", "sa{sv}", arguments)
-        if body != [0] or len(fds) != 1:
-            for fd in fds:
-                fd.close()
-            raise errors.Failed("loopd did not send the file descriptor that it announced")
-        return fds[0]
+        return await self._fd("Open", "sa{sv}", [checked("mode", "s", mode), options])
+
+    async def hold(self) -> OwnedFd:
+        """Keep the device beside its lifetime, while the fd, which is the caller's, is open.
+
+        It is the read end of a pipe. Any copy of it keeps the device, also in other processes, to
+        which it can be passed on; reading it gives its end when the device is gone. For the
+        device's owner. Raises AccessDenied, LimitsExceeded, NotSupported on a device that loopd did
+        not attach.
+        """
+        return await self._fd("Hold", "a{sv}", [{}])
+
+    async def set_lifetime(self, lifetime: Lifetime) -> None:
+        """Keep the device for as long as this says from now on.
+
+        "connection" means this client's, and is for the owner's own. "user" ends when logind
+        forgets the owner, with its last session, and raises NotSupported where it does not know it.
+        Raises InvalidArgs, AccessDenied.
+        """
+        await self._call("SetLifetime", "sa{sv}", [checked("lifetime", "s", lifetime), {}])
 
     async def lock(self, kind: Lock) -> None:
         """Take, change or, by "none", drop the BSD lock on the device. Never waits.
@@ -162,6 +179,15 @@ class Device:
             except errors.BusError:
                 return Ended.BUS_LOST
             return await ended
+
+    async def _fd(self, member: str, signature: str, body: Sequence[Any]) -> OwnedFd:
+        """Call a method that returns an fd."""
+        answer, fds = await self._link.call_with_fds(self.path, DEVICE, member, signature, body)
+        if answer != [0] or len(fds) != 1:
+            for fd in fds:
+                fd.close()
+            raise errors.Failed("loopd did not send the file descriptor that it announced")
+        return fds[0]
 
     async def _call(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
         return await self._link.call(self.path, DEVICE, member, signature, body)

@@ -45,6 +45,8 @@ DEVICE_METHODS = {
     "Detach": ("a{sv}", "b"),
     "Resize": ("a{sv}", "t"),
     "Open": ("sa{sv}", "h"),
+    "Hold": ("a{sv}", "h"),
+    "SetLifetime": ("sa{sv}", ""),
     "SetAutoclear": ("ba{sv}", ""),
     "SetDirectIO": ("ba{sv}", "b"),
     "SetReference": ("sa{sv}", ""),
@@ -176,10 +178,14 @@ def test_every_method_of_a_device_answers_in_its_types(world: World) -> None:
     assert call("SetReference", "name", {}) == ()
     assert call("SetSectorSize", 4096, {}) == ()
     assert call("Lock", "shared", {}) == ()
+    assert call("SetLifetime", "connection", {}) == ()
     assert call("RescanPartitions", {}) == (0,)
+    (hold,) = call("Hold", {})
     told = caller.get_all(attached.path)
     assert (told["Reference"], told["SectorSize"], told["Locked"]) == ("name", 4096, "shared")
+    assert (told["Lifetime"], told["Holds"]) == ("connection", 1)
     assert call("Detach", {}) == (True,)
+    assert hold.at_end()
     del methods["SetAutoclear"]  # not for devices of loopd's
     assert answers == {name: out for name, (_, out) in methods.items()}
 
@@ -601,7 +607,8 @@ def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -
             for name, (signature, _) in described.methods[interface].items():
                 if name in READERS:
                     continue
-                given = samples | ({"s": "shared"} if name == "Lock" else {})
+                texts = {"Lock": "shared", "SetLifetime": "connection"}
+                given = samples | {"s": texts.get(name, "r")}
                 args = [given[kind] for kind in wire.split(signature)]
                 fds = [image] if "h" in signature else []
                 with pytest.raises(CallError) as caught:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loopd import client, errors
-from loopd.client import blocking
+from loopd.client import blocking, link
 from loopd.client.watch import PATH
 from loopd.codec import Variant
 from loopd.fd import OwnedFd
@@ -67,6 +67,7 @@ def test_nothing_is_sent_that_is_not_given(bus: Bus, front: blocking.Client, fil
         ({"direct_io": False}, ("direct-io", ("b", False))),
         ({"reference": "x"}, ("reference", ("s", "x"))),
         ({"lock": "exclusive"}, ("lock", ("s", "exclusive"))),
+        ({"lifetime": "user"}, ("lifetime", ("s", "user"))),
         ({"allow_overlap": True}, ("allow-overlap", ("b", True))),
         ({"number": 0}, ("number", ("u", 0))),
     ],
@@ -120,6 +121,7 @@ Method = Callable[[blocking.Device], Any]
     ("call", "member", "body", "answer", "returned"),
     [
         (lambda each: each.lock("shared"), "Lock", ["shared", {}], [], None),
+        (lambda each: each.set_lifetime("user"), "SetLifetime", ["user", {}], [], None),
         (lambda each: each.set_autoclear(False), "SetAutoclear", [False, {}], [], None),
         (lambda each: each.set_direct_io(True), "SetDirectIO", [True, {}], [False], False),
         (lambda each: each.set_reference("ä"), "SetReference", ["ä", {}], [], None),
@@ -188,6 +190,57 @@ def test_a_partition_can_be_opened(
     mode, given = bus.bodies[-1]
     assert mode == "rw"
     assert sent(given) == options
+
+
+def test_a_hold_is_the_callers_fd(bus: Bus, front: blocking.Client, file: Path) -> None:
+    bus.answers["Hold"] = lambda: [0]
+    device = front.attach(file)
+    sending = OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    bus.sends = [sending]
+    with device.hold() as fd:
+        assert fd is sending
+    assert (bus.calls[-1], bus.bodies[-1]) == ((OBJECT, "Hold"), [{}])
+    with pytest.raises(errors.Failed, match="did not send"):
+        device.hold()
+
+
+def test_what_the_bus_is_too_full_for_is_sent_again(
+    bus: Bus, front: blocking.Client, file: Path
+) -> None:
+    refusals = 7
+
+    def answer() -> list[Any]:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise errors.RefusedByBus("full")
+        return [OBJECT, "/dev/loop3", 41]
+
+    bus.answers["Attach"] = answer
+    assert front.attach(file).node == "/dev/loop3"
+    assert [member for _, member in bus.calls] == ["Attach"] * 8
+    assert [each.st_ino for each in bus.passed] == [file.stat().st_ino] * 8
+
+
+def test_what_the_bus_stays_too_full_for_is_told(
+    bus: Bus, front: blocking.Client, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_PAUSES", (0.0,) * 3)
+    bus.answers["Attach"] = lambda: raises(errors.RefusedByBus("full"))
+    with pytest.raises(errors.LimitsExceeded, match="full"):
+        front.attach(file)
+    assert len(bus.calls) == 4
+
+
+def test_what_loopd_refuses_is_not_sent_again(bus: Bus, front: blocking.Client, file: Path) -> None:
+    bus.answers["Attach"] = lambda: raises(errors.LimitsExceeded("your limit"))
+    with pytest.raises(errors.LimitsExceeded, match="your limit"):
+        front.attach(file)
+    assert len(bus.calls) == 1
+
+
+def raises(error: Exception) -> list[Any]:
+    raise error
 
 
 def test_what_an_fd_names_is_resized(bus: Bus, front: blocking.Client, file: Path) -> None:
