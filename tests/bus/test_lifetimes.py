@@ -159,6 +159,7 @@ def test_only_the_owner_may_hold_a_device(world: World) -> None:
 
 
 def test_holds_have_a_limit_for_each_user_and_in_all(new_world: Callable[..., World]) -> None:
+    """Quota dodges."""
     world = new_world(config="[limits]\nholds_per_user = 3\nholds = 5\n")
     client, other, root = world.caller(), world.caller(OTHER), world.caller(None)
     of = {caller: attach(world, caller) for caller in (client, other, root)}
