@@ -59,6 +59,7 @@ class Bus:
         find: Find,
         before_reply: Callable[[], None],
         client_left: Callable[[Client], None],
+        on_quiet: Callable[[], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._limits = limits
@@ -67,6 +68,8 @@ class Bus:
         self._find = find
         self._before_reply = before_reply
         self._client_left = client_left
+        self._on_quiet = on_quiet
+        self._quiet = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[str, Session] = {}
         self._calls = 0
@@ -85,6 +88,11 @@ class Bus:
             is_wary=lambda: threads.closing_for_all > _MAX_CLOSING,
             trusts=self._trusts,
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self._calls or self._calls_of_nobody)
 
     async def start(self) -> None:
         """Say hello, and hear of every connection that closes from now on."""
@@ -136,7 +144,11 @@ class Bus:
             await self.connection.call_bus("ReleaseName", "s", [name], timeout=timeout)
         except (LoopError, BusError) as exc:
             log.debug("cannot release %s: %s", name, exc)
-        await self._tasks.finish(timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.busy:
+                    self._quiet.clear()
+                    await self._quiet.wait()
 
     async def leave(self, timeout: float) -> None:
         """Leave the bus when it has taken what was written, after `timeout` seconds at most."""
@@ -313,6 +325,9 @@ class Bus:
         self._calls -= 1
         if session.account:
             session.account.calls -= 1
+        if not self.busy:
+            self._quiet.set()
+            self._on_quiet()
 
     async def _serve(
         self,

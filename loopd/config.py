@@ -48,6 +48,8 @@ class Config:
     """Whether Attach uses direct I/O unless the caller says."""
     trusted_filesystems: tuple[str, ...] = ()
     """Types to trust beside the built-in ones."""
+    idle_timeout: int = 300
+    """Seconds without anything to do after which loopd leaves."""
     limits: Limits = field(default_factory=Limits)
     deadlines: Deadlines = field(default_factory=Deadlines)
 

@@ -23,6 +23,7 @@ from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
 from .errors import BusError, LoopError
+from .idle import Idle
 from .leases import Leases
 from .lifetimes import Lifetimes
 from .locks import Locks
@@ -133,11 +134,13 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     # Each part gets the calls it may make of the ones above it, which are made further down.
     announcer: Announcer
     bus: Bus
+    idle: Idle
     manager: Manager
 
     def removed(device: Device) -> None:
         manager.device_gone(device)
         announcer.removed(device)
+        idle.touch()
 
     listeners = Listeners(
         added=lambda device: announcer.added(device),
@@ -157,7 +160,13 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         find=service.find,
         before_reply=announcer.flush,
         client_left=lambda client: manager.client_left(client),
+        on_quiet=lambda: idle.touch(),
         on_lost=partial(end, 1),
+    )
+    idle = Idle(
+        config.idle_timeout,
+        is_busy=lambda: bus.busy or registry.managed > 0,
+        leave=partial(end, 0, "leaving, with nothing to do"),
     )
     authority = Authority(
         asking.call,
@@ -203,9 +212,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         await threads.run(partial(_clean_up, markers))
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
         _notify("READY=1")
+        idle.touch()
 
         status = await ended
         _notify("STOPPING=1")
+        idle.stop()
         # The name first: whoever calls from now on starts the next loopd instead of losing a call.
         attaching.refuse()
         authority.stop()

@@ -56,6 +56,7 @@ class Stand:
             find=lambda *_: (method, None),
             before_reply=lambda: None,
             client_left=lambda client: self.left.append(client.name),
+            on_quiet=lambda: None,
             on_lost=lambda why: None,
         )
         self.connection: Any = self.bus.connection

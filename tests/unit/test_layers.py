@@ -21,7 +21,7 @@ LAYERS = (
     ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("lifetimes",),
     ("registry", "locks", "monitor", "polkit", "logind", "wire", "dial", "session"),
-    ("device", "threads", "tasks", "config", "client.memory", "turns", "call", "outbox"),
+    ("device", "threads", "tasks", "config", "client.memory", "turns", "call", "outbox", "idle"),
     ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
     ("attachment",),
     ("loopdev",),
