@@ -109,6 +109,10 @@ class Bus:
             ],
         )
 
+    async def ping(self) -> None:
+        """Return when the bus has answered where it answers our clients."""
+        await self.connection.call_bus("GetId", "", [])
+
     async def own(self, name: str) -> None:
         """Take a well-known name; whoever waits for it is served from now on.
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, journal, loopdev, wire
+from . import __version__, codec, dial, journal, loopdev, supervisor, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -199,7 +199,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     service.serve(manager, operations, attaching)
     announcer.start()
 
-    monitor = None
+    monitor = alive = None
     try:
         await asking.hello()
         for rule in HINTS:
@@ -211,11 +211,13 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         await bus.own(NAME)
         await threads.run(partial(_clean_up, markers))
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
-        _notify("READY=1")
+        supervisor.tell("READY=1")
+        if interval := supervisor.watchdog_interval():
+            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping))
         idle.touch()
 
         status = await ended
-        _notify("STOPPING=1")
+        supervisor.tell("STOPPING=1")
         idle.stop()
         # The name first: whoever calls from now on starts the next loopd instead of losing a call.
         attaching.refuse()
@@ -229,6 +231,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         asking.close()
         if monitor:
             monitor.close()
+        if alive:
+            alive.cancel()
 
 
 def _clean_up(markers: Markers) -> None:
@@ -238,15 +242,3 @@ def _clean_up(markers: Markers) -> None:
             loopdev.clean(number)
         except OSError as exc:
             log.warning("cannot remove the partitions of loop%d: %s", number, exc.strerror)
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it started us and its library is installed."""
-    if "NOTIFY_SOCKET" not in os.environ:
-        return
-    try:
-        from systemd.daemon import notify
-
-        notify(state)
-    except (ImportError, OSError) as exc:
-        log.warning("cannot notify systemd: %s", exc)

@@ -21,8 +21,19 @@ LAYERS = (
     ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("lifetimes",),
     ("registry", "locks", "monitor", "polkit", "logind", "wire", "dial", "session"),
-    ("device", "threads", "tasks", "config", "client.memory", "turns", "call", "outbox", "idle"),
-    ("leases", "loopops", "overlap", "marker", "cli.progress", "cli.stream"),
+    (
+        "device",
+        "threads",
+        "tasks",
+        "config",
+        "client.memory",
+        "turns",
+        "call",
+        "outbox",
+        "idle",
+        "supervisor",
+    ),
+    ("leases", "loopops", "overlap", "marker", "idle", "supervisor", "cli.progress", "cli.stream"),
     ("attachment",),
     ("loopdev",),
     ("binding", "partition"),
@@ -106,7 +117,7 @@ def test_one_module_knows_a_library(library: str, module: str) -> None:
 def test_two_modules_know_systemd() -> None:
     """One tells it how we are, the other what happens."""
     users = [name for name in MODULES if "systemd" in imports_of(name)[1]]
-    assert users == ["daemon", "journal"]
+    assert users == ["journal", "supervisor"]
 
 
 def test_only_the_kernel_module_issues_ioctls() -> None:
