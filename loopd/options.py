@@ -82,7 +82,7 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     direct_io = options.boolean("direct-io")
     name = options.string("reference") or ""
     lock = options.choice("lock", tuple(Lock)) or Lock.NONE
-    lifetime = lifetime_kind(options.choice("lifetime", _LIFETIMES) or CONNECTION)
+    lifetime = options.choice("lifetime", _LIFETIMES) or CONNECTION
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
@@ -100,7 +100,7 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
         direct_io=direct_io,
         reference=reference(name),
         lock=Lock(lock),
-        lifetime=lifetime,
+        lifetime=lifetime_kind(lifetime),
         allow_overlap=allow_overlap,
         number=number,
     )

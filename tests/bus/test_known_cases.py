@@ -187,7 +187,8 @@ def test_what_fails_once_it_is_bound_does_not_stay_bound(new_world: Callable[...
 # --- who is calling ------------------------------------------------------------------------------
 
 
-ARGUMENTS = {"enable", "fd", "file", "lock", "mode", "node", "options", "reference", "size"}
+ARGUMENTS = {"enable", "fd", "file", "lifetime", "lock", "mode", "node", "options", "reference"}
+ARGUMENTS |= {"size"}
 
 
 def test_nothing_that_a_client_says_names_it(world: World) -> None:
