@@ -28,9 +28,8 @@ from .turns import Account, Turns, metered
 
 log = logging.getLogger(__name__)
 
-# A connection to which so many refusals are still to be told is not heard for a while, in seconds.
+# A connection to which so many refusals are still to be told is not heard for a while.
 _MAX_REFUSALS = 16
-_SILENCE = 0.1
 # Fds of one user that are being closed and may not be for as long as it likes: of one who has more
 # none are taken, nor of strangers while there is such a user.
 _MAX_CLOSING = 32
@@ -237,7 +236,7 @@ class Bus:
             return
         if session.refusals >= _MAX_REFUSALS:
             self._muted.add(name)
-            self._loop.call_later(_SILENCE, self._muted.discard, name)
+            self._loop.call_later(session.silence(self._loop.time()), self._muted.discard, name)
             return
         session.refusals += 1
         tell = partial(self._tell, session, header, error)

@@ -8,6 +8,11 @@ from .access import Client
 from .call import Call
 from .turns import Account
 
+# Seconds for which a connection is not heard, at first and at most, and after which it is forgiven.
+_SILENCE = 0.1
+_LONGEST_SILENCE = 1.0
+_FORGIVEN = 1.0
+
 
 @dataclass(eq=False)
 class Session:
@@ -24,6 +29,18 @@ class Session:
     """Those that are still to be told."""
     spent: float = 0.0
     """Seconds of our time before we knew whom to charge for them."""
+    _silence: float = 0.0
+    _muted_until: float = 0.0
+
+    def silence(self, now: float) -> float:
+        """For how many seconds it is not to be heard from now on: longer each time, if it goes on.
+
+        Else a flood would get so many calls in, each tenth of a second, that others wait for them.
+        """
+        goes_on = now < self._muted_until + _FORGIVEN
+        self._silence = min(self._silence * 2, _LONGEST_SILENCE) if goes_on else _SILENCE
+        self._muted_until = now + self._silence
+        return self._silence
 
     @property
     def owner(self) -> object:

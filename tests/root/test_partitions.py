@@ -9,6 +9,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -960,7 +961,7 @@ def restart_after_kill(user: str | None, number: int) -> str:
             runtime = killed.daemon.runtime_directory
             with Daemon(killed.bus, runtime_directory=runtime, prelude=WATCHED_CLEAN) as following:
                 deadline = Deadline()
-                while "After" not in following.log:
+                while not re.search(r"^After \[.*\]$", following.log, re.MULTILINE):
                     assert deadline.remaining
                 return following.log
         finally:

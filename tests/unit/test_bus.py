@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
-from loopd import bus as bus_module
 from loopd import codec, frame
+from loopd import session as session_module
 from loopd.bus import Bus
 from loopd.call import Authorization, Method
 from loopd.config import Limits
+from loopd.session import Session
 from loopd.threads import Threads
 
 USER = 1000
@@ -119,7 +120,7 @@ def test_who_is_not_heard_is_heard_again_before_long() -> None:
             stand.call(":1.7", serial)
         assert stand.connection.muted == {b":1.7"}
         stand.release.set()
-        await asyncio.sleep(bus_module._SILENCE * 2)
+        await asyncio.sleep(session_module._SILENCE * 2)
         assert stand.connection.muted == set()
         stand.call(":1.7", 101)
         await stand.settle()
@@ -199,7 +200,7 @@ def test_nothing_is_left_of_a_connection_that_flooded_and_left() -> None:
         stand.connection.on_signal(frame.Frame(header, codec.serialize(message)))
         assert stand.left == [":1.7"]
         stand.release.set()
-        await asyncio.sleep(bus_module._SILENCE * 2)
+        await asyncio.sleep(session_module._SILENCE * 2)
         assert stand.connection.muted == set()
         inside: Any = SimpleNamespace(**vars(stand.bus))
         assert (inside._sessions, inside._calls, inside._calls_of_nobody) == ({}, 0, 0)
@@ -240,3 +241,13 @@ def test_a_bug_that_a_call_shows_costs_no_place() -> None:
         assert stand.bus._calls == 0
 
     story(body)
+
+
+def test_who_goes_on_is_not_heard_for_longer_and_is_forgiven_after_a_while() -> None:
+    session = Session(":1.7", asyncio.Future(loop=asyncio.new_event_loop()))
+    now, silences = 1000.0, []
+    for _ in range(6):
+        silences.append(session.silence(now))
+        now += silences[-1] + 0.01
+    assert silences == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert session.silence(now + 2) == 0.1
