@@ -140,7 +140,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     def removed(device: Device) -> None:
         manager.device_gone(device)
         announcer.removed(device)
-        idle.touch()
+        if device.managed:
+            idle.touch()
 
     listeners = Listeners(
         added=lambda device: announcer.added(device),

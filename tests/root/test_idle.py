@@ -3,6 +3,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,18 @@ def test_it_stays_for_a_device_whatever_keeps_it_and_leaves_after_it(world: Worl
         stays(world)
     finally:
         os.close(fd)
+    assert world.daemon.wait() == 0
+
+
+def test_devices_of_others_do_not_keep_it(world: World) -> None:
+    image = world.image()
+    deadline = Deadline()
+    while world.daemon.process.status is None:
+        assert deadline.remaining, "it stays"
+        made = subprocess.run(
+            ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+        )
+        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
     assert world.daemon.wait() == 0
 
 
