@@ -84,6 +84,8 @@ class Threads:
             ended()
             raise
         waited = asyncio.wrap_future(future)
+        # A failure is nobody's if who waits is cancelled in the same turn of the loop.
+        waited.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             await asyncio.wait([waited], timeout=timeout)
         finally:

@@ -2,10 +2,11 @@
 """What hangs in a thread hangs there alone."""
 
 import asyncio
+import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -202,3 +203,35 @@ def test_where_no_thread_can_be_started_an_end_waits_for_one(
 
     story(body)
     monkeypatch.undo()
+
+
+def test_a_failure_that_comes_with_a_cancellation_is_nobodys() -> None:
+    """As at a stop, where asyncio complains of what nobody has taken."""
+    complaints: list[str] = []
+
+    async def body(threads: Threads) -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: complaints.append(context["message"])
+        )
+        failed = threading.Event()
+
+        def fail() -> None:
+            try:
+                raise ValueError("so")
+            finally:
+                failed.set()
+
+        for _ in range(20):
+            failed.clear()
+            task = asyncio.ensure_future(threads.run(fail))
+            await asyncio.sleep(0)
+            failed.wait(10)
+            # The loop hears of the failure in the turn in which the task is cancelled.
+            asyncio.get_running_loop().call_soon(task.cancel)
+            with suppress(asyncio.CancelledError, ValueError):
+                await task
+            del task
+            gc.collect()
+
+    story(body)
+    assert complaints == []
