@@ -174,6 +174,8 @@ class Bus:
         if new_owner or not (session := self._sessions.pop(name, None)):
             return
         session.left.set_result(None)
+        if session.account:
+            session.account.sessions -= 1
         if session.client:
             self._client_left(session.client)
 
@@ -187,6 +189,7 @@ class Bus:
         else:
             session.client = Client(session.name, uid, session.left)
             session.account = self._turns.account(uid)
+            session.account.sessions += not session.left.done()
             session.charge(session.spent)
         waiting, session.waiting = session.waiting, []
         self._calls_of_nobody -= len(waiting)

@@ -119,6 +119,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     await threads.run(markers.prepare)
     lifetimes: Lifetimes
     connect = partial(dial.connect, dial.system_bus_address())
+    # For questions to others, so that no flood of calls is in the way of their answers.
     asking = wire.Connection(
         await threads.run(connect),
         max_message=codec.MAX_MESSAGE,
@@ -128,7 +129,6 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         on_lost=partial(end, 1),
         close_fds=threads.close_fds,
     )
-    """For questions to others, so that no flood of calls is in the way of their answers."""
     socket = await threads.run(connect)
 
     # Each part gets the calls it may make of the ones above it, which are made further down.

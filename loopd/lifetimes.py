@@ -73,18 +73,15 @@ class Lifetimes:
         holder = client.name if lifetime == CONNECTION else ""
         device.lease = Lease(device.path, device.owner, holder, lifetime)
         self._leases.grant(device.lease)
-        self._check(lifetime)
+        # The user may have left after logind was asked and before it was noted.
+        if lifetime == USER:
+            self.users_may_have_left()
 
     def change(self, device: Device, client: Client, lifetime: str) -> None:
         """Keep a device for as long as this says from now on; `connection` is the client's."""
         self._leases.end(device.path)
         self.grant(device, client, lifetime)
         self._registry.changed(device)
-
-    def _check(self, lifetime: str) -> None:
-        # The user may have left after logind was asked and before it was noted.
-        if lifetime == USER:
-            self.users_may_have_left()
 
     def end(self, device: Device) -> None:
         """Keep a device no more, whatever does."""

@@ -126,7 +126,7 @@ class Threads:
 
     async def look(self, function: Callable[[], _T]) -> _T:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
-        return await asyncio.wrap_future(self._submit(self._looks, function, gives_up=False))
+        return await asyncio.wrap_future(self._submit(self._looks, function))
 
     def close_fd(self, fd: int, owner: object = None) -> None:
         """Close a client's fd: the flush of a file on FUSE ends when its server likes."""

@@ -30,6 +30,8 @@ class Account:
 
     def __init__(self, uid: int) -> None:
         self.uid = uid
+        self.sessions = 0
+        """Connections that have this account."""
         self.calls = 0
         """Calls under way, begun or not."""
         self.waiting: deque[Callable[[], None]] = deque()
@@ -62,7 +64,9 @@ class Account:
     def idle(self) -> bool:
         """Whether there is nothing to remember."""
         self._fill()
-        return not self.calls and self._left >= _BURST and self._filled >= self._flooding_until
+        if self.sessions or self.calls:
+            return False
+        return self._left >= _BURST and self._filled >= self._flooding_until
 
     def _fill(self) -> None:
         now = time.monotonic()

@@ -186,6 +186,7 @@ def test_nothing_is_left_of_a_connection_that_flooded_and_left() -> None:
         for serial in range(1, 101):
             stand.call(":1.7", serial)
         await stand.settle()
+        assert stand.bus._turns.account(USER).sessions == 1
         message = codec.signal(
             "/", "a.b", "NameOwnerChanged", "sss", [":1.7", ":1.7", ""], serial=1
         )
@@ -204,7 +205,8 @@ def test_nothing_is_left_of_a_connection_that_flooded_and_left() -> None:
         assert stand.connection.muted == set()
         inside: Any = SimpleNamespace(**vars(stand.bus))
         assert (inside._sessions, inside._calls, inside._calls_of_nobody) == ({}, 0, 0)
-        assert inside._turns.account(USER).calls == 0
+        account = inside._turns.account(USER)
+        assert (account.calls, account.sessions) == (0, 0)
 
     story(body)
 

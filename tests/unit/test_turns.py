@@ -76,6 +76,9 @@ def test_an_account_is_idle_when_nothing_is_held_against_it(clock: Clock) -> Non
     account.calls += 1
     assert not account.idle
     account.calls -= 1
+    account.sessions += 1
+    assert not account.idle
+    account.sessions -= 1
     account.flood()
     assert not account.idle
     clock.now += 2
@@ -207,6 +210,22 @@ def test_users_who_do_nothing_are_forgotten_when_there_are_many(clock: Clock) ->
             queue.account(uid)
         assert len(queue._accounts) <= turns._MANY
         assert queue.account(USER) is flooder
+
+    story(body)
+
+
+def test_a_user_who_is_connected_keeps_its_account_however_many_others_there_are(
+    clock: Clock,
+) -> None:
+    """Another connection of the same user would have limits of its own, beside those."""
+
+    async def body(queue: Turns) -> None:
+        account = queue.account(USER)
+        account.sessions += 1
+        clock.now += 100
+        for uid in range(2000, 2000 + turns._MANY * 2):
+            queue.account(uid)
+        assert queue.account(USER) is account
 
     story(body)
 
