@@ -52,6 +52,7 @@ class Threads:
         self._counting = Lock()
         self._turns: dict[tuple[int, Work], asyncio.Semaphore] = {}
         self._running: set[Future[Any]] = set()
+        self._stopped = False
 
     async def run(
         self,
@@ -171,11 +172,12 @@ class Threads:
 
         Devices that are not removed yet stay, unbound.
         """
+        self._stopped = True
         self._removals.shutdown(wait=False, cancel_futures=True)
         self._calls.shutdown(wait=False)
         self._endings.shutdown(wait=False)
         self._looks.shutdown(wait=False)
-        self._closes.shutdown(wait=False)
+        self._closes.shutdown()  # none of it waits for anybody, and some is for the next
         self._slow_closes.shutdown(wait=False)
         return len(wait(self._running.copy(), timeout).not_done)
 
@@ -210,8 +212,9 @@ class Threads:
         # The executor queues first, and then finds that it cannot start a thread.
         except RuntimeError as exc:
             log.warning("cannot start a thread: %s", exc)
-            if gives_up:
+            if gives_up or self._stopped:
                 future.cancel()
+            if gives_up:
                 raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         return future
 

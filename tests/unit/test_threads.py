@@ -126,6 +126,23 @@ def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
     monkeypatch.undo()
 
 
+def test_what_is_to_be_closed_at_a_stop_is_closed_and_waited_for() -> None:
+    async def run() -> None:
+        for _ in range(50):
+            threads = Threads()
+            fds = [fd for _ in range(20) for fd in os.pipe()]
+            threads.close_fds(fds)
+            # It is found to be slow, and handed on, while the pools are being shut.
+            assert threads.stop(20) == 0
+            for fd in fds:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(fd)
+            threads.remove(lambda number: True, 1)  # too late, and nothing waits for it
+            assert threads.stop(0) == 0
+
+    asyncio.run(run())
+
+
 def test_a_stop_says_that_something_hangs() -> None:
     """Hanging files."""
 
