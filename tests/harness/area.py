@@ -22,10 +22,10 @@ PREFIX = Path("/tmp") / TOKEN
 
 
 @contextmanager
-def area(purpose: str, mode: int = 0o755) -> Iterator[Path]:
+def area(purpose: str, mode: int = 0o755, parent: Path = PREFIX.parent) -> Iterator[Path]:
     """Yield a new directory that every uid may enter; remove it with all it holds."""
     # Not TMPDIR, which may lead into a directory of one user.
-    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX.name}{purpose}-", dir=PREFIX.parent))
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX.name}{purpose}-", dir=parent))
     try:
         path.chmod(mode)
         yield path

@@ -18,10 +18,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from tests.harness import loops
-from tests.harness.bus import LOOPD, PrivateBus
+from tests.harness.bus import LOOPD
 from tests.harness.deadline import DEFAULT_TIMEOUT, Deadline
 from tests.harness.process import Process
 from tests.harness.raw import BUS
@@ -33,7 +33,7 @@ DEVICE = f"{LOOPD}.Device"
 PROPERTIES = f"{BUS}.Properties"
 OBJECT_MANAGER = f"{BUS}.ObjectManager"
 
-_PROGRAM = Path(__file__).with_name("caller_program.py")
+PROGRAM = Path(__file__).with_name("caller_program.py")
 
 # A virtual environment may be closed to the caller's uid; Debian's own Python is not, and has gi.
 _PYTHON = getattr(sys, "_base_executable", sys.executable)
@@ -67,6 +67,14 @@ def options(mapping: Mapping[str, Any] | None = None, **named: Any) -> dict[str,
         key: value if isinstance(value, Variant) else Variant(OPTION_TYPES[key], value)
         for key, value in given.items()
     }
+
+
+class HasAddress(Protocol):
+    """A bus that callers can connect to."""
+
+    @property
+    def address(self) -> str:
+        """Return its address, as D-Bus has them."""
 
 
 class CallerDiedError(Exception):
@@ -194,7 +202,7 @@ class Call:
 class Caller:
     """A process of `user` with a connection to the bus, until it is closed or killed."""
 
-    def __init__(self, bus: PrivateBus, user: str | None = "nobody") -> None:
+    def __init__(self, bus: HasAddress, user: str | None = "nobody") -> None:
         """Prepare a caller as `user`; None is whoever runs the tests."""
         self._address = bus.address
         self._user = user
@@ -215,18 +223,15 @@ class Caller:
             stack.callback(self._close_fds)
             self._control = stack.enter_context(ours)
             with theirs:
-                self.process = stack.enter_context(
-                    Process(
-                        [_PYTHON, "-I", "-c", _PROGRAM.read_text(), self._address],
-                        name=self.name,
-                        user=self._user,
-                        stdin=theirs.fileno(),
-                    )
-                )
+                self.process = stack.enter_context(self._start(theirs.fileno()))
             ready = self._answer(0, "ready", "the connection to the bus", Deadline())
             self.unique_name: str = ready["unique_name"]
             self._exit = stack.pop_all()
         return self
+
+    def _start(self, stdin: int) -> Process:
+        command = [_PYTHON, "-I", "-c", PROGRAM.read_text(), self._address]
+        return Process(command, name=self.name, user=self._user, stdin=stdin)
 
     def __exit__(
         self,
