@@ -97,9 +97,9 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
 def _no_leaks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Fail a test of tests/bus or tests/root that leaves something behind."""
+    """Fail a test of tests/bus, tests/root or tests/machine that leaves something behind."""
     process.logs.clear()
-    if requirement.category_of(request.path) not in ("bus", "root"):
+    if requirement.category_of(request.path) not in ("bus", "root", "machine"):
         yield
         return
     before = leaks.Snapshot.take([tmp_path_factory.getbasetemp().resolve()])

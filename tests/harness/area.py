@@ -19,6 +19,8 @@ TOKEN = f"loopd-test-{os.getpid()}-"
 """In the name of everything that this process makes and others could see."""
 
 PREFIX = Path("/tmp") / TOKEN
+MACHINES_PREFIX = Path("/var/tmp") / TOKEN
+"""The same for booted machines, which have a /tmp of their own."""
 
 
 @contextmanager

@@ -10,21 +10,19 @@ import os
 import select
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.harness.area import TOKEN, area
+from tests.harness.area import MACHINES_PREFIX, TOKEN, area
 from tests.harness.deadline import Deadline
+from tests.harness.images import make_gpt
 from tests.harness.process import Process
-from tests.harness.roots import Release
+from tests.harness.roots import USERS, Release
 
 BOOT_TIMEOUT = 60.0
-
-PREFIX = Path("/var/tmp") / TOKEN
-"""With what the paths of files for machines begin: /tmp is a machine's own."""
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -77,9 +75,9 @@ class Machine:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             name = f"{TOKEN}{self.release.name}"
-            self.files = stack.enter_context(area("machine", parent=PREFIX.parent))
+            self.files = stack.enter_context(area("machine", parent=MACHINES_PREFIX.parent))
             scratch = stack.enter_context(area(self.release.name))
-            cgroup = stack.enter_context(_cgroup(name))
+            self._cgroup = stack.enter_context(_cgroup(name))
             notify = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             notify.bind(str(scratch / "notify"))
             # Not below what it mounts there.
@@ -88,7 +86,7 @@ class Machine:
                 Process(
                     [
                         *("unshare", "--mount", "--propagation=private", "--"),
-                        *("sh", "-c", _START, "sh", cgroup, scratch / "machine", self._root),
+                        *("sh", "-c", _START, "sh", self._cgroup, scratch / "machine", self._root),
                         *_OPTIONS,
                         f"--machine={name}",
                         f"--bind={self.files}",
@@ -156,9 +154,20 @@ class Machine:
             raise FailedError(f"{command} ended with {done.returncode}: {done.stdout}")
         return done.stdout
 
+    def processes_of(self, unit: str) -> list[int]:
+        """Return the processes of a system service, as this machine counts them."""
+        cgroup = self._cgroup / "payload" / "system.slice" / unit
+        return [int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()]
+
     def path(self, path: str | Path) -> Path:
         """Return where something of the machine's is to be found from here."""
         return Path(f"/proc/{self.leader}/root") / str(path).lstrip("/")
+
+    def image(self, name: str, make: Callable[..., Path] = make_gpt, *, owner: str) -> Path:
+        """Make an image of a user's, by a function of `images`; its path is the same in there."""
+        path = make(self.files / name)
+        os.chown(path, USERS[owner], USERS[owner])
+        return path
 
     def write(self, path: str | Path, text: str) -> None:
         """Make a file in the machine, and the directories above it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness import loops, udev
-from tests.harness.area import PREFIX, TOKEN
+from tests.harness.area import MACHINES_PREFIX, PREFIX, TOKEN
 from tests.harness.deadline import Deadline
 
 GRACE = 5.0
@@ -74,7 +74,11 @@ class Snapshot:
             children=frozenset(children()),
             threads=frozenset(threading.enumerate()),
             fds=open_fds(),
-            directories=(str(PREFIX), *(f"{each}/" for each in directories)),
+            directories=(
+                str(PREFIX),
+                str(MACHINES_PREFIX),
+                *(f"{each}/" for each in directories),
+            ),
         )
 
     def leaks(self, grace: float = GRACE) -> list[str]:

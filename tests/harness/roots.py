@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness.leaks import adopt_orphans
+
 CACHE = Path("/var/cache/loopd-tests")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR = "http://deb.debian.org/debian"
-USERS = {"alice": 1000, "bob": 1001}
+USERS = {"root": 0, "alice": 1000, "bob": 1001, "carol": 1002}
 """Ordinary users that each root has, and their uids."""
 
 _PACKAGES = (
@@ -48,7 +50,11 @@ _MASKED = (
 
 # UserRemoved comes that long after the last session, and nobody wants to wait for it.
 _CUSTOMIZE = (
-    *(f'chroot "$1" useradd --uid={uid} -m -s /bin/sh {user}' for user, uid in USERS.items()),
+    *(
+        f'chroot "$1" useradd --uid={uid} -m -s /bin/sh {user}'
+        for user, uid in USERS.items()
+        if uid != 0
+    ),
     'mkdir -p "$1/etc/systemd/logind.conf.d"',
     'printf "[Login]\\nUserStopDelaySec=0\\n" >"$1/etc/systemd/logind.conf.d/tests.conf"',
     f'for unit in {_MASKED}; do ln -sf /dev/null "$1/etc/systemd/system/$unit"; done',
@@ -146,5 +152,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    os.nice(19)
+    # What they leave is not for the tests to wait for.
+    adopt_orphans()
     for name in sys.argv[1:] or RELEASES:
         print(make(RELEASES[name]), flush=True)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Booted machines with loopd's package installed: one for each module and release of Debian.
+
+Their roots, where they are not there yet, are made in the background while other tests run.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.harness import package, roots
+from tests.harness.area import CHECKOUT
+from tests.harness.booted import Machine
+from tests.harness.caller import Caller
+from tests.harness.logins import Login, Stranger
+from tests.harness.requirement import category_of
+from tests.harness.unit import Unit
+
+# carol is one whom the administrator trusts with devices that stay.
+RULES = """
+polkit.addRule(function (action, subject) {
+    if (action.id == "org.example.loop1.keep" && subject.user == "carol") return polkit.Result.YES;
+});
+"""
+
+_making: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to make the roots that will be needed and are not there."""
+    wanted = any(category_of(item.path) == "machine" for item in session.items)
+    missing = [name for name, release in roots.RELEASES.items() if not release.path.is_dir()]
+    if wanted and missing and os.getuid() == 0 and not session.config.option.collectonly:
+        _making.append(
+            subprocess.Popen(
+                [sys.executable, "-m", roots.__name__, *missing],
+                cwd=CHECKOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+
+
+def pytest_unconfigure() -> None:
+    """Do not go on making roots when the tests have ended early."""
+    for process in _making:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+    _making.clear()
+
+
+@pytest.fixture(scope="session", params=roots.RELEASES.values(), ids=list(roots.RELEASES))
+def release(request: pytest.FixtureRequest) -> roots.Release:
+    """A release of Debian."""
+    chosen: roots.Release = request.param
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def root(release: roots.Release) -> Path:
+    """The root of that release."""
+    for program in ("systemd-nspawn", "nsenter"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    try:
+        return roots.make(release)
+    except roots.CannotMakeError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The package of this checkout, and the same with a higher version."""
+    directory = tmp_path_factory.mktemp("packages")
+    first = package.build(directory)
+    _, version, _ = first.name.split("_")
+    return [first, package.build(directory, f"{version}+test1")]
+
+
+@pytest.fixture(scope="module")
+def bare_machine(release: roots.Release, root: Path) -> Iterator[Machine]:
+    """A booted machine without loopd."""
+    with Machine(release, root) as booted:
+        booted.write("/etc/polkit-1/rules.d/50-tests.rules", RULES)
+        yield booted
+
+
+@pytest.fixture(scope="module")
+def machine(bare_machine: Machine, packages: list[Path]) -> Machine:
+    """A booted machine with loopd."""
+    package.install(bare_machine, packages[0])
+    return bare_machine
+
+
+@pytest.fixture
+def unit(machine: Machine) -> Iterator[Unit]:
+    """Its loopd.service, as it is installed and not started yet."""
+    loopd = Unit(machine)
+    loopd.reset()
+    yield loopd
+    loopd.reset()
+
+
+@pytest.fixture
+def callers(machine: Machine, unit: Unit) -> Iterator[ExitStack]:
+    """What ends the callers of a test, before loopd is stopped."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def login(machine: Machine, callers: ExitStack) -> Callable[..., Login]:
+    """Log a user in; the arguments are those of Login."""
+    return lambda user, **options: callers.enter_context(Login(machine, user, **options))
+
+
+@pytest.fixture
+def stranger(machine: Machine, callers: ExitStack) -> Callable[..., Stranger]:
+    """Start a program of a user's outside of any session."""
+    return lambda user="root": callers.enter_context(Stranger(machine, user))
+
+
+@pytest.fixture
+def alice(login: Callable[..., Login]) -> Caller:
+    """A user at the machine."""
+    return login("alice")
