@@ -2,6 +2,7 @@
 """Callers in a booted machine: programs of its users, in login sessions and outside of them."""
 
 import itertools
+import shlex
 from typing import NamedTuple
 
 from tests.harness.booted import Machine
@@ -22,17 +23,17 @@ class Stranger(Caller):
     def __init__(self, machine: Machine, user: str = "root") -> None:
         """Prepare a caller as `user`."""
         super().__init__(_SystemBus(), user)
-        self._machine = machine
+        self.machine = machine
 
     def _start(self, stdin: int) -> Process:
-        if not self._machine.path(_PROGRAM).exists():
-            self._machine.write(_PROGRAM, PROGRAM.read_text())
+        if not self.machine.path(_PROGRAM).exists():
+            self.machine.write(_PROGRAM, PROGRAM.read_text())
         program = ["/usr/bin/python3", "-I", _PROGRAM, self._address]
         return Process(self._within(program), name=self.name, stdin=stdin)
 
     def _within(self, program: list[str]) -> list[str]:
         """Return the command that runs this one in the machine."""
-        return self._machine.command(*program, user=self._user)
+        return self.machine.command(*program, user=self._user)
 
     def kill(self) -> None:
         """End it by SIGKILL; what has started it ends by itself."""
@@ -41,7 +42,7 @@ class Stranger(Caller):
 
     def _signal(self, name: str) -> None:
         pid = self.evaluate("os.getpid()")
-        self._machine.run("sh", "-c", f"kill -{name} {pid}")
+        self.machine.run("sh", "-c", f"kill -{name} {pid}")
 
 
 class Login(Stranger):
@@ -58,7 +59,15 @@ class Login(Stranger):
         start += ["--property=PAMName=login", f"--property=User={self._user}"]
         start += ["--setenv=XDG_SESSION_CLASS=user", "--setenv=XDG_SESSION_TYPE=tty"]
         start += ["--setenv=XDG_SEAT=seat0"] if self._seat else []
-        return self._machine.command(*start, *program)
+        return self.machine.command(*start, *program)
+
+    def run(self, *command: str) -> str:
+        """Run a command in the session, which must succeed; return what it printed."""
+        status, output = self.evaluate(
+            "__import__('subprocess').getstatusoutput(command)", command=shlex.join(command)
+        )
+        assert status == 0, output
+        return str(output)
 
     @property
     def session(self) -> str:

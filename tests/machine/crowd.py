@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Devices of every kind at once, and whether they still are what they were."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.harness import loops
+from tests.harness.booted import Machine
+from tests.harness.caller import DEVICE, Attached, RemoteFd
+from tests.harness.images import make_plain
+from tests.harness.logins import Login, Stranger
+from tests.harness.unit import Unit
+
+CROWD_FDS = 8
+"""How many fds of a Crowd systemd keeps: six devices, a lock and a Hold."""
+
+
+@dataclass(kw_only=True)
+class Crowd:
+    """What three users have, and how to tell whether it is still the same."""
+
+    alice: Login
+    carol: Login
+    root: Stranger
+    connection: Attached
+    """Of alice's connection, with partitions, an exclusive lock and a Hold."""
+    bare: Attached
+    """Of alice's connection, and nothing besides."""
+    user: Attached
+    """Of alice, for as long as she is logged in."""
+    carols: Attached
+    """Of carol's connection."""
+    kept: Attached
+    """Carol's, that stays."""
+    roots: Attached
+    """Root's, that stays."""
+    hold: RemoteFd
+    before: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def staying(self) -> list[Attached]:
+        """Those of lifetime `system`."""
+        return [self.kept, self.roots]
+
+    @property
+    def leaving(self) -> list[Attached]:
+        """The others."""
+        return [self.connection, self.bare, self.user, self.carols]
+
+    def look(self) -> dict[str, Any]:
+        """Return all that loopd says of the devices that it manages, by path."""
+        objects = self.root.managed_objects().items()
+        return {path: each[DEVICE] for path, each in objects if each[DEVICE]["Managed"]}
+
+    def require_unchanged(self) -> None:
+        """Fail unless everything is as it was when all had been attached."""
+        assert self.look() == self.before
+        assert not is_free(self.connection)
+        assert is_free(self.bare)
+        assert not self.hold.evaluate("__import__('select').select([fd], [], [], 0)[0]")
+        for caller in (self.alice, self.carol):
+            gone = [each for each in caller.sync_signals() if each.member == "InterfacesRemoved"]
+            assert gone == []
+
+    def disperse(self) -> None:
+        """Have everybody leave, and see every device end as it should."""
+        self.alice.kill()
+        self.carol.close()
+        for attached in self.leaving:
+            loops.wait_unbound(attached.number, attached.diskseq)
+        self.require_kept()
+
+    def require_kept(self) -> None:
+        """Fail unless the devices that stay are there as they were; detach them."""
+        assert self.look() == {each.path: self.before[each.path] for each in self.staying}
+        with_carol = Stranger(self.root.machine, "carol")
+        with with_carol:
+            assert with_carol.detach(self.kept.path)
+        assert self.root.detach(self.roots.path)
+        for attached in self.staying:
+            loops.wait_unbound(attached.number, attached.diskseq)
+
+
+def is_free(attached: Attached) -> bool:
+    """Say whether nobody has locked a device."""
+    fd = os.open(attached.node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@contextmanager
+def foreign(machine: Machine) -> Iterator[loops.BoundLoop]:
+    """Have a device that is none of loopd's, which has to stay as it is."""
+    file = machine.image("foreign.img", make_plain, owner="root")
+    node = machine.run("losetup", "--find", "--show", file).strip()
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+    assert loop
+    try:
+        yield loop
+        assert loops.look_at(loop.number) == loop
+    finally:
+        loops.detach_leaked(loop)
+
+
+def gather(
+    machine: Machine,
+    unit: Unit,
+    login: Callable[..., Login],
+    stranger: Callable[..., Stranger],
+) -> Crowd:
+    """Have three users attach something of every kind."""
+
+    def image(name: str, owner: str) -> Any:
+        return machine.image(f"{name}.img", owner=owner)
+
+    alice, carol, root = login("alice"), login("carol", seat=False), stranger("root")
+    connection = alice.attach(image("connection", "alice"), partition_scan=True, lock="exclusive")
+    (hold,) = alice.device(connection.path, "Hold", "a{sv}", {})
+    crowd = Crowd(
+        alice=alice,
+        carol=carol,
+        root=root,
+        connection=connection,
+        hold=hold,
+        bare=alice.attach(image("bare", "alice"), mode="r", reference="bare"),
+        user=alice.attach(image("user", "alice"), lifetime="user", sector_size=4096),
+        carols=carol.attach(image("carols", "carol"), partition_scan=True),
+        kept=carol.attach(image("kept", "carol"), lifetime="system", partition_scan=True),
+        roots=root.attach(image("roots", "root"), lifetime="system", offset=512),
+    )
+    crowd.before = crowd.look()
+    assert len(crowd.before) == 6
+    assert unit.stored == CROWD_FDS
+    crowd.require_unchanged()
+    return crowd
