@@ -153,7 +153,8 @@ copy    := build/deb/loopd
 deb: | deb-deps
 	@rm -rf build/deb && mkdir -p $(copy)
 	@sed '/^#/d; s|^/|./|; s|/$$||' .gitignore >build/deb/ignored
-	@tar -c --exclude-vcs --exclude-from=build/deb/ignored . | tar -x -C $(copy)
+	@tar -c --exclude-vcs --exclude-from=build/deb/ignored \
+		--mtime="@$$(dpkg-parsechangelog --show-field Timestamp)" . | tar -x -C $(copy)
 	@sed -i '1s/([^)]*)/($(VERSION))/' $(copy)/debian/changelog
 	@sed -i 's/^\(__version__\|version\) = ".*"/\1 = "$(VERSION)"/' $(copy)/loopd/__init__.py $(copy)/pyproject.toml
 	@cd $(copy) && umask 022 && \
