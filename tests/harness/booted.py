@@ -59,6 +59,10 @@ systemctl start systemd-udevd
 """
 
 
+# logind and others look for those who call them in the machine's cgroups.
+_ENTER = 'echo $$ >"$1" && shift && exec "$@"'
+
+
 class FailedError(AssertionError):
     """A program in the machine failed that must not."""
 
@@ -98,6 +102,8 @@ class Machine:
                 )
             )
             self.leader = self._wait_ready(notify, nspawn)
+            self._commands = self._cgroup / "payload" / "commands"
+            self._commands.mkdir()
             self.run("sh", "-ec", _SET_UP)
             self._exit = stack.pop_all()
         return self
@@ -126,7 +132,8 @@ class Machine:
 
     def command(self, *command: str | Path, user: str | None = None) -> list[str]:
         """Return what runs a command in the machine, without a login session, as `user` or root."""
-        enter = ["nsenter", f"--target={self.leader}", "--all", "--wdns=/", "--"]
+        enter = ["sh", "-c", _ENTER, "sh", str(self._commands / "cgroup.procs")]
+        enter += ["nsenter", f"--target={self.leader}", "--all", "--wdns=/", "--"]
         enter += ["env", "-i", f"PATH={_PATH}", "LANG=C.UTF-8"]
         if user is not None:
             enter += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,17 @@ def pytest_unconfigure() -> None:
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
     _making.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Show what the machine of a failed test has to say."""
+    report = yield
+    machine = getattr(item, "funcargs", {}).get("bare_machine")
+    if report.failed and machine is not None:
+        said = machine.result("journalctl", "--no-pager", "--output=short-monotonic", "--lines=80")
+        report.sections.append(("the machine's journal", said.stdout))
+    return report
 
 
 @pytest.fixture(scope="session", params=roots.RELEASES.values(), ids=list(roots.RELEASES))
