@@ -34,7 +34,8 @@ def tell(state: str, fds: Sequence[int] = ()) -> bool:
     try:
         from systemd.daemon import notify
 
-        notify(state, fds=list(fds) or None)
+        # Not None, whatever its documentation says: it asks for the length.
+        notify(state, **({"fds": list(fds)} if fds else {}))
     except (ImportError, OSError) as exc:
         log.warning("cannot notify systemd: %s", exc)
         return False
