@@ -29,7 +29,7 @@ from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolk
 from tests.harness.udev import Udev
 
 # Tests that live outside of test modules; before anything imports them.
-pytest.register_assert_rewrite("tests.harness.behaviours")
+pytest.register_assert_rewrite("tests.harness.behaviours", "tests.machine.crowd")
 
 hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -82,26 +82,23 @@ class Machine:
             self.files = stack.enter_context(area("machine", parent=MACHINES_PREFIX.parent))
             scratch = stack.enter_context(area(self.release.name))
             self._cgroup = stack.enter_context(_cgroup(name))
-            notify = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-            notify.bind(str(scratch / "notify"))
             # Not below what it mounts there.
             (scratch / "machine").mkdir()
-            nspawn = stack.enter_context(
-                Process(
-                    [
-                        *("unshare", "--mount", "--propagation=private", "--"),
-                        *("sh", "-c", _START, "sh", self._cgroup, scratch / "machine", self._root),
-                        *_OPTIONS,
-                        f"--machine={name}",
-                        f"--bind={self.files}",
-                        # The console would be this machine's.
-                        *("systemd.show_status=0", "systemd.log_target=journal"),
-                    ],
-                    name=name,
-                    environment=_ENVIRONMENT | {"NOTIFY_SOCKET": str(scratch / "notify")},
-                )
-            )
-            self.leader = self._wait_ready(notify, nspawn)
+            command = [
+                *("unshare", "--mount", "--propagation=private", "--"),
+                *("sh", "-c", _START, "sh", self._cgroup, scratch / "machine", self._root),
+                *_OPTIONS,
+                f"--machine={name}",
+                f"--bind={self.files}",
+                # The console would be this machine's.
+                *("systemd.show_status=0", "systemd.log_target=journal"),
+            ]
+            # Closed in the end, since systemd waits until somebody reads what it says of reloads.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.bind(str(scratch / "notify"))
+                environment = _ENVIRONMENT | {"NOTIFY_SOCKET": str(scratch / "notify")}
+                nspawn = stack.enter_context(Process(command, name=name, environment=environment))
+                self.leader = self._wait_ready(notify, nspawn)
             self._commands = self._cgroup / "payload" / "commands"
             self._commands.mkdir()
             self.run("sh", "-ec", _SET_UP)
