@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's `attach` and `run`: a device for as long as they last, and what ends them.
+"""loopctl's `attach`, `hold` and `run`: a device for as long as they last, and what ends them.
 
 A filesystem may hang, and Ctrl-C has to help: files are opened before any signal is handled, and
 whatever takes its time afterwards is given up when one comes.
@@ -38,6 +38,11 @@ def attach(found: argparse.Namespace) -> int:
         return asyncio.run(_hold(found, file))
 
 
+def hold(found: argparse.Namespace) -> int:
+    """`loopctl hold`; returns its exit status."""
+    return attach(found)
+
+
 def _opened(found: argparse.Namespace) -> OwnedFd:
     if found.in_memory:
         return open_file(found.file, read_only=True, direct_io=False)
@@ -52,9 +57,12 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
         async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
             device, properties = await signals.unless(_attached(client, found, file))
-            _announce(found, device, properties)
-            say(f"{_description(found, properties)} until this ends: press Ctrl-C, or send SIGTERM")
             try:
+                if systemd.listens():
+                    await signals.unless(systemd.ready(found, device, properties))
+                _announce(found, device, properties)
+                say(f"{_description(found, properties)} until this ends: "
+                    "press Ctrl-C, or send SIGTERM")
                 ended = await signals.unless(device.wait_ended())
             except Interrupted:
                 say(output.farewell(device.node, gone=await device.ensure_detached()))

@@ -30,7 +30,7 @@ class Ended(Enum):
     DETACHED = "detached"
     """Somebody has detached it; if it is in use, it goes with its last user."""
     DAEMON_LEFT = "daemon left"
-    """loopd has left the bus, and what it held goes with it."""
+    """loopd has left the bus for good, and what it held goes with it."""
     BUS_LOST = "bus lost"
     """The connection is gone, and with it all that was attached over it."""
 
@@ -43,6 +43,11 @@ class Watch:
         self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
         self._subscribed = False
         self._subscribing = asyncio.Lock()
+
+    @property
+    def present(self) -> bool:
+        """Whether some loopd is on the bus, as far as has been heard."""
+        return self._owner != ""
 
     @contextlib.contextmanager
     def watched(self, path: str) -> Generator[asyncio.Future[Ended], None, None]:
