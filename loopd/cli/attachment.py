@@ -24,6 +24,7 @@ from ..fd import OwnedFd
 from . import output
 from .outcome import SIGNALLED, ExitCode, RunExitCode, sentence
 from .progress import ProgressBar
+from .readiness import tell_ready, tell_stopping
 from .signals import Interrupted, Signals
 from .stream import say
 
@@ -34,13 +35,13 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 def attach(found: argparse.Namespace) -> int:
     """`loopctl attach`; returns its exit status."""
-    with _opened(found) as file:
-        return asyncio.run(_hold(found, file))
+    return hold(found)
 
 
 def hold(found: argparse.Namespace) -> int:
     """`loopctl hold`; returns its exit status."""
-    return attach(found)
+    with _opened(found) as file:
+        return asyncio.run(_hold(found, file))
 
 
 def _opened(found: argparse.Namespace) -> OwnedFd:
@@ -57,14 +58,14 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
         async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
             device, properties = await signals.unless(_attached(client, found, file))
+            description = _description(found, properties)
             try:
-                if systemd.listens():
-                    await signals.unless(systemd.ready(found, device, properties))
                 _announce(found, device, properties)
-                say(f"{_description(found, properties)} until this ends: "
-                    "press Ctrl-C, or send SIGTERM")
+                say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
+                await signals.unless(tell_ready(properties, description))
                 ended = await signals.unless(device.wait_ended())
             except Interrupted:
+                tell_stopping()
                 say(output.farewell(device.node, gone=await device.ensure_detached()))
                 return ExitCode.OK
             say(_why(device, ended))

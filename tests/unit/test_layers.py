@@ -14,7 +14,7 @@ LAYERS = (
     ("__main__",),
     ("daemon", "cli"),
     ("cli.arguments", "cli.attachment", "client.blocking"),
-    ("cli.outcome", "service", "client"),
+    ("cli.outcome", "cli.readiness", "service", "client"),
     ("client.device",),
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
