@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from . import access, attachment, kernel, loopdev, loopinfo, loopops
+from . import access, attachment, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
@@ -204,6 +204,7 @@ class Attaching:
                     fd.move(),
                     proposal,
                     partial(self._claim, caller.uid),
+                    partial(self._publish, caller.uid, proposal),
                 ),
                 late=lambda attached: _undo(attached[0]),
             )
@@ -254,15 +255,23 @@ class Attaching:
 
         return undo
 
+    def _publish(self, uid: int, proposal: Proposal, number: int, diskseq: int) -> None:
+        """Have udev make the links that devices of root's have."""
+        if uid == ROOT:
+            description = udevlinks.describe(proposal.file.identity, proposal.request.reference)
+            self._markers.publish(number, diskseq, description)
+
 
 def _now() -> int:
     return time.time_ns() // 1000
 
 
 def _attach(
-    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim
+    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim, publish: attachment.Publish
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
-    loop = attachment.attach(fd, proposal.file, proposal.request, claim, may_hang=proposal.may_hang)
+    loop = attachment.attach(
+        fd, proposal.file, proposal.request, claim, publish, may_hang=proposal.may_hang
+    )
     try:
         return loop, loopinfo.status(loop.number)
     except BaseException:

@@ -193,7 +193,7 @@ class Device:
                 if now.state != "attached":
                     return Ended.DETACHED
                 managed, binding = now.managed, kernel.loop_binding(now.number)
-                how = await ended
+                how: Ended | None = await ended
             if how is Ended.DAEMON_LEFT:
                 how = await self._without_loopd(now.number, binding)
             if how is not None:

@@ -37,7 +37,7 @@ LAYERS = (
     ("attachment",),
     ("loopdev",),
     ("binding", "partition"),
-    ("loopinfo", "request", "table"),
+    ("loopinfo", "request", "table", "udevlinks"),
     ("access", "blockdev", "backing", "codec"),
     ("kernel", "errors", "fd", "frame"),
     ("uapi", "tablereader", "journal"),
@@ -92,7 +92,7 @@ def test_imports_go_down_only(module: str) -> None:
     "module",
     [
         *("uapi", "kernel", "blockdev", "backing", "loopinfo", "table", "tablereader"),
-        *("partition", "binding", "loopdev", "attachment", "loopops", "marker"),
+        *("partition", "binding", "loopdev", "attachment", "loopops", "marker", "udevlinks"),
     ],
 )
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
