@@ -39,23 +39,23 @@ def tell_stopping() -> None:
 async def _udev_is_done(device: Properties) -> bool:
     """Wait until udev, if it runs, has looked at this attachment; false if it does not in time."""
     deadline = time.monotonic() + _TIMEOUT
-    while not udev_has_seen(device.device_number, device.diskseq):
+    while not _udev_has_seen(device.device_number, device.diskseq):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(_PAUSE)
     return True
 
 
-def udev_has_seen(number: int, diskseq: int, udev: Path = _UDEV) -> bool:
+def _udev_has_seen(number: int, diskseq: int) -> bool:
     """Whether udev has been done with this attachment at least once, or is not there.
 
     It writes an entry for a device after it has made the links that stand in it, and the one by
     diskseq is every device's.
     """
-    if not (udev / "control").exists():
+    if not (_UDEV / "control").exists():
         return True
     try:
-        entry = (udev / "data" / f"b{os.major(number)}:{os.minor(number)}").read_bytes()
+        entry = (_UDEV / "data" / f"b{os.major(number)}:{os.minor(number)}").read_bytes()
     except OSError:
         return False
     return b"S:disk/by-diskseq/%d" % diskseq in entry.splitlines()

@@ -248,7 +248,6 @@ def look_again(udev: Udev, node: str) -> None:
 
 
 def test_roots_device_is_found_by_its_file_and_its_reference(world: World, udev: Udev) -> None:
-    """Links of udev."""
     image = make_gpt(world.new_path())
     root = world.caller(None)
     attached = root.attach(image, reference="my disk/1", partition_scan=True)
