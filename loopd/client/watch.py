@@ -43,6 +43,7 @@ class Watch:
         self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
         self._subscribed = False
         self._subscribing = asyncio.Lock()
+        self._lost = False
 
     @property
     def present(self) -> bool:
@@ -53,6 +54,8 @@ class Watch:
     def watched(self, path: str) -> Generator[asyncio.Future[Ended], None, None]:
         """A future that is done when the device of this path ends."""
         future: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        if self._lost:
+            future.set_result(Ended.BUS_LOST)
         waiting = self._waiting.setdefault(path, set())
         waiting.add(future)
         try:
@@ -97,7 +100,8 @@ class Watch:
                     self._end(header.path, Ended.DETACHED)
 
     def end_all(self, how: Ended) -> None:
-        """Tell all who wait that their device is out of reach."""
+        """Tell all who wait that their device is out of reach, and who will, if the bus is."""
+        self._lost |= how is Ended.BUS_LOST
         for path in list(self._waiting):
             self._end(path, how)
 

@@ -570,6 +570,21 @@ def test_a_device_that_nobody_takes_over_has_ended(
     assert ended_by(LEFT) is Ended.DAEMON_LEFT
 
 
+def test_a_bus_that_goes_with_loopd_is_not_waited_for(bindings: list[int | None]) -> None:
+    async def wait() -> Ended:
+        bus, watch = Bus(), Watch()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["GetAll"] = lambda: [properties()]
+        device = await client_of(bus, watch).attach(os.devnull)
+        waiting = asyncio.ensure_future(device.wait_ended())
+        await turns()
+        watch.on_signal(LEFT)
+        watch.end_all(Ended.BUS_LOST)
+        return await asyncio.wait_for(waiting, 5)
+
+    assert run_async(wait()) is Ended.BUS_LOST
+
+
 def test_the_next_loopd_may_take_the_device_over(bindings: list[int | None]) -> None:
     assert ended_by(LEFT) is None
     assert ended_by(LEFT, COME) is None
