@@ -248,7 +248,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         lifetimes,
         locks,
         quota,
-        claim=attaching.claim,
+        claim=attaching.take_back,
         rejoin=bus.rejoin,
         let_go=manager.let_go,
     )

@@ -34,8 +34,7 @@ def tell(state: str, fds: Sequence[int] = ()) -> bool:
     try:
         from systemd.daemon import notify
 
-        # Not None, whatever its documentation says: it asks for the length.
-        notify(state, **({"fds": list(fds)} if fds else {}))
+        notify(state, fds=[*fds])
     except (ImportError, OSError) as exc:
         log.warning("cannot notify systemd: %s", exc)
         return False

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """loopd leaves when there is nothing to do, and systemd thinks nothing of it."""
 
-from collections.abc import Callable
-
 from tests.harness.booted import Machine
-from tests.harness.logins import Login, Stranger
+from tests.harness.logins import Login
 from tests.harness.unit import CONFIG, Unit
 
 
@@ -20,21 +18,6 @@ def test_it_leaves_by_itself_and_comes_back_when_called(
     assert unit.show("NRestarts") == "0"
     alice.attach(machine.image("disk.img", owner="alice"))
     assert unit.pid not in (0, first)
-
-
-def test_it_does_not_leave_a_device_behind(
-    machine: Machine, unit: Unit, stranger: Callable[..., Stranger]
-) -> None:
-    """Not for want of a caller either: the one that it has may live for ever."""
-    unit.configure("idle_timeout = 1\n")
-    root = stranger("root")
-    attached = root.attach(machine.image("disk.img", owner="root"), lifetime="system")
-    pid = unit.pid
-    # As long as it takes another to leave that has nothing to do.
-    machine.run("busctl", "--timeout=2", "wait", "--help") if False else None
-    assert root.detach(attached.path)
-    unit.wait_end()
-    assert unit.pid != pid
 
 
 def test_a_mistake_in_the_settings_is_said_and_not_tried_again(

@@ -139,7 +139,7 @@ def test_uninstall_leaves_no_file(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-UNITS = {"loopd.service": 18}
+UNITS = {"loopd.service": 18, "loop-attach@.service": 34}
 """Each unit, and ten times the exposure that systemd may find in it."""
 
 
