@@ -20,7 +20,7 @@ INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
 DEB_PACKAGES     := debhelper dh-python
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base
+                    lintian groff-base mmdebstrap gpg debian-archive-keyring systemd-container
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1

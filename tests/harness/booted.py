@@ -6,6 +6,7 @@ it shares.  The root's file system forgets everything; only `files` is a directo
 which has the same path in there.
 """
 
+import itertools
 import os
 import select
 import socket
@@ -23,6 +24,8 @@ from tests.harness.process import Process
 from tests.harness.roots import USERS, Release
 
 BOOT_TIMEOUT = 60.0
+
+_numbers = itertools.count(1)
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -78,7 +81,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            name = f"{TOKEN}{self.release.name}"
+            name = f"{TOKEN}{self.release.name}-{next(_numbers)}"
             self.files = stack.enter_context(area("machine", parent=MACHINES_PREFIX.parent))
             scratch = stack.enter_context(area(self.release.name))
             self._cgroup = stack.enter_context(_cgroup(name))
@@ -98,6 +101,8 @@ class Machine:
                 notify.bind(str(scratch / "notify"))
                 environment = _ENVIRONMENT | {"NOTIFY_SOCKET": str(scratch / "notify")}
                 nspawn = stack.enter_context(Process(command, name=name, environment=environment))
+                # In good order it would first wait for all of this machine's disks.
+                stack.callback(_kill, self._cgroup)
                 self.leader = self._wait_ready(notify, nspawn)
             self._commands = self._cgroup / "payload" / "commands"
             self._commands.mkdir()
@@ -188,14 +193,14 @@ def _cgroup(name: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        (path / "cgroup.kill").write_text("1")
-        _wait_empty(path)
+        _kill(path)
         for directory, _, _ in os.walk(path, topdown=False):
             Path(directory).rmdir()
 
 
-def _wait_empty(cgroup: Path) -> None:
-    """Wait until no process is in a cgroup or below it."""
+def _kill(cgroup: Path) -> None:
+    """End all processes in a cgroup and below it."""
+    (cgroup / "cgroup.kill").write_text("1")
     deadline = Deadline()
     with (cgroup / "cgroup.events").open() as events:
         poll = select.poll()

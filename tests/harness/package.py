@@ -3,10 +3,19 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.harness.area import CHECKOUT
 from tests.harness.booted import Machine
+from tests.harness.roots import Release
+
+_RULES = """
+polkit.addRule(function (action, subject) {
+    if (action.id == "org.example.loop1.keep" && subject.user == "carol") return polkit.Result.YES;
+});
+"""
 
 
 def build(directory: Path, version: str | None = None) -> Path:
@@ -16,8 +25,7 @@ def build(directory: Path, version: str | None = None) -> Path:
         cwd=CHECKOUT,
         check=False,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,5 +35,21 @@ def build(directory: Path, version: str | None = None) -> Path:
 def install(machine: Machine, package: Path) -> None:
     """Install a package, also over an older one, as root does it."""
     file = Path(shutil.copy(package, machine.files))
-    machine.run("env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--install", file)
+    machine.run("dpkg", "--force-unsafe-io", "--install", file)
     file.unlink()
+
+
+@contextmanager
+def machine_without(release: Release, root: Path) -> Iterator[Machine]:
+    """Boot a machine without loopd, where the administrator trusts carol with devices that stay."""
+    with Machine(release, root) as booted:
+        booted.write("/etc/polkit-1/rules.d/50-tests.rules", _RULES)
+        yield booted
+
+
+@contextmanager
+def machine_with(release: Release, root: Path, package: Path) -> Iterator[Machine]:
+    """Boot such a machine, and install a package."""
+    with machine_without(release, root) as booted:
+        install(booted, package)
+        yield booted

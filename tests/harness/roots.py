@@ -26,8 +26,8 @@ USERS = {"root": 0, "alice": 1000, "bob": 1001, "carol": 1002}
 """Ordinary users that each root has, and their uids."""
 
 _PACKAGES = (
-    "systemd systemd-sysv udev polkitd libpam-systemd dbus-user-session kmod mount util-linux fdisk "
-    "e2fsprogs python3 python3-dbus-next python3-gi python3-pyudev python3-rich python3-systemd"
+    "systemd systemd-sysv udev polkitd libpam-systemd dbus-user-session kmod mount util-linux "
+    "fdisk e2fsprogs python3 python3-dbus-next python3-gi python3-pyudev python3-rich python3-systemd"
 ).split()
 
 _OPTIONS = (

@@ -11,6 +11,14 @@ NAME = "loopd.service"
 CONFIG = "/etc/loopd.toml"
 _DROP_INS = f"/run/systemd/system/{NAME}.d"
 
+_RESET = f"""
+systemctl kill --signal=CONT {NAME}
+systemctl stop {NAME}
+systemctl reset-failed {NAME}
+rm -f {CONFIG}
+[ ! -e {_DROP_INS} ] || {{ rm -r {_DROP_INS}; systemctl daemon-reload; }}
+"""
+
 
 class Unit:
     """The unit, and the process of it that runs."""
@@ -64,15 +72,8 @@ class Unit:
 
     def reset(self) -> None:
         """Stop it, and take away what change() and configure() have made."""
-        # One that is suspended would not hear of the stop.
-        self._machine.result("systemctl", "kill", "--signal=CONT", NAME)
-        self.do("stop")
-        self._machine.result("systemctl", "reset-failed", NAME)
-        self._machine.path(CONFIG).unlink(missing_ok=True)
-        if (drop_ins := self._machine.path(_DROP_INS)).exists():
-            for path in drop_ins.iterdir():
-                path.unlink()
-            self._machine.run("systemctl", "daemon-reload")
+        # One that is suspended would not hear of the stop; and it may not be installed any more.
+        self._machine.run("sh", "-c", _RESET)
 
     # Waiting
 

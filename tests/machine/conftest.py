@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Booted machines with loopd's package installed: one for each module and release of Debian.
+"""Booted machines with loopd's package installed: one for each release of Debian.
 
 Their roots, where they are not there yet, are made in the background while other tests run.
 """
@@ -23,13 +23,6 @@ from tests.harness.caller import Caller
 from tests.harness.logins import Login, Stranger
 from tests.harness.requirement import category_of
 from tests.harness.unit import Unit
-
-# carol is one whom the administrator trusts with devices that stay.
-RULES = """
-polkit.addRule(function (action, subject) {
-    if (action.id == "org.example.loop1.keep" && subject.user == "carol") return polkit.Result.YES;
-});
-"""
 
 _making: list[subprocess.Popen[bytes]] = []
 
@@ -64,7 +57,7 @@ def pytest_unconfigure() -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """Show what the machine of a failed test has to say."""
     report = yield
-    machine = getattr(item, "funcargs", {}).get("bare_machine")
+    machine = getattr(item, "funcargs", {}).get("machine")
     if report.failed and machine is not None:
         said = machine.result("journalctl", "--no-pager", "--output=short-monotonic", "--lines=80")
         report.sections.append(("the machine's journal", said.stdout))
@@ -99,26 +92,17 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [first, package.build(directory, f"{version}+test1")]
 
 
-@pytest.fixture(scope="module")
-def bare_machine(release: roots.Release, root: Path) -> Iterator[Machine]:
-    """A booted machine without loopd."""
-    with Machine(release, root) as booted:
-        booted.write("/etc/polkit-1/rules.d/50-tests.rules", RULES)
+@pytest.fixture(scope="session")
+def machine(release: roots.Release, root: Path, packages: list[Path]) -> Iterator[Machine]:
+    """A booted machine with loopd, for all tests but those that would spoil it."""
+    with package.machine_with(release, root, packages[0]) as booted:
         yield booted
-
-
-@pytest.fixture(scope="module")
-def machine(bare_machine: Machine, packages: list[Path]) -> Machine:
-    """A booted machine with loopd."""
-    package.install(bare_machine, packages[0])
-    return bare_machine
 
 
 @pytest.fixture
 def unit(machine: Machine) -> Iterator[Unit]:
     """Its loopd.service, as it is installed and not started yet."""
     loopd = Unit(machine)
-    loopd.reset()
     yield loopd
     loopd.reset()
 

@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The bus is restarted under everybody's feet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from tests.harness import loops
+import pytest
+
+from tests.harness import loops, package
 from tests.harness.booted import Machine
 from tests.harness.logins import Login, Stranger
+from tests.harness.roots import Release
 from tests.harness.unit import Unit
 from tests.machine.crowd import gather
+
+
+@pytest.fixture(scope="module")
+def machine(release: Release, root: Path, packages: list[Path]) -> Iterator[Machine]:
+    """One of its own: who else was on the bus may not have come back."""
+    with package.machine_with(release, root, packages[0]) as booted:
+        yield booted
 
 
 def test_with_the_bus_go_the_leases_of_its_connections(

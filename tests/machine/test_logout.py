@@ -29,9 +29,7 @@ def test_a_users_device_goes_with_the_last_session(
     loops.wait_unbound(attached.number, attached.diskseq)
 
 
-def test_a_hold_keeps_a_device_beyond_that(
-    machine: Machine, unit: Unit, alice: Login
-) -> None:
+def test_a_hold_keeps_a_device_beyond_that(machine: Machine, unit: Unit, alice: Login) -> None:
     attached = alice.attach(machine.image("disk.img", owner="alice"), lifetime="user")
     (remote,) = alice.device(attached.path, "Hold", "a{sv}", {})
     # A program of alice's would keep her logged in.

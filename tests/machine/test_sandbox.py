@@ -15,10 +15,13 @@ from tests.harness.wire import CallError
 
 PROBE = Path(booted.__file__).with_name("probe_program.py")
 
+# What the child that reads partition tables goes without where it must.
+NEEDED = "use landlock"
+
 # What a unit for the probe has of its own.
 REPLACED = (
-    "Type BusName ExecStart Restart RestartPreventExitStatus RestartSec WatchdogSec RuntimeDirectory "
-    "RuntimeDirectoryMode RuntimeDirectoryPreserve FileDescriptorStoreMax"
+    "Type BusName ExecStart Restart RestartPreventExitStatus RestartSec WatchdogSec "
+    "RuntimeDirectory RuntimeDirectoryMode RuntimeDirectoryPreserve FileDescriptorStoreMax"
 ).split()
 
 
@@ -48,7 +51,7 @@ def test_the_sandbox_is_in_force(machine: Machine) -> None:
     inside = probe(machine, text)
     # Without a sandbox everything can be done, or the probe would prove nothing.
     assert {name: result for name, result in outside.items() if result != "done"} == {}
-    assert {name: result for name, result in inside.items() if result == "done"} == {}
+    assert [name for name, result in inside.items() if result == "done"] == [NEEDED]
 
 
 def test_the_process_has_what_the_unit_says(machine: Machine, unit: Unit, alice: Login) -> None:
@@ -67,7 +70,7 @@ def test_systemd_finds_little_fault_with_it(machine: Machine) -> None:
     level = re.search(r"Overall exposure level for \S+: ([0-9.]+)", printed)
     assert level
     assert float(level[1]) <= 1.8, printed
-    assert machine.run("systemd-analyze", "verify", NAME) == ""
+    assert machine.run("systemd-analyze", "verify", "--man=no", NAME) == ""
 
 
 # What it leaves open
@@ -84,7 +87,6 @@ TAKEN_AWAY = {
     "nothing": "",
     "CAP_SYS_ADMIN": "CapabilityBoundingSet=\n",
     "capset": "SystemCallFilter=~capset\n",
-    "landlock_create_ruleset": "SystemCallFilter=~landlock_create_ruleset\n",
     "landlock_restrict_self": "SystemCallFilter=~landlock_restrict_self\n",
     "AF_NETLINK": FAMILIES,
     "loop-control": without_device("/dev/loop-control"),
@@ -107,8 +109,10 @@ def use_all(machine: Machine, alice: Login) -> None:
     assert len(properties["Partitions"]) == 2
     alice.device(path, "Lock", "sa{sv}", "none", {})
     (hold,) = alice.device(path, "Hold", "a{sv}", {})
+    # Not to write: what has been written to, udev has the kernel read again, for which that may not
+    # have the parser.
     for partition in ({}, {"partition": 1}):
-        alice.open_device(path, "rw", **partition).close()
+        alice.open_device(path, "r", **partition).close()
     alice.device(path, "SetDirectIO", "ba{sv}", False, {})
     alice.device(path, "SetReference", "sa{sv}", "name", {})
     alice.device(path, "Sync", "a{sv}", {})
@@ -128,10 +132,14 @@ def test_nothing_more_can_be_taken_away(
 ) -> None:
     before = len(complaints(unit))
     unit.change(f"[Service]\nRestart=no\n{TAKEN_AWAY[what]}")
-    try:
-        use_all(machine, alice)
-    except CallError as exc:
-        failure = str(exc)
-    else:
-        failure = " ".join(complaints(unit)[before:])
+    # Not by a call: dbus-daemon does not hear of a unit that cannot start.
+    started = machine.result("systemctl", "start", NAME)
+    failure = started.stdout
+    if started.returncode == 0:
+        try:
+            use_all(machine, alice)
+        except CallError as exc:
+            failure = str(exc)
+        else:
+            failure = " ".join(complaints(unit)[before:])
     assert bool(failure) == (what != "nothing"), failure
