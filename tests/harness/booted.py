@@ -2,8 +2,8 @@
 """A Debian root, booted by systemd-nspawn: its own systemd, bus, logind, udevd and polkitd.
 
 Loop devices have no namespaces: what is attached in there is a device of this machine, whose nodes
-it shares.  The root's file system forgets everything; only `files` is a directory of this machine's,
-which has the same path in there.
+it shares.  The root's file system forgets everything; only `files` is a directory of this
+machine's, which has the same path in there.
 """
 
 import itertools

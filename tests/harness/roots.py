@@ -27,7 +27,8 @@ USERS = {"root": 0, "alice": 1000, "bob": 1001, "carol": 1002}
 
 _PACKAGES = (
     "systemd systemd-sysv udev polkitd libpam-systemd dbus-user-session kmod mount util-linux "
-    "fdisk e2fsprogs python3 python3-dbus-next python3-gi python3-pyudev python3-rich python3-systemd"
+    "fdisk e2fsprogs python3 python3-dbus-next python3-gi python3-pyudev python3-rich "
+    "python3-systemd"
 ).split()
 
 _OPTIONS = (

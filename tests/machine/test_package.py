@@ -67,20 +67,6 @@ def test_an_installation_starts_nothing_and_an_upgrade_keeps_all(
     crowd.disperse()
 
 
-def test_a_configuration_outlives_a_removal_and_a_purge_leaves_nothing(
-    machine: Machine, unit: Unit, before: set[str], packages: list[Path], alice: Login
-) -> None:
-    unit.configure("idle_timeout = 100\n")
-    attached = alice.attach(machine.image("disk.img", owner="alice"))
-    machine.run("dpkg", "--remove", "loopd")
-    loops.wait_unbound(attached.number, attached.diskseq)
-    assert machine.path("/etc/loopd.toml").exists()
-    machine.run("dpkg", "--purge", "loopd")
-    assert traces(machine) - before == set()
-    assert MANAGER not in machine.run("busctl", "list", "--activatable")
-    package.install(machine, packages[0])
-
-
 def test_a_removal_leaves_what_is_to_stay(
     machine: Machine, unit: Unit, packages: list[Path], stranger: Callable[..., Stranger]
 ) -> None:
@@ -92,3 +78,16 @@ def test_a_removal_leaves_what_is_to_stay(
     package.install(machine, packages[0])
     assert root.get_all(attached.path) == before
     assert root.detach(attached.path)
+
+
+def test_a_configuration_outlives_a_removal_and_a_purge_leaves_nothing(
+    machine: Machine, unit: Unit, before: set[str], alice: Login
+) -> None:
+    unit.configure("idle_timeout = 100\n")
+    attached = alice.attach(machine.image("disk.img", owner="alice"))
+    machine.run("dpkg", "--remove", "loopd")
+    loops.wait_unbound(attached.number, attached.diskseq)
+    assert machine.path("/etc/loopd.toml").exists()
+    machine.run("dpkg", "--purge", "loopd")
+    assert traces(machine) - before == set()
+    assert MANAGER not in machine.run("busctl", "list", "--activatable")
