@@ -48,10 +48,13 @@ class Service:
         self.daemon: Daemon
         self.prelude = ""
         """What every loopd from now on does before it starts."""
+        self.environment: dict[str, str]
+        """What every loopd from now on is told by systemd; nothing if there is none."""
         with ExitStack() as stack:
             self.files = stack.enter_context(area("files"))
             self.runtime_directory = stack.enter_context(area("run"))
             self.store = stack.enter_context(FdStore(maximum))
+            self.environment = dict(self.store.environment)
             self._exit = stack.pop_all()
         try:
             self.new_bus()
@@ -79,7 +82,7 @@ class Service:
             "prelude": self.prelude,
             "runtime_directory": self.runtime_directory,
             "stored": self.store.fds(),
-            "environment": self.store.environment,
+            "environment": self.environment,
         }
         self.daemon = self._exit.enter_context(Daemon(self.bus, **given | options))
         return self.daemon
