@@ -4,6 +4,7 @@
 #   make demo     the main job on a private bus, with real loop devices and polkit
 #   make check    all tests and linters
 #   make install  onto this system, or below DESTDIR
+#   make deb      build/loopd_VERSION_all.deb, a package for Debian 12 and newer
 
 DESTDIR ?=
 PREFIX  ?= /usr/local
@@ -17,14 +18,16 @@ LIBRARIES        := python3-dbus-next python3-pyudev python3-rich python3-system
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
 INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
-CHECK_PACKAGES   := $(DEMO_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git
+DEB_PACKAGES     := debhelper dh-python
+CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
+                    lintian groff-base
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint bench install uninstall clean \
-        deps run-deps install-deps demo-deps check-deps
+.PHONY: all demo check lint bench install install-files uninstall deb clean \
+        deps run-deps install-deps demo-deps deb-deps check-deps
 
 all: .venv/run
 
@@ -60,6 +63,7 @@ deps: run-deps check-deps
 run-deps:     ; $(call need,$(RUN_PACKAGES))
 install-deps: ; $(call need,$(INSTALL_PACKAGES))
 demo-deps:    ; $(call need,$(DEMO_PACKAGES))
+deb-deps:     ; $(call need,$(DEB_PACKAGES))
 check-deps:   ; $(call need,$(CHECK_PACKAGES))
 
 define need
@@ -83,18 +87,24 @@ packagedir   := $(PREFIX)/lib/loopd
 unitdir      := $(PREFIX)/lib/systemd/system
 rulesdir     := $(PREFIX)/lib/udev/rules.d
 dbusdir      := $(PREFIX)/share/dbus-1
+mandir       := $(PREFIX)/share/man
 buspolicydir := /usr/share/dbus-1/system.d
 polkitdir    := /usr/share/polkit-1/actions
 
-install: | $(if $(DESTDIR),,install-deps)
+install: install-files
+	# In the unit's sandbox nobody could keep what Python compiled.
+	umask 022; $(PYTHON) -m compileall -q $(if $(DESTDIR),-s $(DESTDIR)) $(DESTDIR)$(packagedir)/loopd
+	$(reload)
+
+# What a package holds, too, where the system's own tools do the rest.
+install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
-		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir))
+		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir) \
+		$(mandir)/man1 $(mandir)/man8)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
-	# In the unit's sandbox nobody could keep what Python compiled.
-	umask 022; $(PYTHON) -m compileall -q $(if $(DESTDIR),-s $(DESTDIR)) $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
@@ -103,13 +113,15 @@ install: | $(if $(DESTDIR),,install-deps)
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
 	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
-	$(reload)
+	install -m 644 docs/loopctl.1 $(DESTDIR)$(mandir)/man1
+	install -m 644 docs/loopd.8 $(DESTDIR)$(mandir)/man8
 
 uninstall:
 	rm -rf $(DESTDIR)$(packagedir)
 	rm -f $(addprefix $(DESTDIR),$(sbindir)/loopd $(bindir)/loopctl \
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
+		$(mandir)/man1/loopctl.1 $(mandir)/man8/loopd.8 \
 		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)
 
@@ -132,6 +144,24 @@ define reload
 	dbus-send --system --print-reply --dest=org.freedesktop.DBus / org.freedesktop.DBus.ReloadConfig; \
 } >/dev/null 2>&1 || true
 endef
+
+# The package is built in a copy, because what builds it leaves its files in and beside the tree. With
+# VERSION=0.1.0+test1 it is made of the same files as another version.
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' loopd/__init__.py)
+copy    := build/deb/loopd
+
+deb: | deb-deps
+	@rm -rf build/deb && mkdir -p $(copy)
+	@sed '/^#/d; s|^/|./|; s|/$$||' .gitignore >build/deb/ignored
+	@tar -c --exclude-vcs --exclude-from=build/deb/ignored \
+		--mtime="@$$(dpkg-parsechangelog --show-field Timestamp)" . | tar -x -C $(copy)
+	@sed -i '1s/([^)]*)/($(VERSION))/' $(copy)/debian/changelog
+	@sed -i 's/^\(__version__\|version\) = ".*"/\1 = "$(VERSION)"/' $(copy)/loopd/__init__.py $(copy)/pyproject.toml
+	@cd $(copy) && umask 022 && \
+		dpkg-buildpackage --build=binary --no-check-builddeps --no-pre-clean --no-sign >../log 2>&1 || \
+		{ cat ../log >&2; exit 1; }
+	@mv build/deb/loopd_$(VERSION)_all.deb build
+	@echo build/loopd_$(VERSION)_all.deb
 
 # What ran as root has left its caches.
 clean:

@@ -99,6 +99,7 @@ class Operation(Enum):
     LOCK = "Lock"
     HOLD = "Hold"
     SET_LIFETIME = "SetLifetime"
+    KEEP = "SetLifetime system"
 
 
 _FREE: frozenset[Action] = frozenset()
@@ -121,6 +122,7 @@ _TABLE: dict[Operation, tuple[Needed, Needed, Needed]] = {
     Operation.LOCK: (_FREE, AccessDenied, NotSupported),
     Operation.HOLD: (_FREE, AccessDenied, NotSupported),
     Operation.SET_LIFETIME: (_FREE, _MANAGE_OTHERS, NotSupported),
+    Operation.KEEP: (_KEEP, _MANAGE_OTHERS, NotSupported),
 }
 
 
@@ -144,7 +146,9 @@ def needed_for(operation: Operation, relation: Relation) -> frozenset[Action]:
     raise needed(f"only the owner may call {operation.value} on this device")
 
 
-def needed_to_attach(*, block_device: bool, trusted: bool, wants_number: bool) -> frozenset[Action]:
+def needed_to_attach(
+    *, block_device: bool, trusted: bool, wants_number: bool, keeps: bool
+) -> frozenset[Action]:
     """The actions for Attach, the weaker ones that are implied left out."""
     needed = {Action.ATTACH}
     if block_device:
@@ -153,6 +157,8 @@ def needed_to_attach(*, block_device: bool, trusted: bool, wants_number: bool) -
         needed.add(Action.ATTACH_UNTRUSTED_FILESYSTEM)
     if wants_number:
         needed.add(Action.MANAGE_OTHERS)
+    if keeps:
+        needed.add(Action.KEEP)
     return strongest(needed)
 
 

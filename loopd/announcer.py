@@ -57,7 +57,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "Owner": ("u", lambda device: device.owner),
     "Holder": ("s", lambda device: device.lease.holder if device.lease else ""),
     "Lifetime": ("s", lambda device: device.lifetime),
-    "Holds": ("u", lambda device: device.holds),
+    "Holds": ("u", lambda device: len(device.holds)),
     "Locked": ("s", lambda device: str(device.lock)),
     "Managed": ("b", lambda device: device.managed),
     "State": ("s", lambda device: device.state),

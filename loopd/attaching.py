@@ -10,17 +10,18 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
 from . import access, attachment, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Caller
 from .config import Config
-from .device import ATTACHED, DETACHING, Device
-from .errors import Failed, TimedOut
+from .device import ATTACHED, DETACHING, Device, label
+from .errors import Failed, NotSupported, TimedOut
 from .fd import OwnedFd
-from .leases import Place, Quota
+from .fdstore import FdStore
+from .leases import SYSTEM, Place, Quota
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .marker import Markers
@@ -55,6 +56,8 @@ class Attaching:
         lifetimes: Lifetimes,
         locks: Locks,
         claims: Claims,
+        quota: Quota,
+        store: FdStore,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -67,13 +70,10 @@ class Attaching:
         self._claims = claims
         self._let_go = let_go
         self._proposals = Proposals(config, threads)
-        self._quota = Quota(
-            "loop devices",
-            per_user=config.limits.devices_per_user,
-            in_all=config.limits.devices,
-            hint="detach one first (a device counts until the kernel has let go of it)",
-        )
-        self._counter = itertools.count(1)
+        self._quota = quota
+        self._store = store
+        # From a number on that no former loopd has reached: a path names one attachment for ever.
+        self._counter = itertools.count(int(time.time()))
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
@@ -87,6 +87,10 @@ class Attaching:
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
             proposal = await self._proposals.look(fd, options)
+            if options.lifetime == SYSTEM and not proposal.needs_loop_device:
+                raise NotSupported(
+                    "lifetime: a block device that needs no loop device is there as long as it is"
+                )
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
@@ -98,7 +102,7 @@ class Attaching:
             if self._stopping:
                 raise Failed("loopd is stopping: try again")
             if proposal.block and not proposal.needs_loop_device:
-                return self._hold(caller, fd, proposal, proposal.block)
+                return await self._hold(caller, fd, proposal, proposal.block)
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
         ended = False
@@ -133,15 +137,16 @@ class Attaching:
             block_device=proposal.block is not None,
             trusted=proposal.trusted,
             wants_number=number is not None,
+            keeps=proposal.options.lifetime == SYSTEM,
         ):
             await self._authority.require(caller, action, details)
 
     # --- block devices that need no loop device -------------------------------------------------
 
-    def _hold(self, caller: Caller, fd: OwnedFd, proposal: Proposal, block: Block) -> Device:
+    async def _hold(self, caller: Caller, fd: OwnedFd, proposal: Proposal, block: Block) -> Device:
         """Record a block device as its own: nothing is bound, and nothing will be cleared."""
         status = block.status
-        with self._quota.take(caller.uid) as place:
+        with self._quota.take(caller.uid) as place, ExitStack() as failed:
             device = Device(
                 number=None,
                 name=status.backing_file.removeprefix(b"/dev/").decode().replace("/", "!"),
@@ -154,11 +159,23 @@ class Attaching:
                 attached_at=_now(),
             )
             # Closed as what it is: no filesystem has a say in it.
-            device.held = OwnedFd(fd.release(), kernel.close)
-            device.place = place.keep()
-        self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
+            held = OwnedFd(fd.release(), kernel.close)
+            failed.enter_context(held)
+            kept = await self._threads.run(
+                partial(self._store.keep, device.label, held), late=OwnedFd.close
+            )
+            failed.callback(self._close, caller.uid, kept)
+            caller.client.require_present()
+            if self._stopping:
+                raise Failed("loopd is stopping: try again")
+            self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
+            failed.pop_all()
+            device.held, device.place = kept, place.keep()
         self._registry.record(device)
         return device
+
+    def _close(self, uid: int, fd: OwnedFd) -> None:
+        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, fd.close))
 
     # --- all others -----------------------------------------------------------------------------
 
@@ -203,7 +220,8 @@ class Attaching:
                     _attach,
                     fd.move(),
                     proposal,
-                    partial(self._claim, caller.uid),
+                    partial(self.claim, caller.uid),
+                    self._store,
                 ),
                 late=lambda attached: _undo(attached[0]),
             )
@@ -230,6 +248,9 @@ class Attaching:
             self._registry.record(device)
             device.place = place.keep()
             unrecorded.pop_all()
+        if wanted and proposal.options.lifetime == SYSTEM:
+            await self._keep(device)
+            wanted = not (caller.client.gone or abandoned.is_set())
         if not wanted:
             # It ends as any other does: counted and marked until the kernel has let go of it.
             extra = {**caller.client.fields, **device.fields}
@@ -239,12 +260,33 @@ class Attaching:
         caller.concerns.update(device.fields)
         return device
 
+    async def _keep(self, device: Device) -> None:
+        """Have a device stay when its last user closes it, us included; its lease is on disk."""
+        loop = device.loop
+        if loop is None:
+            return
+        loop.autoclear = False
+        borrowed = loop.borrow()
+
+        def keep() -> None:
+            with closing(borrowed):
+                loopops.set_autoclear(borrowed, False)
+
+        try:
+            async with device.operating:
+                await self._threads.run(keep)
+        except BaseException:
+            self._let_go(device)
+            raise
+        await self._registry.refresh(device)
+        self._registry.changed(device)
+
     def _drop(self, uid: int, loop: loopdev.LoopDevice) -> None:
         """Detach what a failure has left bound and unrecorded."""
         self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, partial(_undo, loop)))
 
-    def _claim(self, uid: int, number: int) -> loopdev.Release:
-        """Take a number from the thread that is about to bind it."""
+    def claim(self, uid: int, number: int) -> loopdev.Release:
+        """Take a number that is about to be bound, or was for a former loopd; for threads."""
         release = self._markers.claim(number, unprivileged=uid != ROOT)
 
         def undo(waiting: int | None) -> None:
@@ -260,11 +302,18 @@ def _now() -> int:
 
 
 def _attach(
-    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim
+    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim, store: FdStore
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     loop = attachment.attach(fd, proposal.file, proposal.request, claim, may_hang=proposal.may_hang)
     try:
-        return loop, loopinfo.status(loop.number)
+        status = loopinfo.status(loop.number)
+        # The last close of a device waits for its file, and not for ever in systemd.
+        if not proposal.may_hang:
+            name = label(f"loop{loop.number}", loop.diskseq)
+            loop.fd = store.keep(name, loop.fd)
+            if loop.lock:
+                loop.lock = store.keep(store.name(name, "lock"), loop.lock)
+        return loop, status
     except BaseException:
         _undo(loop)
         raise

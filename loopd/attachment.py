@@ -236,6 +236,8 @@ class _Attempt:
             diskseq=diskseq,
             binding=which,
             writable=not request.read_only,
+            ours=True,
+            autoclear=True,
             lock=lock_fd.move() if keeps_lock else None,
             release=release,
         )

@@ -109,6 +109,11 @@ def identify(fd: int) -> FileIdentity:
     return _identity(_look(fd))
 
 
+def is_writable(fd: int) -> bool:
+    """Whether an fd is open for reading and writing."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
 def size(fd: int) -> int:
     """The size in bytes of a file or block device; asks the file's filesystem, which may hang."""
     buf = kernel.statx(fd, 0)

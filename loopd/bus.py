@@ -108,6 +108,20 @@ class Bus:
             ],
         )
 
+    async def rejoin(self, name: str) -> Client | None:
+        """Take up a connection that a former loopd has served; None if it has left."""
+        session = self._session(name)
+        if session.client is None:
+            await self._identify(session)
+        if session.client is None:
+            self._sessions.pop(name, None)
+        return None if session.left.done() else session.client
+
+    async def id(self) -> str:
+        """The id of this bus, which another one has not."""
+        (told,) = await self.connection.call_bus("GetId", "", [])
+        return str(told)
+
     async def ping(self) -> None:
         """Return when the bus has answered where it answers our clients."""
         await self.connection.call_bus("GetId", "", [])
@@ -179,6 +193,12 @@ class Bus:
         if session.client:
             self._client_left(session.client)
 
+    def _session(self, name: str) -> Session:
+        session = self._sessions.get(name)
+        if session is None:
+            session = self._sessions[name] = Session(name, self._loop.create_future())
+        return session
+
     async def _identify(self, session: Session) -> None:
         """Find out who a connection is, which the bus knows and which never changes."""
         try:
@@ -208,11 +228,7 @@ class Bus:
         header = incoming.header
         if header is None or not header.sender:
             return
-        session = self._sessions.get(header.sender)
-        if session is None:
-            session = self._sessions[header.sender] = Session(
-                header.sender, self._loop.create_future()
-            )
+        session = self._session(header.sender)
         try:
             self._require_room(session, incoming)
         except LimitsExceeded as exc:

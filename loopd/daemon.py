@@ -7,6 +7,7 @@ activating call is delivered before that has an answer.
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -23,8 +24,10 @@ from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
 from .errors import BusError, LoopError
+from .fdstore import FdStore
+from .frame import Frame
 from .idle import Idle
-from .leases import Leases
+from .leases import Leases, Quota
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .logind import HINTS, Logind
@@ -34,7 +37,9 @@ from .monitor import Monitor, loop_numbers
 from .operations import Operations
 from .overlap import Claims
 from .polkit import Authority
+from .records import Records
 from .registry import Listeners, Registry
+from .restoring import Restoring
 from .service import Service
 from .threads import Threads
 
@@ -42,6 +47,7 @@ log = logging.getLogger(__name__)
 
 # The device, its file and its lock; what calls under way carry, and what is being closed.
 _FDS_PER_DEVICE = 3
+_STORED_FDS_PER_DEVICE = 2
 _OTHER_FDS = 512
 # How long a stop waits for the kernel and for calls under way; autoclear does the rest.
 _STOP_TIMEOUT = 5.0
@@ -75,11 +81,15 @@ def _fit(config: Config) -> Config:
     """Take as many open files as the system gives, and no more devices than they are enough for."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    return _limit(config, files - _OTHER_FDS, _FDS_PER_DEVICE, f"{files} open files are")
+
+
+def _limit(config: Config, fds: int, fds_per_device: int, what: str) -> Config:
     # A Hold is one more.
-    devices = max((files - _OTHER_FDS - config.limits.holds) // _FDS_PER_DEVICE, 1)
+    devices = max((fds - config.limits.holds) // fds_per_device, 1)
     if devices >= config.limits.devices:
         return config
-    log.warning("%d open files are enough for %d devices only", files, devices)
+    log.warning("%s enough for %d devices only", what, devices)
     return replace(config, limits=replace(config.limits, devices=devices))
 
 
@@ -115,21 +125,33 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, 0, f"stopping on {number.name}")
 
-    markers = Markers(runtime_directory)
+    markers, records, store = Markers(runtime_directory), Records(runtime_directory), FdStore()
     await threads.run(markers.prepare)
-    lifetimes: Lifetimes
+    lifetimes: Lifetimes | None = None
+
+    def heard(_: Frame) -> None:
+        # Whatever it is, see logind.HINTS.
+        if lifetimes:
+            lifetimes.users_may_have_left()
+
     connect = partial(dial.connect, dial.system_bus_address())
     # For questions to others, so that no flood of calls is in the way of their answers.
     asking = wire.Connection(
         await threads.run(connect),
         max_message=codec.MAX_MESSAGE,
         on_call=None,
-        # Whatever it is, see logind.HINTS.
-        on_signal=lambda signal: lifetimes.users_may_have_left(),
+        on_signal=heard,
         on_lost=partial(end, 1),
         close_fds=threads.close_fds,
     )
     socket = await threads.run(connect)
+    await asking.hello()
+    unit = supervisor.Unit(asking.call)
+    store.room = await unit.fds_at_most()
+    if store.room:
+        config = _limit(
+            config, store.room, _STORED_FDS_PER_DEVICE, f"a store of {store.room} fds is"
+        )
 
     # Each part gets the calls it may make of the ones above it, which are made further down.
     announcer: Announcer
@@ -137,17 +159,23 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     idle: Idle
     manager: Manager
 
+    def added(device: Device) -> None:
+        records.note(device)
+        announcer.added(device)
+
+    def changed(device: Device) -> None:
+        if registry.knows(device):
+            records.note(device)
+            announcer.changed(device)
+
     def removed(device: Device) -> None:
         manager.device_gone(device)
         announcer.removed(device)
         if device.managed:
+            records.remove(device.label)
             idle.touch()
 
-    listeners = Listeners(
-        added=lambda device: announcer.added(device),
-        changed=lambda device: announcer.changed(device),
-        removed=removed,
-    )
+    listeners = Listeners(added=added, changed=changed, removed=removed)
     registry = Registry(threads, markers, listeners, loop_numbers)
     announcer = Announcer(
         registry, config.limits, emit=lambda *signal, uid: bus.emit(*signal, uid=uid)
@@ -178,6 +206,9 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     lifetimes = Lifetimes(
         Leases(),
         registry,
+        records,
+        store,
+        threads,
         Logind(asking.call),
         config.limits,
         let_go=lambda device: manager.let_go(device),
@@ -185,7 +216,13 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
     manager = Manager(config, threads, authority, registry, lifetimes, locks)
     claims = Claims()
-    operations = Operations(manager, registry, locks, claims, threads, lifetimes)
+    operations = Operations(manager, registry, locks, claims, threads, lifetimes, store)
+    quota = Quota(
+        "loop devices",
+        per_user=config.limits.devices_per_user,
+        in_all=config.limits.devices,
+        hint="detach one first (a device counts until the kernel has let go of it)",
+    )
     attaching = Attaching(
         config,
         threads,
@@ -195,6 +232,20 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         lifetimes,
         locks,
         claims,
+        quota,
+        store,
+        let_go=manager.let_go,
+    )
+    restoring = Restoring(
+        threads,
+        registry,
+        records,
+        store,
+        lifetimes,
+        locks,
+        quota,
+        claim=attaching.claim,
+        rejoin=bus.rejoin,
         let_go=manager.let_go,
     )
     service.serve(manager, operations, attaching)
@@ -202,10 +253,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
 
     monitor = alive = None
     try:
-        await asking.hello()
         for rule in HINTS:
             await asking.call_bus("AddMatch", "s", [rule])
         await bus.start()
+        records.bus = await bus.id()
+        await restoring.restore()
         # Listening before looking, so that nothing falls between.
         monitor = Monitor(registry.look_at, registry.look_at_private)
         await registry.look_at_all()
@@ -214,7 +266,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
         supervisor.tell("READY=1")
         if interval := supervisor.watchdog_interval():
-            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping))
+            look = partial(_compare, store, unit)
+            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping, look))
         idle.touch()
 
         status = await ended
@@ -224,7 +277,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         attaching.refuse()
         authority.stop()
         await bus.release(NAME, _STOP_TIMEOUT)
-        await manager.stop(_STOP_TIMEOUT)
+        if not (store.room and await unit.restarts()):
+            await manager.stop(_STOP_TIMEOUT)
         await bus.leave(_STOP_TIMEOUT)
         return status
     finally:
@@ -234,6 +288,12 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
             monitor.close()
         if alive:
             alive.cancel()
+
+
+async def _compare(store: FdStore, unit: supervisor.Unit) -> None:
+    if store.room:
+        with contextlib.suppress(LoopError, BusError):
+            store.compare(await unit.fds_kept())
 
 
 def _clean_up(markers: Markers) -> None:

@@ -46,10 +46,14 @@ class Device:
     """Our hold on a block device that needs no loop device."""
     lease: Lease | None = None
     place: Place | None = None
-    holds: int = 0
-    """How many Holds keep it, beside its lease."""
+    holds: dict[str, int] = field(default_factory=dict)
+    """The Holds that keep it, beside its lease: by name, whose they are."""
     lock: Lock = Lock.NONE
     """The BSD lock that we hold."""
+    lock_holder: str = ""
+    """For which connection we hold it."""
+    lock_expires: float | None = None
+    """Until when, by CLOCK_MONOTONIC."""
     state: str = ATTACHED
     ending: bool = False
     """Whether its detach has begun."""
@@ -62,6 +66,11 @@ class Device:
     def __post_init__(self) -> None:
         self.path = object_path(self.name, self.diskseq, self.which)
         """The object path."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from all others in a few letters: the end of its object path."""
+        return self.path.removeprefix(PREFIX)
 
     @property
     def node(self) -> str:
@@ -106,6 +115,11 @@ class Device:
 
 
 PREFIX = "/org/example/Loop1/device/"
+
+
+def label(name: str, diskseq: int, which: int | None = None) -> str:
+    """What an attachment is called where it is to be told from all others."""
+    return object_path(name, diskseq, which).removeprefix(PREFIX)
 
 
 def object_path(name: str, diskseq: int, which: int | None = None) -> str:

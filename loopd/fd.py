@@ -40,6 +40,18 @@ class OwnedFd:
         self._fd = -1
         return fd
 
+    def closed_after(self, step: Callable[[], None]) -> OwnedFd:
+        """Give the fd to a new owner whose close does something first."""
+        close = self._close
+
+        def closing(fd: int) -> None:
+            try:
+                step()
+            finally:
+                close(fd)
+
+        return OwnedFd(self.release(), closing)
+
     def close(self) -> None:
         """Close it now; closing twice does nothing."""
         fd, self._fd = self._fd, -1

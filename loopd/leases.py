@@ -33,6 +33,8 @@ class Lease:
     lifetime: str
     over: bool = False
     """Whether the lifetime is over, and only Holds keep the device."""
+    autoclear: bool = True
+    """Whether the kernel is to detach the device if loopd is gone, too."""
 
 
 class Place:
@@ -97,6 +99,10 @@ class Quota:
             raise LimitsExceeded(
                 f"there are {self.in_all} {self._what} in use, which is the limit: try again later"
             )
+        return self.take_back(uid)
+
+    def take_back(self, uid: int) -> Place:
+        """Take a place that was granted before, whatever the limits are now."""
         self._taken[uid] += 1
         return Place(partial(self._free, uid))
 

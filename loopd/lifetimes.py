@@ -10,17 +10,22 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from .access import Client
 from .config import Limits
 from .device import ATTACHED, Device
-from .errors import NotSupported
+from .errors import NoSuchDevice, NotSupported
 from .fd import OwnedFd
-from .leases import CONNECTION, USER, Lease, Leases, Place, Quota
+from .fdstore import FdStore
+from .leases import CONNECTION, SYSTEM, USER, Lease, Leases, Place, Quota
 from .logind import Logind
+from .records import Records
 from .registry import Registry
 from .tasks import Tasks
+from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +35,9 @@ _PAUSE = 0.1
 
 @dataclass(eq=False)
 class _Hold:
+    name: str
     device: Device
+    uid: int
     write_end: OwnedFd
     place: Place
 
@@ -42,12 +49,18 @@ class Lifetimes:
         self,
         leases: Leases,
         registry: Registry,
+        records: Records,
+        store: FdStore,
+        threads: Threads,
         logind: Logind,
         limits: Limits,
         let_go: Callable[[Device], None],
     ) -> None:
         self._leases = leases
         self._registry = registry
+        self._records = records
+        self._store = store
+        self._threads = threads
         self._logind = logind
         self._let_go = let_go
         self._quota = Quota(
@@ -69,19 +82,38 @@ class Lifetimes:
             )
 
     def grant(self, device: Device, client: Client, lifetime: str) -> None:
-        """Keep a new device for so long."""
-        holder = client.name if lifetime == CONNECTION else ""
-        device.lease = Lease(device.path, device.owner, holder, lifetime)
-        self._leases.grant(device.lease)
+        """Keep a device for so long from now on, on disk first; `connection` is the client's.
+
+        Raises OSError, and then nothing has changed.
+        """
+        lease = _lease(device, client, lifetime)
+        self._records.save(device, lease)
+        self._grant(device, lease)
+
+    def announce(self, device: Device, client: Client, lifetime: str) -> None:
+        """Record what is about to be granted, should loopd die before it is. Raises OSError."""
+        self._records.save(device, _lease(device, client, lifetime))
+
+    def _grant(self, device: Device, lease: Lease) -> None:
+        self._leases.end(device.path)
+        device.lease = lease
+        self._leases.grant(lease)
         # The user may have left after logind was asked and before it was noted.
-        if lifetime == USER:
+        if lease.lifetime == USER:
             self.users_may_have_left()
 
-    def change(self, device: Device, client: Client, lifetime: str) -> None:
-        """Keep a device for as long as this says from now on; `connection` is the client's."""
-        self._leases.end(device.path)
-        self.grant(device, client, lifetime)
-        self._registry.changed(device)
+    def take_back(
+        self, device: Device, lease: Lease, holds: dict[str, tuple[int, OwnedFd]]
+    ) -> None:
+        """Take up the lease and the Holds, by name, of a device that a former loopd attached."""
+        self._grant(device, lease)
+        for name, (uid, write_end) in holds.items():
+            self._watch(_Hold(name, device, uid, write_end, self._quota.take_back(uid)))
+
+    def holder_is_gone(self, device: Device) -> None:
+        """End the lease of a connection that has left while there was no loopd."""
+        if device.lease:
+            self._over(device.lease, f"{device.lease.holder} has left", {"UID": device.owner})
 
     def end(self, device: Device) -> None:
         """Keep a device no more, whatever does."""
@@ -127,7 +159,8 @@ class Lifetimes:
             return
         extra = {"ACTION": "Detach", **fields, **device.fields}
         if device.holds:
-            log.info("%s: %s is kept by %d Holds", why, device.node, device.holds, extra=extra)
+            count = len(device.holds)
+            log.info("%s: %s is kept by %d Holds", why, device.node, count, extra=extra)
             self._registry.changed(device)
         else:
             log.info("%s: detaching %s", why, device.node, extra=extra)
@@ -135,19 +168,32 @@ class Lifetimes:
 
     # --- Holds ----------------------------------------------------------------------------------
 
-    def hold(self, device: Device, uid: int) -> OwnedFd:
+    async def hold(self, device: Device, client: Client) -> OwnedFd:
         """Keep a device for as long as the returned fd, or a copy of it, is open.
 
-        Raises LimitsExceeded, OSError.
+        Raises LimitsExceeded, AccessDenied, NoSuchDevice, OSError.
         """
-        with self._quota.take(uid) as place:
+        with self._quota.take(client.uid) as place, ExitStack() as failed:
             reading, writing = map(OwnedFd, os.pipe2(os.O_CLOEXEC))
-            hold = _Hold(device, writing, place.keep())
-        self._holds[device.path].add(hold)
-        # Of the write end of a pipe there is nothing to be told but that nobody can read.
-        self._loop.add_reader(writing.fileno(), self._closed, hold)
-        self._count(device)
+            failed.enter_context(reading)
+            failed.enter_context(writing)
+            name = self._store.name(device.label, "hold")
+            write_end = await self._threads.run(
+                partial(self._store.keep, name, writing), late=OwnedFd.close
+            )
+            failed.callback(self._close_write_end, client.uid, write_end)
+            client.require_present()
+            if not self._registry.knows(device) or device.state != ATTACHED:
+                raise NoSuchDevice(f"{device.node} is gone")
+            failed.pop_all()
+            self._watch(_Hold(name, device, client.uid, write_end, place.keep()))
         return reading
+
+    def _watch(self, hold: _Hold) -> None:
+        self._holds[hold.device.path].add(hold)
+        # Of the write end of a pipe there is nothing to be told but that nobody can read.
+        self._loop.add_reader(hold.write_end.fileno(), self._closed, hold)
+        self._count(hold.device)
 
     def _closed(self, hold: _Hold) -> None:
         """Take note that nobody has the read end open any more."""
@@ -160,7 +206,7 @@ class Lifetimes:
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())
-        hold.write_end.close()
+        self._close_write_end(hold.uid, hold.write_end)
         hold.place.free()
         holds = self._holds[hold.device.path]
         holds.discard(hold)
@@ -168,7 +214,16 @@ class Lifetimes:
             del self._holds[hold.device.path]
         self._count(hold.device)
 
+    def _close_write_end(self, uid: int, write_end: OwnedFd) -> None:
+        close = write_end.move().close
+        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
+
     def _count(self, device: Device) -> None:
-        device.holds = len(self._holds.get(device.path, ()))
+        device.holds = {hold.name: hold.uid for hold in self._holds.get(device.path, ())}
         if self._registry.knows(device):
             self._registry.changed(device)
+
+
+def _lease(device: Device, client: Client, lifetime: str) -> Lease:
+    holder = client.name if lifetime == CONNECTION else ""
+    return Lease(device.path, device.owner, holder, lifetime, autoclear=lifetime != SYSTEM)

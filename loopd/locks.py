@@ -51,11 +51,25 @@ class Locks:
         """Note the lock that has been taken on a device, in place of the one there was."""
         if kind is device.lock:
             return  # an exclusive one does not begin anew: nobody else had a chance
+        ends = kind is Lock.EXCLUSIVE and client.uid != ROOT
+        self._hold(device, client, kind, self._loop.time() + self._exclusive_for if ends else None)
+
+    def take_back(
+        self, device: Device, client: Client | None, kind: Lock, expires: float | None
+    ) -> None:
+        """Note a lock that a former loopd took, or drop it if its connection is gone."""
+        if client:
+            self._hold(device, client, kind, expires)
+        else:
+            device.lock = kind
+            self.drop(device)
+
+    def _hold(self, device: Device, client: Client, kind: Lock, expires: float | None) -> None:
         self._forget(device)
         held = self._held[device.path] = _Held(device=device, client=client)
-        if kind is Lock.EXCLUSIVE and client.uid != ROOT:
-            held.expiry = self._loop.call_later(self._exclusive_for, self._expire, held)
-        device.lock = kind
+        if expires is not None:
+            held.expiry = self._loop.call_at(expires, self._expire, held)
+        device.lock, device.lock_holder, device.lock_expires = kind, client.name, expires
         self._changed(device)
 
     def drop(self, device: Device) -> None:
@@ -63,7 +77,7 @@ class Locks:
         self._forget(device)
         if device.lock is Lock.NONE:
             return
-        device.lock = Lock.NONE
+        device.lock, device.lock_holder, device.lock_expires = Lock.NONE, "", None
         self._changed(device)
         if device.loop and device.loop.lock:
             lock, device.loop.lock = device.loop.lock, None

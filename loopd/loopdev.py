@@ -34,21 +34,21 @@ class LoopDevice:
     fd: OwnedFd
     file: OwnedFd | None
     """The backing file as the client passed it: the kernel tells its size to nobody else. None on
-    a device that someone else attached."""
+    a device that someone else attached, or a former loopd."""
     diskseq: int
     binding: int
     """See `kernel.loop_binding`."""
     writable: bool
+    ours: bool
+    """Whether we attached it, or a former loopd has."""
+    autoclear: bool
+    """Whether it has to go at its last close, whatever others say; false means that it is as it is,
+    on a device of ours that is to stay and on one of someone else's."""
     lock: OwnedFd | None = None
     """A second fd on the device, which holds a BSD lock: its close makes udev look again."""
     release: Release = field(default=lambda _: None, repr=False)
     """To be called when we are done with it: with the binding that still waits for others, if it
     does."""
-
-    @property
-    def ours(self) -> bool:
-        """Whether we attached it."""
-        return self.file is not None
 
     def borrow(self) -> "LoopDevice":
         """The same device for one operation, to be closed after it; without its lock.

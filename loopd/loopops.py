@@ -6,7 +6,10 @@ which `open_existing` opens for the while. What is as it should be already cause
 """
 
 import errno
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from . import backing, binding, blockdev, kernel, loopinfo
@@ -19,6 +22,8 @@ from .loopdev import LoopDevice
 from .request import DEFAULT_SECTOR_SIZE, MAX_SECTOR_SIZE
 from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
 
+log = logging.getLogger(__name__)
+
 # How long an attempt to lock waits for what lasts an instant: others' attempts, and looks.
 _LOCK_TIMEOUT = 0.05
 
@@ -29,7 +34,7 @@ def open_existing(number: int, which: int | None = None) -> LoopDevice:
     `which` binding is meant (`kernel.loop_binding`); None means the one there is.
     Raises NoSuchDevice if there is none, or another one.
     """
-    try:
+    with _none_is_no_such_device(number):
         # For reading, which is enough for whoever has CAP_SYS_ADMIN: the close of a writable fd
         # makes udev read the partition table again.
         with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
@@ -47,7 +52,54 @@ def open_existing(number: int, which: int | None = None) -> LoopDevice:
                 diskseq=diskseq,
                 binding=there,
                 writable=writable,
+                ours=False,
+                autoclear=False,
             )
+
+
+def take_back(number: int, which: int, fd: OwnedFd | None, *, autoclear: bool) -> LoopDevice:
+    """A device that a former loopd attached, which is ours now.
+
+    `which` binding is meant; `fd` is the former one's, and taken over; without it the device is
+    opened. It is made to go at its last close, or not, as `autoclear` says. Where that has to be
+    set the file's filesystem is asked, so the caller needs a deadline.
+    Raises NoSuchDevice if the device is gone, OSError.
+    """
+    if fd is None:
+        device = open_existing(number, which)
+    else:
+        with fd, _none_is_no_such_device(number):
+            stat = kernel.statx(fd.fileno())
+            if kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor) != number:
+                raise NoSuchDevice(f"what was kept of loop{number} is another device")
+            if kernel.loop_binding(number) != which:
+                raise NoSuchDevice(f"loop{number} is another device now")
+            writable = kernel.loop_attribute(number, "ro") == b"0"
+            diskseq = loopinfo.diskseq(fd.fileno(), which)
+            device = LoopDevice(
+                number=number,
+                fd=fd.move(),
+                file=None,
+                diskseq=diskseq,
+                binding=which,
+                writable=writable,
+                ours=True,
+                autoclear=autoclear,
+            )
+    device.ours, device.autoclear = True, autoclear
+    try:
+        if kernel.loop_attribute(number, "loop/autoclear") != (b"1" if autoclear else b"0"):
+            set_autoclear(device, autoclear)
+    except OSError as exc:
+        # It is cleared in the end, whatever it says until then.
+        log.debug("cannot set autoclear of loop%d: %s", number, exc.strerror)
+    return device
+
+
+@contextmanager
+def _none_is_no_such_device(number: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as exc:
         if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
             raise NoSuchDevice(f"loop{number} is gone") from exc
@@ -102,7 +154,7 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
 
 
 def _set_status(device: LoopDevice, info: loop_info64) -> None:
-    if device.ours:
+    if device.autoclear:
         # The client may have turned it off by an fd of its own, and a lease relies on it.
         info.lo_flags |= LO_FLAGS_AUTOCLEAR
     try:
@@ -129,10 +181,11 @@ def set_reference(device: LoopDevice, reference: bytes) -> bool:
 
 
 def set_autoclear(device: LoopDevice, enable: bool) -> bool:
-    """Have a device that someone else attached go at its last close, or not; whether that changed.
+    """Have a device go at its last close, or not; whether that changed.
 
     After systemd's loop_device_set_autoclear.
     """
+    device.autoclear = device.ours and enable
     info = kernel.loop_get_status64(device.fd.fileno())
     if bool(info.lo_flags & LO_FLAGS_AUTOCLEAR) == enable:
         return False
@@ -280,7 +333,7 @@ def open_node(device: LoopDevice, *, writable: bool, partition: int | None = Non
     with _opened_node(device, os.O_RDWR if writable else os.O_RDONLY, partition) as fd:
         _require_binding(device)
         # By sysfs first: asking the device asks its file's filesystem.
-        if device.ours and kernel.loop_attribute(device.number, "loop/autoclear") != b"1":
+        if device.autoclear and kernel.loop_attribute(device.number, "loop/autoclear") != b"1":
             _set_status(device, kernel.loop_get_status64(device.fd.fileno()))
         return fd.move()
 

@@ -28,6 +28,7 @@ from .errors import (
     TimedOut,
 )
 from .fd import OwnedFd
+from .leases import SYSTEM
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .polkit import Authority
@@ -239,11 +240,14 @@ class Manager:
         self._lifetimes.client_left(client)
 
     async def stop(self, timeout: float) -> None:
-        """Let go of all our devices, and wait at most `timeout` seconds for the kernel.
+        """Let go of all our devices that are not to stay, and wait for the kernel.
 
-        What remains carries autoclear, and goes when its last user closes it.
+        After `timeout` seconds what remains carries autoclear, and goes when its last user closes
+        it.
         """
-        managed = [device for device in self._registry if device.managed]
+        managed = [
+            device for device in self._registry if device.managed and device.lifetime != SYSTEM
+        ]
         for device in managed:
             self.let_go(device)
         waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]

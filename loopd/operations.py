@@ -17,7 +17,8 @@ from .blockdev import Lock
 from .device import Device
 from .errors import AccessDenied, DeviceBusy, InvalidArgs, NotSupported
 from .fd import OwnedFd
-from .leases import CONNECTION
+from .fdstore import FdStore
+from .leases import CONNECTION, SYSTEM
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .manager import Manager
@@ -51,6 +52,7 @@ class Operations:
         claims: overlap.Claims,
         threads: Threads,
         lifetimes: Lifetimes,
+        store: FdStore,
     ) -> None:
         self._manager = manager
         self._registry = registry
@@ -58,6 +60,7 @@ class Operations:
         self._claims = claims
         self._threads = threads
         self._lifetimes = lifetimes
+        self._store = store
         self._tasks = Tasks()
 
     async def _set(
@@ -141,12 +144,23 @@ class Operations:
     async def set_autoclear(self, caller: Caller, device: Device, enable: bool) -> None:
         """Have the kernel detach a device at its last close, or not."""
         leased = NotSupported(f"{device.node} goes with its lease: SetLifetime keeps it for longer")
-        if device.owner == caller.uid and not device.private:
+        if device.owner == caller.uid and not device.private and device.lifetime != SYSTEM:
             raise leased  # without asking anybody for it
         await self._manager.require(caller, Operation.SET_AUTOCLEAR, device)
-        if device.managed:
-            raise leased
-        await self._set(caller, device, partial(loopops.set_autoclear, enable=enable))
+
+        def admit(_: ExitStack) -> None:
+            if device.managed and device.lifetime != SYSTEM:
+                raise leased
+
+        await self._set(caller, device, partial(self._set_autoclear, device, enable), admit)
+
+    @staticmethod
+    def _set_autoclear(device: Device, enable: bool, loop: loopdev.LoopDevice) -> None:
+        if device.loop:
+            device.loop.autoclear = enable
+        loopops.set_autoclear(loop, enable)
+        if device.lease and device.lease.lifetime == SYSTEM:
+            device.lease.autoclear = enable
 
     async def set_direct_io(self, caller: Caller, device: Device, enable: bool) -> bool:
         """Turn direct I/O on or off; returns what is in effect."""
@@ -215,18 +229,36 @@ class Operations:
         """Keep a device beside its lease, until the last copy of the fd is closed."""
         await self._manager.require(caller, Operation.HOLD, device)
         self._manager.require_attached(device)
-        return self._lifetimes.hold(device, caller.uid)
+        return await self._lifetimes.hold(device, caller.client)
 
     async def set_lifetime(self, caller: Caller, device: Device, lifetime: str) -> None:
         """Keep a device for so long from now on; `connection` means the caller's."""
         other = access.relation(caller.uid, device.owner) is access.Relation.OTHER
         if other and lifetime == CONNECTION:
             raise AccessDenied("only a connection of the owner's can keep a device")
-        await self._manager.require(caller, Operation.SET_LIFETIME, device)
+        operation = Operation.KEEP if lifetime == SYSTEM else Operation.SET_LIFETIME
+        await self._manager.require(caller, operation, device)
         await self._lifetimes.require(device.owner, lifetime)
         caller.client.require_present()
         self._manager.require_attached(device)
-        self._lifetimes.change(device, caller.client, lifetime)
+        if (lifetime == SYSTEM) == (device.lifetime == SYSTEM):
+            if lifetime != SYSTEM:
+                self._lifetimes.grant(device, caller.client, lifetime)
+                self._registry.changed(device)
+            return
+        try:
+            # On disk first: a loopd that dies in between leaves no device without a lease.
+            self._lifetimes.announce(device, caller.client, lifetime)
+            function = partial(self._set_autoclear, device, lifetime != SYSTEM)
+            await self._manager.with_loop(caller, device, function)
+            self._manager.require_attached(device)
+            self._lifetimes.grant(device, caller.client, lifetime)
+            if lifetime == CONNECTION and caller.client.gone:
+                self._lifetimes.holder_is_gone(device)
+        finally:
+            await self._registry.refresh(device)
+            # Also on disk it is what it has become.
+            self._registry.changed(device)
 
     async def lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         """Take, change or drop the BSD lock of the caller's connection."""
@@ -248,7 +280,10 @@ class Operations:
 
         def change(loop: loopdev.LoopDevice) -> OwnedFd | None:
             if own is None:
-                return loopops.take_lock(loop, kind)
+                lock = loopops.take_lock(loop, kind)
+                if not self._store.keeps(device.label):
+                    return lock
+                return self._store.keep(self._store.name(device.label, "lock"), lock)
             with own:
                 loopops.change_lock(loop, own, kind, held=held)
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from .blockdev import Lock
 from .codec import Variant
-from .errors import InvalidArgs, NotSupported
+from .errors import InvalidArgs
 from .leases import CONNECTION, SYSTEM, USER
 from .operations import ResizeOptions
 from .proposal import AttachOptions
@@ -69,10 +69,7 @@ class Options:
 
 
 def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
-    """The options of Attach.
-
-    Raises InvalidArgs, and NotSupported for what this version cannot do.
-    """
+    """The options of Attach."""
     options = Options(given)
     read_only = options.boolean("read-only")
     offset = options.u64("offset") or 0
@@ -100,18 +97,16 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
         direct_io=direct_io,
         reference=reference(name),
         lock=Lock(lock),
-        lifetime=lifetime_kind(lifetime),
+        lifetime=lifetime,
         allow_overlap=allow_overlap,
         number=number,
     )
 
 
 def lifetime_kind(text: str) -> str:
-    """A lifetime. Raises NotSupported for what this version cannot do."""
+    """The argument of SetLifetime."""
     if text not in _LIFETIMES:
         raise InvalidArgs(f"lifetime: not one of {', '.join(_LIFETIMES)}")
-    if text == SYSTEM:
-        raise NotSupported("lifetime: this version of loopd cannot keep a device for ever")
     return text
 
 

@@ -1,26 +1,60 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd is told of us: that we are ready, alive, or stopping."""
+"""What systemd is told of us, and asked about us: ready, alive, stopping, and whether for good."""
 
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from .errors import BusError, LoopError
 
 log = logging.getLogger(__name__)
 
+_NAME = "org.freedesktop.systemd1"
+_OWN_UNIT = "/org/freedesktop/systemd1/unit/self"
+_TIMEOUT = 5.0
+_NO_JOB = 0
 
-def tell(state: str) -> None:
-    """Tell systemd, if it started us and its library is installed."""
-    if "NOTIFY_SOCKET" not in os.environ:
-        return
+Call = Callable[..., Awaitable[list[Any]]]
+
+
+def present() -> bool:
+    """Whether systemd started us, and wants to hear of us."""
+    return "NOTIFY_SOCKET" in os.environ
+
+
+def tell(state: str, fds: Sequence[int] = ()) -> bool:
+    """Tell systemd, if it started us and its library is installed; whether that was done.
+
+    It may have to wait until systemd reads.
+    """
+    if not present():
+        return False
     try:
         from systemd.daemon import notify
 
-        notify(state)
+        notify(state, fds=list(fds) or None)
     except (ImportError, OSError) as exc:
         log.warning("cannot notify systemd: %s", exc)
+        return False
+    return True
+
+
+def passed_fds() -> dict[str, list[int]]:
+    """The fds that systemd has passed to us, by name."""
+    if "LISTEN_FDS" not in os.environ:
+        return {}
+    try:
+        from systemd.daemon import listen_fds_with_names
+
+        found: dict[str, list[int]] = {}
+        for fd, name in listen_fds_with_names(unset_environment=True).items():
+            found.setdefault(name, []).append(fd)
+    except (ImportError, OSError) as exc:
+        log.warning("cannot take what systemd has kept: %s", exc)
+        return {}
+    return found
 
 
 def watchdog_interval() -> float | None:
@@ -31,10 +65,15 @@ def watchdog_interval() -> float | None:
     return int(usec) / 1e6
 
 
-async def stay_alive(interval: float, ask_bus: Callable[[], Awaitable[object]]) -> None:
+async def stay_alive(
+    interval: float,
+    ask_bus: Callable[[], Awaitable[object]],
+    look: Callable[[], Awaitable[object]],
+) -> None:
     """Tell systemd over and over that we serve, which is when an answer of the bus reaches us.
 
-    Whoever hears no more of it starts us anew: a loopd whom nobody can call is of no use.
+    Whoever hears no more of it starts us anew: a loopd whom nobody can call is of no use. Each
+    time, `look` looks after what else is to be.
     """
     while True:
         try:
@@ -43,4 +82,49 @@ async def stay_alive(interval: float, ask_bus: Callable[[], Awaitable[object]]) 
             log.warning("the bus does not answer: %s", exc)
         else:
             tell("WATCHDOG=1")
+        await look()
         await asyncio.sleep(interval / 2)
+
+
+class Unit:
+    """Our unit, asked for over the bus through `call`, a connection's method of that name."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    async def _get(self, path: str, interface: str, name: str) -> Any:
+        (value,) = await self._call(
+            _NAME,
+            path,
+            "org.freedesktop.DBus.Properties",
+            "Get",
+            "ss",
+            [f"{_NAME}.{interface}", name],
+            timeout=_TIMEOUT,
+        )
+        return value.value
+
+    async def fds_kept(self) -> int:
+        """How many fds systemd keeps for us now. Raises LoopError, BusError."""
+        return int(await self._get(_OWN_UNIT, "Service", "NFileDescriptorStore"))
+
+    async def fds_at_most(self) -> int:
+        """How many fds systemd would keep for us; 0 if it does not say."""
+        if not present():
+            return 0
+        try:
+            return int(await self._get(_OWN_UNIT, "Service", "FileDescriptorStoreMax"))
+        except (LoopError, BusError) as exc:
+            log.warning("systemd does not say how many fds it keeps for us: %s", exc)
+            return 0
+
+    async def restarts(self) -> bool:
+        """Whether we are stopped only to be started again; no, if systemd does not say."""
+        if not present():
+            return False
+        try:
+            number, path = await self._get(_OWN_UNIT, "Unit", "Job")
+            return number != _NO_JOB and str(await self._get(path, "Job", "JobType")) == "restart"
+        except (LoopError, BusError) as exc:
+            log.warning("systemd does not say whether it starts us again: %s", exc)
+            return False

@@ -106,11 +106,14 @@ class Threads:
         function: Callable[[], _T],
         *,
         timeout: float | None = None,
+        late: Callable[[_T], object] = lambda _: None,
     ) -> _T:
         """As `run`, when it is the turn of that user, with one deadline for both."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         give_back = await self.turn(uid, work, timeout)
-        return await self.run(function, timeout=remaining(deadline), ended=give_back, work=work)
+        return await self.run(
+            function, timeout=remaining(deadline), late=late, ended=give_back, work=work
+        )
 
     async def turn(self, uid: int, work: Work, timeout: float | None) -> Callable[[], None]:
         """Wait for a user's turn to have a thread, and return what gives it back.

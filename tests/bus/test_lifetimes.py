@@ -337,7 +337,6 @@ def test_who_may_change_the_lifetime_of_another_users_device(
 @pytest.mark.parametrize(
     ("lifetime", "error"),
     [
-        ("system", f"{LOOP1}.NotSupported"),
         ("", f"{BUS}.Error.InvalidArgs"),
         ("for ever", f"{BUS}.Error.InvalidArgs"),
     ],

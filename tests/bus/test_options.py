@@ -326,11 +326,10 @@ def test_options_that_do_not_fit_together_are_refused(
     assert (name, text.partition(":")[0]) == (INVALID_ARGS, key)
 
 
-def test_what_there_is_not_yet_is_not_supported(world: World, caller: Caller) -> None:
+def test_a_lifetime_that_nobody_would_end_is_not_supported(world: World, caller: Caller) -> None:
     image = world.image(SIZE)
-    for key, value in (("lifetime", "user"), ("lifetime", "system")):
-        name, text = refused(world, caller, image, {key: value})
-        assert (name, text.partition(":")[0]) == (NOT_SUPPORTED, key), value
+    name, text = refused(world, caller, image, {"lifetime": "user"})
+    assert (name, text.partition(":")[0]) == (NOT_SUPPORTED, "lifetime")
 
 
 def test_a_mistake_is_told_even_to_those_who_may_not_attach(world: World, caller: Caller) -> None:

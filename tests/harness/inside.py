@@ -24,7 +24,8 @@ from loopd.config import Config
 from loopd.device import Device
 from loopd.errors import PeerError
 from loopd.fd import OwnedFd
-from loopd.leases import Leases
+from loopd.fdstore import FdStore
+from loopd.leases import Leases, Quota
 from loopd.lifetimes import Lifetimes
 from loopd.locks import Locks
 from loopd.logind import Logind
@@ -34,6 +35,7 @@ from loopd.operations import Operations
 from loopd.overlap import Claims
 from loopd.polkit import Authority
 from loopd.proposal import AttachOptions
+from loopd.records import Records
 from loopd.registry import Listeners, Registry
 from loopd.threads import Threads, Work
 from tests.harness import leaks
@@ -83,17 +85,25 @@ class Inside:
         self.threads = Threads()
         self.markers = Markers(directory)
         self.markers.prepare()
-        listeners = Listeners(
-            added=lambda device: self.told.append(("added", device.path)),
-            changed=lambda device: self.told.append(("changed", device.path)),
-            removed=self._removed,
+        self.records = Records(directory)
+        self.records.load()
+        self.store = FdStore()
+        self.quota = Quota(
+            "loop devices",
+            per_user=config.limits.devices_per_user,
+            in_all=config.limits.devices,
+            hint="",
         )
+        listeners = Listeners(added=self._added, changed=self._changed, removed=self._removed)
         self.registry = Registry(self.threads, self.markers, listeners, scripted.numbers)
         authority = Authority(polkit, timeout=1, interactive_timeout=1, max_questions=4)
         self.leases = Leases()
         self.lifetimes = Lifetimes(
             self.leases,
             self.registry,
+            self.records,
+            self.store,
+            self.threads,
             Logind(no_logind),
             config.limits,
             let_go=lambda device: self.manager.let_go(device),
@@ -104,7 +114,13 @@ class Inside:
             config, self.threads, authority, self.registry, self.lifetimes, self.locks
         )
         self.operations = Operations(
-            self.manager, self.registry, self.locks, self.claims, self.threads, self.lifetimes
+            self.manager,
+            self.registry,
+            self.locks,
+            self.claims,
+            self.threads,
+            self.lifetimes,
+            self.store,
         )
         self.attaching = Attaching(
             config,
@@ -115,12 +131,24 @@ class Inside:
             self.lifetimes,
             self.locks,
             self.claims,
+            self.quota,
+            self.store,
             let_go=self.manager.let_go,
         )
         scripted.uevent = self._uevent
 
+    def _added(self, device: Device) -> None:
+        self.records.note(device)
+        self.told.append(("added", device.path))
+
+    def _changed(self, device: Device) -> None:
+        if self.registry.knows(device):
+            self.records.note(device)
+        self.told.append(("changed", device.path))
+
     def _removed(self, device: Device) -> None:
         self.manager.device_gone(device)
+        self.records.remove(device.label)
         self.told.append(("removed", device.path))
 
     def _uevent(self, number: int) -> None:
@@ -165,7 +193,7 @@ class Inside:
         found += [f"a claim of {claimed}" for claimed in self.claims._claimed]
         found += [f"a claim of loop{number}" for number in self.markers._claims]
         found += [str(mark) for mark in self._directory.glob("*/loop*")]
-        if taken := self.attaching._quota.taken:
+        if taken := self.quota.taken:
             found.append(f"{taken} places are taken")
         return found
 

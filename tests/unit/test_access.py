@@ -67,20 +67,28 @@ def test_a_foreign_device_is_nobodys_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_device", "trusted", "wants_number", "actions"),
+    ("block_device", "trusted", "wants_number", "keeps", "actions"),
     [
-        (False, True, False, {Action.ATTACH}),
-        (False, False, False, {Action.ATTACH_UNTRUSTED_FILESYSTEM}),
-        (True, True, False, {Action.ATTACH_BLOCK_DEVICE}),
-        (True, False, False, {Action.ATTACH_BLOCK_DEVICE, Action.ATTACH_UNTRUSTED_FILESYSTEM}),
-        (False, True, True, {Action.ATTACH, Action.MANAGE_OTHERS}),
-        (True, True, True, {Action.ATTACH_BLOCK_DEVICE, Action.MANAGE_OTHERS}),
+        (False, True, False, False, {Action.ATTACH}),
+        (False, False, False, False, {Action.ATTACH_UNTRUSTED_FILESYSTEM}),
+        (True, True, False, False, {Action.ATTACH_BLOCK_DEVICE}),
+        (
+            *(True, False, False, False),
+            {Action.ATTACH_BLOCK_DEVICE, Action.ATTACH_UNTRUSTED_FILESYSTEM},
+        ),
+        (False, True, True, False, {Action.ATTACH, Action.MANAGE_OTHERS}),
+        (True, True, True, False, {Action.ATTACH_BLOCK_DEVICE, Action.MANAGE_OTHERS}),
+        (False, True, False, True, {Action.KEEP}),
+        (True, True, False, True, {Action.ATTACH_BLOCK_DEVICE, Action.KEEP}),
+        (False, True, True, True, {Action.MANAGE_OTHERS, Action.KEEP}),
     ],
 )
 def test_only_the_strongest_actions_are_needed(
-    block_device: bool, trusted: bool, wants_number: bool, actions: set[Action]
+    block_device: bool, trusted: bool, wants_number: bool, keeps: bool, actions: set[Action]
 ) -> None:
-    needed = needed_to_attach(block_device=block_device, trusted=trusted, wants_number=wants_number)
+    needed = needed_to_attach(
+        block_device=block_device, trusted=trusted, wants_number=wants_number, keeps=keeps
+    )
     assert needed == actions
 
 

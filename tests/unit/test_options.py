@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loopd.blockdev import Lock
 from loopd.codec import Variant
-from loopd.errors import InvalidArgs, LoopError, NotSupported
+from loopd.errors import InvalidArgs, LoopError
 from loopd.operations import ResizeOptions
 from loopd.options import (
     Options,
@@ -115,23 +115,6 @@ def test_a_value_out_of_range_is_named(key: str, kind: str, value: Any) -> None:
 
 def test_a_reference_may_have_62_bytes() -> None:
     assert attach_options({"reference": Variant("s", "ä" * 31)}).reference == "ä".encode() * 31
-
-
-@pytest.mark.parametrize(
-    ("key", "kind", "value"),
-    [
-        ("lifetime", "s", "system"),
-    ],
-)
-def test_what_cannot_be_done_yet_is_said_to_be_so(key: str, kind: str, value: Any) -> None:
-    with pytest.raises(NotSupported, match=f"^{key}: "):
-        attach_options({key: Variant(kind, value)})
-
-
-def test_a_mistake_counts_more_than_what_cannot_be_done() -> None:
-    given = {"lifetime": Variant("s", "system"), "offset": Variant("t", 1)}
-    with pytest.raises(InvalidArgs, match=r"^offset: "):
-        attach_options(given)
 
 
 def test_resize_takes_its_three() -> None:

@@ -12,98 +12,40 @@ from unittest import mock
 import pytest
 
 from loopd import blockdev, kernel, loopinfo, loopops
-from loopd.access import Caller, Client
-from loopd.attaching import Attaching
 from loopd.blockdev import Lock
 from loopd.config import Config, Limits
 from loopd.device import Device
 from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
-from loopd.leases import Leases
-from loopd.lifetimes import Lifetimes
-from loopd.locks import Locks
-from loopd.logind import Logind
-from loopd.manager import Manager
-from loopd.marker import Markers
-from loopd.operations import Operations, ResizeOptions
-from loopd.overlap import Claims
-from loopd.polkit import Authority
-from loopd.proposal import AttachOptions
-from loopd.registry import Listeners, Registry
-from loopd.threads import Threads
+from loopd.operations import ResizeOptions
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
-from tests.harness.inside import no_logind
+from tests.harness.inside import Inside
 from tests.harness.scripted import ScriptedKernel
 
 UID = 1000
 
 
-class Parts:
-    """What the daemon is made of, without a bus: polkit says yes to everything."""
+class Parts(Inside):
+    """What the daemon is made of, with one caller and one image."""
 
     def __init__(self, directory: Path, scripted: ScriptedKernel, devices: int) -> None:
-        self.scripted = scripted
-        self.directory = directory
-        self.told: list[tuple[str, str]] = []
-        self.threads = Threads()
-        markers = Markers(directory)
-        markers.prepare()
-        config = Config(limits=Limits(devices_per_user=devices))
-
-        def removed(device: Device) -> None:
-            self.manager.device_gone(device)
-            self.told.append(("removed", device.path))
-
-        listeners = Listeners(
-            added=lambda device: self.told.append(("added", device.path)),
-            changed=lambda device: self.told.append(("changed", device.path)),
-            removed=removed,
+        super().__init__(
+            directory, scripted, config=Config(limits=Limits(devices_per_user=devices))
         )
-        self.registry = Registry(self.threads, markers, listeners, scripted.numbers)
-        authority = Authority(_says_yes, timeout=1, interactive_timeout=1, max_questions=4)
-        self.leases = Leases()
-        locks = self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
-        claims = self.claims = Claims()
-        lifetimes = Lifetimes(
-            self.leases,
-            self.registry,
-            Logind(no_logind),
-            config.limits,
-            let_go=lambda device: self.manager.let_go(device),
-        )
-        self.manager = Manager(config, self.threads, authority, self.registry, lifetimes, locks)
-        self.operations = Operations(
-            self.manager, self.registry, locks, claims, self.threads, lifetimes
-        )
-        self.attaching = Attaching(
-            config,
-            self.threads,
-            authority,
-            markers,
-            self.registry,
-            lifetimes,
-            locks,
-            claims,
-            let_go=self.manager.let_go,
-        )
-        left = asyncio.get_running_loop().create_future()
-        self.caller = Caller(Client(":1.7", UID, left), interactive=False)
+        # Told by `look` alone.
+        scripted.uevent = lambda _: None
+        self.one = self.caller(UID)
         self.image = make_plain(directory / "image", MIB)
 
-    async def attach(self, **options: Any) -> Device:
-        fd = OwnedFd(os.open(self.image, os.O_RDWR | os.O_CLOEXEC))
-        return await self.attaching.attach(self.caller, fd, AttachOptions(**options))
+    async def attach_image(self, **options: Any) -> Device:
+        return await self.attach(self.one, self.image, **options)
 
     async def look(self, device: Device) -> None:
         """Do as at an event of the kernel's, and wait until it has been dealt with."""
         assert device.number is not None
         await self.registry._look(device.number)
         await self.registry._tasks.finish(10)
-
-
-async def _says_yes(*_: Any, **__: Any) -> list[Any]:
-    return [[True, False, {}]]
 
 
 Story = Callable[[Parts], Coroutine[Any, Any, None]]
@@ -139,9 +81,9 @@ def test_a_device_that_the_kernel_lets_go_of_takes_lease_lock_and_place_with_it(
     with_parts: WithParts,
 ) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        device = await parts.attach_image(lock=Lock.EXCLUSIVE)
         with pytest.raises(LimitsExceeded):
-            await parts.attach(allow_overlap=True)
+            await parts.attach_image(allow_overlap=True)
         parts.scripted.let_go(device.number)
         await parts.look(device)
         assert ("removed", device.path) in parts.told
@@ -149,9 +91,9 @@ def test_a_device_that_the_kernel_lets_go_of_takes_lease_lock_and_place_with_it(
         assert parts.leases.of(device.path) is None
         assert device.gone.is_set()
         with pytest.raises(NoSuchDevice):
-            await parts.operations.resize(parts.caller, device, ResizeOptions())
+            await parts.operations.resize(parts.one, device, ResizeOptions())
         # Its place is free again, and so is its file.
-        await parts.attach()
+        await parts.attach_image()
 
     with_parts(story)
 
@@ -160,7 +102,7 @@ def test_a_number_that_was_unbound_and_bound_anew_is_another_device(
     with_parts: WithParts,
 ) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach()
+        device = await parts.attach_image()
         parts.scripted.let_go(device.number)
         parts.scripted.bind_by_others(device.number, parts.image)
         await parts.look(device)
@@ -180,7 +122,7 @@ def test_what_others_change_is_told_and_nothing_is_told_of_what_stays(
     with_parts: WithParts,
 ) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach()
+        device = await parts.attach_image()
         parts.told.clear()
         await parts.look(device)
         assert parts.told == []
@@ -197,13 +139,13 @@ def test_an_exclusive_lock_does_not_begin_anew_when_it_is_asked_for_again(
     with_parts: WithParts,
 ) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        device = await parts.attach_image(lock=Lock.EXCLUSIVE)
         (held,) = parts.locks._held.values()
-        await parts.operations.lock(parts.caller, device, Lock.EXCLUSIVE)
+        await parts.operations.lock(parts.one, device, Lock.EXCLUSIVE)
         assert [*parts.locks._held.values()] == [held]
         assert held.expiry
         assert not held.expiry.cancelled()
-        await parts.operations.lock(parts.caller, device, Lock.SHARED)
+        await parts.operations.lock(parts.one, device, Lock.SHARED)
         assert held.expiry.cancelled()
 
     with_parts(story)
@@ -213,7 +155,7 @@ def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
     with_parts: WithParts,
 ) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach(lock=Lock.EXCLUSIVE)
+        device = await parts.attach_image(lock=Lock.EXCLUSIVE)
         assert device.loop
         assert device.loop.lock
         with OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close):
@@ -222,8 +164,8 @@ def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
                 assert blockdev.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
         assert device.lock is Lock.NONE
         # What comes after an unlock works as before.
-        await parts.operations.sync(parts.caller, device)
-        await parts.operations.lock(parts.caller, device, Lock.SHARED)
+        await parts.operations.sync(parts.one, device)
+        await parts.operations.lock(parts.one, device, Lock.SHARED)
         assert device.lock is Lock.SHARED
 
     with_parts(story)
@@ -231,13 +173,13 @@ def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
 
 def test_a_lock_that_is_lost_while_it_is_changed_is_no_longer_told(with_parts: WithParts) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach(lock=Lock.SHARED)
+        device = await parts.attach_image(lock=Lock.SHARED)
 
         def lose(*_: Any, **__: Any) -> None:
             raise loopops.LockLost("gone")
 
         with mock.patch.object(loopops, "change_lock", lose), pytest.raises(DeviceBusy):
-            await parts.operations.lock(parts.caller, device, Lock.EXCLUSIVE)
+            await parts.operations.lock(parts.one, device, Lock.EXCLUSIVE)
         assert device.lock is Lock.NONE
         assert parts.locks.holder(device) is None
 
@@ -248,7 +190,7 @@ def test_a_device_that_grows_and_one_that_is_attached_do_not_meet(with_parts: Wi
     """Each looks at what the other is about to map."""
 
     async def story(parts: Parts) -> None:
-        device = await parts.attach(size_limit=4096)
+        device = await parts.attach_image(size_limit=4096)
         held, go_on = threading.Event(), threading.Event()
         real = kernel.loop_set_status64
 
@@ -259,16 +201,16 @@ def test_a_device_that_grows_and_one_that_is_attached_do_not_meet(with_parts: Wi
 
         with mock.patch.object(kernel, "loop_set_status64", slowly):
             growing = asyncio.ensure_future(
-                parts.operations.resize(parts.caller, device, ResizeOptions(size_limit=0))
+                parts.operations.resize(parts.one, device, ResizeOptions(size_limit=0))
             )
             await asyncio.to_thread(held.wait, 20)
             try:
                 with pytest.raises(Overlap):
-                    await parts.attach(offset=MIB // 2)
+                    await parts.attach_image(offset=MIB // 2)
             finally:
                 go_on.set()
             assert await growing == MIB
-        await parts.operations.resize(parts.caller, device, ResizeOptions(size_limit=4096))
+        await parts.operations.resize(parts.one, device, ResizeOptions(size_limit=4096))
         # What was claimed is free again.
         assert parts.claims._claimed == set()
 
@@ -277,10 +219,10 @@ def test_a_device_that_grows_and_one_that_is_attached_do_not_meet(with_parts: Wi
 
 def test_a_name_that_was_set_later_is_the_one_that_is_told(with_parts: WithParts) -> None:
     async def story(parts: Parts) -> None:
-        device = await parts.attach()
+        device = await parts.attach_image()
         names = [b"%d" % number for number in range(20)]
         await asyncio.gather(
-            *(parts.operations.set_reference(parts.caller, device, name) for name in names)
+            *(parts.operations.set_reference(parts.one, device, name) for name in names)
         )
         assert device.number is not None
         told = loopinfo.binding(device.number, device.status.binding).reference

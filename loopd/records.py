@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the next loopd is to know of our devices: a small file for each in the runtime directory.
+
+A file is there before its client has an answer, and is replaced as a whole whenever something in it
+changes. It is written where everything else is decided, on the event loop: a runtime directory is
+memory, and waits for nobody.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from .device import Device
+from .leases import Lease
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_NEW = ".new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A device as it was recorded. What is added later needs a default, for upgrades."""
+
+    name: str
+    diskseq: int
+    which: int | None
+    number: int | None
+    binding: int
+    file_device: int
+    file_inode: int
+    file_block: int
+    """0 if the file is no block device."""
+    reference: str
+    owner: int
+    attached_at: int
+    detaching: bool
+    lifetime: str
+    holder: str
+    over: bool
+    autoclear: bool
+    holds: dict[str, int]
+    lock: str
+    lock_holder: str
+    lock_expires: float | None
+    bus: str
+    """The id of the bus that holder and lock_holder are names of."""
+    format: int = _FORMAT
+
+    @classmethod
+    def of(cls, device: Device, lease: Lease | None, bus: str) -> Self:
+        """The record of a device of ours."""
+        file = device.file
+        return cls(
+            name=device.name,
+            diskseq=device.diskseq,
+            which=device.which,
+            number=device.number,
+            binding=device.status.binding,
+            file_device=file.device if file else 0,
+            file_inode=file.inode if file else 0,
+            file_block=file.block.number if file and file.block else 0,
+            reference=device.reference.decode(errors="surrogateescape"),
+            owner=device.owner,
+            attached_at=device.attached_at,
+            detaching=device.ending,
+            lifetime=lease.lifetime if lease else "",
+            holder=lease.holder if lease else "",
+            over=lease.over if lease else True,
+            autoclear=lease.autoclear if lease else True,
+            holds=dict(device.holds),
+            lock=str(device.lock),
+            lock_holder=device.lock_holder,
+            lock_expires=device.lock_expires,
+            bus=bus,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read one. Raises ValueError, TypeError."""
+        told = json.loads(text)
+        if not isinstance(told, dict) or told.get("format") != _FORMAT:
+            raise ValueError("it has another format")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in told.items() if key in known})
+
+
+class Records:
+    """The directory `leases` in the runtime directory."""
+
+    def __init__(self, runtime_directory: Path) -> None:
+        self.bus = ""
+        """The id of the bus, once it is known."""
+        self._directory = runtime_directory / "leases"
+        self._saved: dict[str, Record] = {}
+
+    def load(self) -> list[Record]:
+        """Read what a former loopd has left, and take away what cannot be read. Raises OSError."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = []
+        for path in sorted(self._directory.iterdir()):
+            try:
+                if path.name.endswith(_NEW):
+                    raise ValueError("it was not finished")
+                found.append(Record.parse(path.read_text()))
+            except (ValueError, TypeError) as exc:
+                log.warning("dropping the record %s: %s", path.name, exc)
+                path.unlink(missing_ok=True)
+        return found
+
+    def save(self, device: Device, lease: Lease | None = None) -> None:
+        """Record a device of ours as it is now, or with another lease. Raises OSError."""
+        record = Record.of(device, lease or device.lease, self.bus)
+        if self._saved.get(device.label) == record:
+            return
+        path = self._directory / device.label
+        new = path.with_name(device.label + _NEW)
+        new.write_text(json.dumps(dataclasses.asdict(record)))
+        os.replace(new, path)
+        self._saved[device.label] = record
+
+    def note(self, device: Device) -> None:
+        """Record what has changed about a device, if it is ours; a failure is logged."""
+        if not device.managed:
+            return
+        try:
+            self.save(device)
+        except OSError as exc:
+            log.warning("cannot record %s: %s", device.node, exc.strerror, extra=device.fields)
+
+    def remove(self, label: str) -> None:
+        """Forget a device that is gone."""
+        self._saved.pop(label, None)
+        try:
+            (self._directory / label).unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("cannot remove the record of %s: %s", label, exc.strerror)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The start after another loopd: what it had is taken back, or let go where nothing keeps it.
+
+A device is the one that was recorded if the same binding is still there. What others set up is not
+touched, and what was kept without a record, because a loopd died in between, is given up.
+"""
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from . import backing, kernel, loopdev, loopinfo, loopops
+from .access import ROOT, Client
+from .backing import FileIdentity
+from .blockdev import Lock
+from .device import Device, label
+from .errors import LoopError, NoSuchDevice
+from .fd import OwnedFd
+from .fdstore import FdStore, number_in
+from .leases import CONNECTION, SYSTEM, Lease, Quota
+from .lifetimes import Lifetimes
+from .locks import Locks
+from .records import Record, Records
+from .registry import Registry
+from .tasks import Tasks
+from .threads import Threads, Work
+
+log = logging.getLogger(__name__)
+
+# How long a device is waited for that may hang.
+_TIMEOUT = 5.0
+_NAME = re.compile(r"(?P<label>\w+)(?:\.(?P<what>lock|hold)\d+)?", re.ASCII)
+
+
+@dataclass
+class _Kept:
+    """The fds that were kept of one device."""
+
+    device: OwnedFd | None = None
+    locks: dict[str, OwnedFd] = field(default_factory=dict)
+    holds: dict[str, OwnedFd] = field(default_factory=dict)
+
+    def take_lock(self) -> OwnedFd | None:
+        """The newest one: an older one was about to be dropped."""
+        if not self.locks:
+            return None
+        return self.locks.pop(max(self.locks, key=number_in))
+
+    def close(self) -> None:
+        """Take all out that nobody has taken."""
+        for fd in (*self.locks.values(), *self.holds.values(), self.device):
+            if fd:
+                fd.close()
+
+
+class Restoring:
+    """Takes back devices.
+
+    `claim` takes a number for a uid, and `rejoin` finds a connection that is still there.
+    """
+
+    def __init__(
+        self,
+        threads: Threads,
+        registry: Registry,
+        records: Records,
+        store: FdStore,
+        lifetimes: Lifetimes,
+        locks: Locks,
+        quota: Quota,
+        claim: Callable[[int, int], loopdev.Release],
+        rejoin: Callable[[str], Awaitable[Client | None]],
+        let_go: Callable[[Device], None],
+    ) -> None:
+        self._threads = threads
+        self._registry = registry
+        self._records = records
+        self._store = store
+        self._lifetimes = lifetimes
+        self._locks = locks
+        self._quota = quota
+        self._claim = claim
+        self._rejoin = rejoin
+        self._let_go = let_go
+        self._clients: dict[str, Client] = {}
+        self._tasks = Tasks()
+
+    async def restore(self) -> None:
+        """Take back what is recorded, and give up the rest. Raises OSError."""
+        records = await self._threads.run(self._records.load)
+        kept: dict[str, _Kept] = {}
+        for name, fd in self._store.passed().items():
+            _sort(kept, name, fd)
+        holders = {
+            name
+            for record in records
+            if record.bus == self._records.bus
+            for name in (record.holder, record.lock_holder)
+            if name
+        }
+        for client in await asyncio.gather(*map(self._rejoin, holders)):
+            if client:
+                self._clients[client.name] = client
+        await asyncio.gather(*(self._take_back(each, kept) for each in records))
+        for name, left in kept.items():
+            log.warning("giving up %s, which was kept without a record", name)
+            self._close(ROOT, partial(_give_up, name, left))
+
+    async def _take_back(self, record: Record, all_kept: dict[str, _Kept]) -> None:
+        name = label(record.name, record.diskseq, record.which)
+        kept = all_kept.pop(name, _Kept())
+        try:
+            device = await self._threads.run_in_turn(
+                record.owner,
+                Work.OPERATION,
+                partial(self._reopen, record, kept),
+                timeout=_TIMEOUT,
+                late=_close,
+            )
+        except (LoopError, OSError) as exc:
+            log.info("%s is not taken back: %s", name, exc)
+            if isinstance(exc, NoSuchDevice):
+                self._records.remove(name)
+            self._close(record.owner, kept.close)
+            return
+        lock = kept.take_lock()
+        if device.loop:
+            device.loop.lock = lock
+        device.place = self._quota.take_back(record.owner)
+        holds = {each: kept.holds.pop(each) for each in record.holds if each in kept.holds}
+        self._close(record.owner, kept.close)
+        lease = Lease(
+            device.path,
+            record.owner,
+            record.holder,
+            record.lifetime,
+            over=record.over,
+            autoclear=record.autoclear,
+        )
+        self._lifetimes.take_back(
+            device, lease, {each: (record.holds[each], fd) for each, fd in holds.items()}
+        )
+        if lock:
+            holder = self._client(record, record.lock_holder)
+            self._locks.take_back(device, holder, Lock(record.lock), record.lock_expires)
+        self._registry.record(device)
+        log.info("%s is taken back", device.node, extra={"UID": device.owner, **device.fields})
+        if record.detaching:
+            self._let_go(device)
+        elif record.lifetime == CONNECTION and not self._client(record, record.holder):
+            self._lifetimes.holder_is_gone(device)
+        elif record.over and not holds:
+            self._let_go(device)
+
+    def _client(self, record: Record, name: str) -> Client | None:
+        """A connection of the owner's that still is there."""
+        client = self._clients.get(name) if record.bus == self._records.bus else None
+        return client if client and client.uid == record.owner else None
+
+    def _reopen(self, record: Record, kept: _Kept) -> Device:
+        """Open a device, or find it open; raises NoSuchDevice if it is another one now."""
+        fd, kept.device = kept.device, None
+        file = FileIdentity(
+            device=record.file_device,
+            inode=record.file_inode,
+            block=_block(record.file_block) if record.file_block else None,
+        )
+        device = partial(
+            Device,
+            name=record.name,
+            diskseq=record.diskseq,
+            which=record.which,
+            file=file,
+            reference=record.reference.encode(errors="surrogateescape"),
+            owner=record.owner,
+            attached_at=record.attached_at,
+        )
+        if record.number is None:
+            return self._reopen_block(record, fd, device)
+        loop = loopops.take_back(
+            record.number,
+            record.binding,
+            fd,
+            autoclear=record.autoclear or record.lifetime != SYSTEM,
+        )
+        try:
+            status = loopinfo.status(record.number)
+            if status.binding != record.binding:
+                raise NoSuchDevice(f"loop{record.number} is another device now")
+            sector_size = loopops.sector_size(loop)
+        except BaseException:
+            loop.close()
+            raise
+        loop.release = self._claim(record.owner, record.number)
+        return device(number=record.number, status=status, sector_size=sector_size, loop=loop)
+
+    @staticmethod
+    def _reopen_block(record: Record, fd: OwnedFd | None, device: Callable[..., Device]) -> Device:
+        """The same of a block device that needs no loop device: without its fd there is nothing."""
+        if fd is None:
+            raise NoSuchDevice(f"{record.name} was open nowhere else")
+        with fd:
+            status = loopinfo.block_status(
+                record.file_block, read_only=not backing.is_writable(fd.fileno())
+            )
+            if status.diskseq != record.diskseq:
+                raise NoSuchDevice(f"{record.name} has another medium now")
+            sector_size = kernel.blksszget(fd.fileno())
+            return device(number=None, status=status, sector_size=sector_size, held=fd.move())
+
+    def _close(self, uid: int, close: Callable[[], None]) -> None:
+        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
+
+
+def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
+    """Put an fd to the others of its device."""
+    found = _NAME.fullmatch(name)
+    of = kept.setdefault(found["label"] if found else name, _Kept())
+    if found and found["what"] == "lock":
+        of.locks[name] = fd
+    elif found and found["what"] == "hold":
+        of.holds[name] = fd
+    else:
+        of.device = fd
+
+
+def _give_up(name: str, kept: _Kept) -> None:
+    """Detach a device that was attached for nobody, and close what was kept of it."""
+    fd, kept.device = kept.device, None
+    kept.close()
+    if fd is None:
+        return
+    try:
+        stat = kernel.statx(fd.fileno())
+        number = kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor)
+        which = None if number is None else kernel.loop_binding(number)
+        if number is None or which is None:
+            return
+        loop = loopops.take_back(number, which, fd.move(), autoclear=True)
+    except (LoopError, OSError) as exc:
+        log.debug("cannot look at what was kept as %s: %s", name, exc)
+        return
+    finally:
+        fd.close()
+    # Under another name it is what somebody did to it, or no device that loopd attached.
+    if label(f"loop{number}", loop.diskseq) != name or not loopdev.detach(loop):
+        loop.close()
+
+
+def _close(device: Device) -> None:
+    """Close a device that was opened too late; it is another loopd's again."""
+    if device.loop:
+        device.loop.close()
+    if device.held:
+        device.held.close()
+
+
+def _block(number: int) -> backing.Block:
+    try:
+        return backing.block(os.major(number), os.minor(number))
+    except OSError as exc:
+        raise NoSuchDevice("the block device behind it is gone") from exc
