@@ -277,7 +277,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         attaching.refuse()
         authority.stop()
         await bus.release(NAME, _STOP_TIMEOUT)
-        if not (store.room and await unit.restarts()):
+        # What is in the store is the next loopd's; systemd starts it after a failure, too.
+        if not (store.room and (status or await unit.restarts())):
             await manager.stop(_STOP_TIMEOUT)
         await bus.leave(_STOP_TIMEOUT)
         return status

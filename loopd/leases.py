@@ -17,7 +17,7 @@ from typing import Self
 from .access import ROOT
 from .errors import LimitsExceeded
 
-CONNECTION, USER, SYSTEM = "connection", "user", "system"
+LIFETIMES = CONNECTION, USER, SYSTEM = "connection", "user", "system"
 
 
 @dataclass(slots=True, eq=False)

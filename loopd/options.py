@@ -10,11 +10,10 @@ from typing import Any
 from .blockdev import Lock
 from .codec import Variant
 from .errors import InvalidArgs
-from .leases import CONNECTION, SYSTEM, USER
+from .leases import CONNECTION, LIFETIMES
 from .operations import ResizeOptions
 from .proposal import AttachOptions
 
-_LIFETIMES = (CONNECTION, USER, SYSTEM)
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
 _MAX_NUMBER = 0xFFFFF  # the kernel has 20 bits for it
 _MAX_REFERENCE = 62  # udev ignores a name that fills the kernel's 63
@@ -79,7 +78,7 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     direct_io = options.boolean("direct-io")
     name = options.string("reference") or ""
     lock = options.choice("lock", tuple(Lock)) or Lock.NONE
-    lifetime = options.choice("lifetime", _LIFETIMES) or CONNECTION
+    lifetime = options.choice("lifetime", LIFETIMES) or CONNECTION
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
@@ -105,8 +104,8 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
 
 def lifetime_kind(text: str) -> str:
     """The argument of SetLifetime."""
-    if text not in _LIFETIMES:
-        raise InvalidArgs(f"lifetime: not one of {', '.join(_LIFETIMES)}")
+    if text not in LIFETIMES:
+        raise InvalidArgs(f"lifetime: not one of {', '.join(LIFETIMES)}")
     return text
 
 

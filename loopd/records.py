@@ -12,10 +12,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from types import GenericAlias
+from typing import Any, Self, get_origin
 
+from .blockdev import Lock
 from .device import Device
-from .leases import Lease
+from .leases import LIFETIMES, Lease
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +88,15 @@ class Record:
         told = json.loads(text)
         if not isinstance(told, dict) or told.get("format") != _FORMAT:
             raise ValueError("it has another format")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in told.items() if key in known})
+        kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+        for key, value in told.items():
+            kind = kinds.get(key, object)
+            if not isinstance(value, get_origin(kind) if isinstance(kind, GenericAlias) else kind):
+                raise TypeError(f"{key} has another type")
+        record = cls(**{key: value for key, value in told.items() if key in kinds})
+        if record.lock not in tuple(Lock) or record.lifetime not in (*LIFETIMES, ""):
+            raise ValueError("it has another lock or lifetime")
+        return record
 
 
 class Records:

@@ -34,7 +34,7 @@ def tell(state: str, fds: Sequence[int] = ()) -> bool:
     try:
         from systemd.daemon import notify
 
-        notify(state, fds=list(fds))
+        notify(state, fds=[*fds])
     except (ImportError, OSError) as exc:
         log.warning("cannot notify systemd: %s", exc)
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loopd import kernel
 from tests.harness import loops
 from tests.harness.caller import DEVICE, MANAGER, Attached, Caller
 from tests.harness.deadline import Deadline
@@ -21,6 +22,7 @@ from tests.harness.world import OTHER, USER, World
 
 LOOP1 = f"{MANAGER}.Error"
 MANAGE_OTHERS = "org.example.loop1.manage-others"
+KEEP = "org.example.loop1.keep"
 SIZE = 4096
 UID, OTHER_UID = (pwd.getpwnam(name).pw_uid for name in (USER, OTHER))
 
@@ -346,3 +348,97 @@ def test_other_lifetimes_are_refused(world: World, lifetime: str, error: str) ->
     attached = attach(world, client)
     assert error_of(set_lifetime, client, attached, lifetime) == error
     assert client.get(attached.path, "Lifetime") == "connection"
+
+
+# Lifetime system
+
+
+def autoclear(attached: Attached) -> bool:
+    """Whether the kernel would detach a device at its last close."""
+    return kernel.loop_attribute(attached.number, "loop/autoclear") == b"1"
+
+
+def test_a_system_device_stays_until_its_owner_detaches_it(world: World) -> None:
+    client, again = world.caller(), world.caller()
+    attached = attach(world, client, lifetime="system")
+    assert [question.action for question in world.polkit.questions] == [KEEP]
+    assert world.polkit.questions[0].details["lifetime"] == "system"
+    told = again.get_all(attached.path)
+    assert (told["Lifetime"], told["Holder"], told["Owner"]) == ("system", "", UID)
+    assert not told["Autoclear"]
+    assert not autoclear(attached)
+    client.kill()
+    world.bus.wait_released(client.unique_name)
+    assert again.get(attached.path, "State") == "attached"
+    assert again.detach(attached.path) is True
+
+
+def test_nobody_keeps_a_device_whom_polkit_does_not_let(world: World) -> None:
+    client = world.caller()
+    denied = f"{BUS}.Error.AccessDenied"
+    attached = attach(world, client)
+    world.polkit.on(KEEP, Answer.DENY)
+    assert error_of(attach, world, client, lifetime="system") == denied
+    assert error_of(set_lifetime, client, attached, "system") == denied
+    assert client.get(attached.path, "Lifetime") == "connection"
+    assert autoclear(attached)
+
+
+def test_a_client_that_dies_while_it_is_asked_keeps_nothing(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    world.polkit.reset(Answer.HANG)
+    client.call_begin(attached.path, DEVICE, "SetLifetime", "sa{sv}", "system", {})
+    world.polkit.wait_question()
+    client.kill()
+    world.polkit.release(Answer.ALLOW)
+    wait_removed(witness, attached)
+
+
+def test_a_device_becomes_one_of_the_systems_and_an_ordinary_one_again(
+    world: World, logind: LogindDouble
+) -> None:
+    client, again, witness = world.caller(), world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    set_lifetime(client, attached, "system")
+    assert not autoclear(attached)
+    client.kill()
+    world.bus.wait_released(client.unique_name)
+    set_lifetime(again, attached, "system")
+    assert not autoclear(attached)
+    set_lifetime(again, attached, "user")
+    assert autoclear(attached)
+    set_lifetime(again, attached, "system")
+    set_lifetime(again, attached, "connection")
+    assert autoclear(attached)
+    again.kill()
+    wait_removed(witness, attached)
+
+
+def test_a_system_devices_autoclear_is_its_owners(world: World) -> None:
+    client, other = world.caller(), world.caller(OTHER)
+    attached = attach(world, client, lifetime="system")
+    world.polkit.reset(Answer.ALLOW)
+    for enable in (True, False, False):
+        client.device(attached.path, "SetAutoclear", "ba{sv}", enable, {})
+        assert autoclear(attached) is enable
+        assert client.get(attached.path, "Autoclear") is enable
+        # What changes something else leaves it as it is.
+        client.device(attached.path, "SetReference", "sa{sv}", f"now {enable}", {})
+        assert autoclear(attached) is enable
+    assert {question.action for question in world.polkit.questions} == {KEEP}
+    world.polkit.on(MANAGE_OTHERS, Answer.DENY)
+    denied = f"{BUS}.Error.AccessDenied"
+    assert error_of(other.device, attached.path, "SetAutoclear", "ba{sv}", True, {}) == denied
+    client.detach(attached.path)
+
+
+def test_who_manages_the_devices_of_others_may_keep_them(world: World) -> None:
+    client, other = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    world.polkit.reset(Answer.ALLOW)
+    set_lifetime(other, attached, "system")
+    assert {question.action for question in world.polkit.questions} == {MANAGE_OTHERS}
+    told = client.get_all(attached.path)
+    assert (told["Lifetime"], told["Owner"]) == ("system", UID)
+    client.detach(attached.path)

@@ -17,6 +17,7 @@ from tests.harness.raw import BUS, RawClient
 
 _ANSWERS: dict[str, tuple[str, list[Any]]] = {
     "Hello": ("s", [":1.1"]),
+    "GetId": ("s", ["0" * 32]),
     "AddMatch": ("", []),
     "RequestName": ("u", [1]),
     "GetConnectionUnixUser": ("u", [0]),
