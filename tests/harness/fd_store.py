@@ -182,18 +182,18 @@ class FdStore:
             self._close(fds)
             return
         names = [tag.removeprefix("FDNAME=") for tag in tags if tag.startswith("FDNAME=")]
-        name = names[0] if names else ""
-        if name and not _is_valid(name):
+        name = names[0] if names else None
+        if name is not None and not _is_valid(name):
             self.complaints.append(f"the name {name!r}")
-            name = ""
+            name = None
         if "FDSTOREREMOVE=1" in tags:
-            if name:
+            if name is not None:
                 self._remove(name)
             else:
                 self.complaints.append("a removal of what has no name")
         elif "FDSTORE=1" in tags:
             for fd in fds:
-                self._store(name or "stored", fd, polled="FDPOLL=0" not in tags)
+                self._store("stored" if name is None else name, fd, polled="FDPOLL=0" not in tags)
             fds = []
         else:
             self.said += tags
