@@ -109,6 +109,7 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
 	$(call fill,systemd/loopd.service.in,$(unitdir)/loopd.service)
+	$(call fill,systemd/loop-attach@.service.in,$(unitdir)/loop-attach@.service)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
 	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
@@ -119,7 +120,7 @@ install-files: | $(if $(DESTDIR),,install-deps)
 uninstall:
 	rm -rf $(DESTDIR)$(packagedir)
 	rm -f $(addprefix $(DESTDIR),$(sbindir)/loopd $(bindir)/loopctl \
-		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service \
+		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
 		$(mandir)/man1/loopctl.1 $(mandir)/man8/loopd.8 \
 		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
@@ -133,7 +134,7 @@ define launcher
 endef
 
 define fill
-@sed 's|@sbindir@|$(sbindir)|' $(1) >$(DESTDIR)$(2)
+@sed 's|@sbindir@|$(sbindir)|; s|@bindir@|$(bindir)|' $(1) >$(DESTDIR)$(2)
 @chmod 644 $(DESTDIR)$(2)
 endef
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
-from . import access, attachment, kernel, loopdev, loopinfo, loopops
+from . import access, attachment, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
@@ -220,7 +220,8 @@ class Attaching:
                     _attach,
                     fd.move(),
                     proposal,
-                    partial(self.claim, caller.uid),
+                    partial(self._claim, caller.uid),
+                    partial(self._publish, caller.uid, proposal),
                     self._store,
                 ),
                 late=lambda attached: _undo(attached[0]),
@@ -285,10 +286,15 @@ class Attaching:
         """Detach what a failure has left bound and unrecorded."""
         self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, partial(_undo, loop)))
 
-    def claim(self, uid: int, number: int) -> loopdev.Release:
-        """Take a number that is about to be bound, or was for a former loopd; for threads."""
-        release = self._markers.claim(number, unprivileged=uid != ROOT)
+    def _claim(self, uid: int, number: int) -> loopdev.Release:
+        """Take a number from the thread that is about to bind it."""
+        return self._looked_at(number, self._markers.claim(number, unprivileged=uid != ROOT))
 
+    def take_back(self, number: int) -> loopdev.Release:
+        """Take a number that a former loopd has bound; for threads, too."""
+        return self._looked_at(number, self._markers.take_back(number))
+
+    def _looked_at(self, number: int, release: loopdev.Release) -> loopdev.Release:
         def undo(waiting: int | None) -> None:
             release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
@@ -296,15 +302,27 @@ class Attaching:
 
         return undo
 
+    def _publish(self, uid: int, proposal: Proposal, number: int, diskseq: int) -> None:
+        """Have udev make the links that devices of root's have."""
+        if uid == ROOT:
+            description = udevlinks.describe(proposal.file.identity, proposal.request.reference)
+            self._markers.publish(number, diskseq, description)
+
 
 def _now() -> int:
     return time.time_ns() // 1000
 
 
 def _attach(
-    fd: OwnedFd, proposal: Proposal, claim: attachment.Claim, store: FdStore
+    fd: OwnedFd,
+    proposal: Proposal,
+    claim: attachment.Claim,
+    publish: attachment.Publish,
+    store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
-    loop = attachment.attach(fd, proposal.file, proposal.request, claim, may_hang=proposal.may_hang)
+    loop = attachment.attach(
+        fd, proposal.file, proposal.request, claim, publish, may_hang=proposal.may_hang
+    )
     try:
         status = loopinfo.status(loop.number)
         # The last close of a device waits for its file, and not for ever in systemd.

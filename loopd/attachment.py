@@ -40,6 +40,7 @@ _allocation = threading.Lock()
 THIS_KERNEL = Driver()
 
 Claim = Callable[[int], Release]
+Publish = Callable[[int, int], None]
 
 
 def attach(
@@ -47,6 +48,7 @@ def attach(
     file: BackingFile,
     request: AttachRequest,
     claim: Claim = lambda _: lambda _: None,
+    publish: Publish = lambda number, diskseq: None,
     *,
     may_hang: bool = False,
     driver: Driver = THIS_KERNEL,
@@ -54,7 +56,8 @@ def attach(
     """Bind a file to a free loop device, retrying while others race us.
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
-    is bound to it, and returns what is to be called in the end (`LoopDevice.release`). The device
+    is bound to it, and returns what is to be called in the end (`LoopDevice.release`); `publish`
+    with number and diskseq once that is done, before udev may look at the device. The device
     carries autoclear: it goes when the last opener, us included, is gone. With `may_hang` no lock
     is held while the file's filesystem is asked, and a number of its own is taken. With
     `request.partition_scan` the partitions' nodes are there when it returns.
@@ -74,6 +77,7 @@ def attach(
             file=file,
             request=request,
             claim=claim,
+            publish=publish,
             may_hang=may_hang,
             driver=driver,
             # Of a device that is there already, a former user may have an fd that sees our file.
@@ -119,6 +123,7 @@ class _Attempt:
     file: BackingFile
     request: AttachRequest
     claim: Claim
+    publish: Publish
     may_hang: bool
     driver: Driver
     fresh: bool
@@ -225,6 +230,7 @@ class _Attempt:
             if request.partition_scan:
                 partition.scan(loop_fd.fileno(), number)
             diskseq = loopinfo.diskseq(loop_fd.fileno(), which)
+            self.publish(number, diskseq)
             keeps_lock = request.lock is not Lock.NONE
             if keeps_lock and not blockdev.try_lock(lock_fd.fileno(), request.lock.operation):
                 raise Taken("someone else came in while the lock was changed")

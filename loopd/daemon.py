@@ -61,7 +61,11 @@ def main() -> None:
         config = _fit(load(arguments.config))
         threads = Threads()
         status = asyncio.run(_run(config, arguments.runtime_directory, threads))
-    except (BadConfig, BusError, LoopError) as exc:
+    except BadConfig as exc:
+        # The unit says that starting anew is of no use then.
+        print(f"loopd: {exc}", file=sys.stderr)
+        sys.exit(os.EX_CONFIG)
+    except (BusError, LoopError) as exc:
         sys.exit(f"loopd: {exc}")
     except OSError as exc:
         sys.exit(f"loopd: cannot start: {exc}")
@@ -244,7 +248,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         lifetimes,
         locks,
         quota,
-        claim=attaching.claim,
+        claim=attaching.take_back,
         rejoin=bus.rejoin,
         let_go=manager.let_go,
     )

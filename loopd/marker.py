@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Marks in the runtime directory: which loop devices are loopd's, and which are ordinary users'.
+"""Files in the runtime directory: which loop devices are loopd's, and which are ordinary users'.
 
 A mark is an empty file named after the device, written before binding and removed after unbinding.
 While one is in `unprivileged`, our udev rules give the device no persistent links and let nothing
-assemble it. Those in `attached` tell the next loopd what one that was killed has left.
+assemble it. Those in `attached` tell the next loopd what one that was killed has left. A file in
+`links` tells udev of one attachment, which its diskseq is part of the name of (see `udevlinks`).
 """
 
 import threading
@@ -11,26 +12,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import kernel
+from . import kernel, udevlinks
 
 Release = Callable[[int | None], None]
 
 
 class Markers:
-    """The directories `attached` and `unprivileged` in the runtime directory."""
+    """The directories `attached`, `unprivileged` and `links` in the runtime directory."""
 
     def __init__(self, runtime_directory: Path) -> None:
         self._attached = runtime_directory / "attached"
         self._unprivileged = runtime_directory / "unprivileged"
+        self._links = runtime_directory / "links"
         self._lock = threading.Lock()
+        self._published: dict[int, Path] = {}
+        """The files in `links`, by the numbers of their devices."""
         self._claims: dict[int, _Claim] = {}
         self._left: set[int] = set()
         """Devices that a former daemon has left bound."""
 
     def prepare(self) -> None:
         """Make the directories."""
-        for directory in (self._attached, self._unprivileged):
+        for directory in (self._attached, self._unprivileged, self._links):
             directory.mkdir(parents=True, exist_ok=True)
+        for path in self._links.glob("loop*"):
+            self._published[_number_of(path)] = path
 
     def prune(self) -> list[int]:
         """Remove marks of devices that are neither bound nor about to be; return their numbers.
@@ -40,16 +46,16 @@ class Markers:
         """
         pruned = set()
         with self._lock:
-            for directory in (self._attached, self._unprivileged):
+            for directory in (self._attached, self._unprivileged, self._links):
                 for path in directory.glob("loop*"):
-                    name = path.name.removeprefix("loop")
-                    number = int(name) if name.isdecimal() else -1
+                    number = _number_of(path)
                     if number in self._claims:
                         continue
                     if kernel.loop_bound(number):
                         self._left.add(number)
                     else:
                         path.unlink(missing_ok=True)
+                        self._published.pop(number, None)
                         pruned.add(number)
         return sorted(pruned - {-1})
 
@@ -61,15 +67,23 @@ class Markers:
         number may be in use again, for someone else, before the last user's claim is released:
         only the newest claim counts.
         """
-        claim = _Claim()
         with self._lock:
-            attached, unprivileged_mark = self._paths(number)
+            attached, unprivileged_mark = self._marks(number)
             attached.touch()
+            self._unpublish(number)
             if unprivileged:
                 unprivileged_mark.touch()
             else:
                 unprivileged_mark.unlink(missing_ok=True)
-            self._claims[number] = claim
+            return self._claim(number)
+
+    def take_back(self, number: int) -> Release:
+        """The same of what loopN held for a former loopd, whose files stay as they are."""
+        with self._lock:
+            return self._claim(number)
+
+    def _claim(self, number: int) -> Release:
+        claim = self._claims[number] = _Claim()
 
         def release(waiting: int | None) -> None:
             claim.over, claim.waiting = True, waiting
@@ -85,8 +99,9 @@ class Markers:
             if claim.over if claim else number in self._left:
                 self._claims.pop(number, None)
                 self._left.discard(number)
-                for path in self._paths(number):
+                for path in self._marks(number):
                     path.unlink(missing_ok=True)
+                self._unpublish(number)
 
     def claimed(self, number: int, binding: int) -> bool:
         """Whether a binding of loopN is ours, is about to be, or was until its last user closes."""
@@ -100,8 +115,37 @@ class Markers:
         self.unbound(number)
         return False
 
-    def _paths(self, number: int) -> tuple[Path, Path]:
+    def publish(self, number: int, diskseq: int, description: str) -> None:
+        """Have udev make links to loopN, which is claimed, bound, and still locked against udev."""
+        with self._lock:
+            self._published[number] = self._links / f"loop{number}_{diskseq}"
+            self._write(number, description)
+
+    def rename(self, number: int, reference: bytes) -> None:
+        """Have the links to loopN go by another reference, if it has any, when udev looks again."""
+        with self._lock:
+            if path := self._published.get(number):
+                self._write(number, udevlinks.renamed(path.read_text(), reference))
+
+    def _write(self, number: int, description: str) -> None:
+        # At once, because udev may be reading it.
+        path = self._published[number]
+        new = path.with_name("new")
+        new.write_text(description)
+        new.replace(path)
+
+    def _unpublish(self, number: int) -> None:
+        if path := self._published.pop(number, None):
+            path.unlink(missing_ok=True)
+
+    def _marks(self, number: int) -> tuple[Path, Path]:
         return self._attached / f"loop{number}", self._unprivileged / f"loop{number}"
+
+
+def _number_of(path: Path) -> int:
+    """The number of the device that a file here is about; -1 if it is none of ours."""
+    name = path.name.removeprefix("loop").partition("_")[0]
+    return int(name) if name.isdecimal() else -1
 
 
 @dataclass(eq=False)

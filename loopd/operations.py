@@ -174,7 +174,7 @@ class Operations:
         def rename(loop: loopdev.LoopDevice) -> None:
             loopops.set_reference(loop, reference)
             # The kernel tells nobody; here, so that of two names the later one stays.
-            device.reference = reference
+            self._registry.renamed(device, reference)
 
         await self._set(caller, device, rename)
 

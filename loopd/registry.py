@@ -100,6 +100,12 @@ class Registry:
         """Tell that something about a device has changed."""
         self._listeners.changed(device)
 
+    def renamed(self, device: Device, reference: bytes) -> None:
+        """Take up another reference, in the thread that has set it."""
+        device.reference = reference
+        if device.number is not None:
+            self._markers.rename(device.number, reference)
+
     def forget(self, device: Device) -> None:
         """Drop a device that the kernel has let go of."""
         if not self.knows(device):

@@ -60,7 +60,7 @@ class _Kept:
 class Restoring:
     """Takes back devices.
 
-    `claim` takes a number for a uid, and `rejoin` finds a connection that is still there.
+    `claim` takes a number, and `rejoin` finds a connection that is still there.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Restoring:
         lifetimes: Lifetimes,
         locks: Locks,
         quota: Quota,
-        claim: Callable[[int, int], loopdev.Release],
+        claim: Callable[[int], loopdev.Release],
         rejoin: Callable[[str], Awaitable[Client | None]],
         let_go: Callable[[Device], None],
     ) -> None:
@@ -195,7 +195,7 @@ class Restoring:
         except BaseException:
             loop.close()
             raise
-        loop.release = self._claim(record.owner, record.number)
+        loop.release = self._claim(record.number)
         return device(number=record.number, status=status, sector_size=sector_size, loop=loop)
 
     @staticmethod

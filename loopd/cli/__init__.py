@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """loopctl: the commands, on top of `loopd.client`, and how each of them ends.
 
-The two that keep a device are in `attachment`. What the arguments may be stands in `arguments`, how
+Those that keep a device are in `attachment`. What the arguments may be stands in `arguments`, how
 results look in `output`, what errors mean in `outcome`.
 """
 
@@ -16,7 +16,7 @@ from ..client.image import name_file
 from ..errors import BusError, LoopError
 from . import output
 from .arguments import node_of, parse
-from .attachment import attach, run
+from .attachment import attach, hold, run
 from .outcome import SIGNALLED, ExitCode, RunExitCode, exit_code, sentence
 from .signals import Interrupted
 from .stream import give_up_stdout, say
@@ -147,6 +147,7 @@ def _with_client(
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "attach": attach,
+    "hold": hold,
     "detach": _with_client(_detach),
     "resize": _with_client(_resize),
     "list": _with_client(_list),

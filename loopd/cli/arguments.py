@@ -118,6 +118,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_attach_options(attach)
 
+    hold = command(
+        "hold",
+        "attach a file, and stay until stopped or until the device is gone",
+        "Attach a file, print the device's node, and stay: the device is detached when loopctl "
+        "ends, by Ctrl-C, SIGTERM or in whatever way. The exit status is "
+        f"{ExitCode.OK} if loopctl was stopped, {ExitCode.NO_DEVICE} if somebody detached the "
+        f"device, {ExitCode.UNAVAILABLE} if it went with loopd or with the bus. systemd is told "
+        "when the device is there and udev has made its links: this is what loop-attach@.service "
+        "runs.",
+    )
+    _add_attach_options(hold)
+
     detach = command("detach", "detach devices")
     detach.add_argument("targets", nargs="+", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
     detach.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's `attach` and `run`: a device for as long as they last, and what ends them.
+"""loopctl's `attach`, `hold` and `run`: a device for as long as they last, and what ends them.
 
 A filesystem may hang, and Ctrl-C has to help: files are opened before any signal is handled, and
 whatever takes its time afterwards is given up when one comes.
@@ -24,6 +24,7 @@ from ..fd import OwnedFd
 from . import output
 from .outcome import SIGNALLED, ExitCode, RunExitCode, sentence
 from .progress import ProgressBar
+from .readiness import tell_ready, tell_stopping
 from .signals import Interrupted, Signals
 from .stream import say
 
@@ -34,6 +35,11 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 def attach(found: argparse.Namespace) -> int:
     """`loopctl attach`; returns its exit status."""
+    return hold(found)
+
+
+def hold(found: argparse.Namespace) -> int:
+    """`loopctl hold`; returns its exit status."""
     with _opened(found) as file:
         return asyncio.run(_hold(found, file))
 
@@ -52,11 +58,14 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
         async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
             device, properties = await signals.unless(_attached(client, found, file))
-            _announce(found, device, properties)
-            say(f"{_description(found, properties)} until this ends: press Ctrl-C, or send SIGTERM")
+            description = _description(found, properties)
             try:
+                _announce(found, device, properties)
+                say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
+                await signals.unless(tell_ready(properties, description))
                 ended = await signals.unless(device.wait_ended())
             except Interrupted:
+                tell_stopping()
                 say(output.farewell(device.node, gone=await device.ensure_detached()))
                 return ExitCode.OK
             say(_why(device, ended))

@@ -4,15 +4,21 @@
 It stands for one attachment and never for a later one; how that came about is not its business.
 """
 
+import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .. import errors
+from .. import errors, kernel
 from ..fd import OwnedFd
 from .link import Link, Options, Unavailable, checked, make_options
 from .properties import Properties
 from .watch import DEVICE, PROPERTIES, Ended
+
+# Seconds that a loopd may take to follow another, and between looks at a device meanwhile.
+_SUCCESSION = 10.0
+_LOOK = 0.05
 
 Lock = Literal["none", "shared", "exclusive"]
 """A BSD lock on a device; udev and other programs keep off while it is taken."""
@@ -165,20 +171,46 @@ class Device:
         return await properties(self._link, self.path)
 
     async def wait_ended(self) -> Ended:
-        """Wait until the device is detached or out of reach, by whatever cause."""
-        with self._link.watch.watched(self.path) as ended:
-            try:
-                await self._link.subscribe()
-                # Whatever came before the subscription shows in the properties.
-                if (await self.properties()).state != "attached":
+        """Wait until the device is detached or out of reach, by whatever cause.
+
+        That loopd leaves is no end where another one takes the device over, as after a restart.
+        """
+        managed = None
+        while True:
+            with self._link.watch.watched(self.path) as ended:
+                try:
+                    await self._link.subscribe()
+                    # Whatever came before the subscription shows in the properties.
+                    now = await self.properties()
+                except (errors.UnknownObject, errors.NoSuchDevice):
+                    return Ended.DETACHED if managed is None else Ended.DAEMON_LEFT
+                except Unavailable:
+                    return Ended.DAEMON_LEFT
+                except errors.BusError:
+                    return Ended.BUS_LOST
+                if managed not in (None, now.managed):
+                    return Ended.DAEMON_LEFT  # to whoever is next, it is no device of loopd's
+                if now.state != "attached":
                     return Ended.DETACHED
-            except (errors.UnknownObject, errors.NoSuchDevice):
-                return Ended.DETACHED
-            except Unavailable:
-                return Ended.DAEMON_LEFT
-            except errors.BusError:
-                return Ended.BUS_LOST
-            return await ended
+                managed, binding = now.managed, kernel.loop_binding(now.number)
+                how: Ended | None = await ended
+            if how is Ended.DAEMON_LEFT:
+                how = await self._without_loopd(now.number, binding)
+            if how is not None:
+                return how
+
+    async def _without_loopd(self, number: int, binding: int | None) -> Ended | None:
+        """How the device ends while there is no loopd; None if there is one again before that."""
+        deadline = time.monotonic() + _SUCCESSION
+        with self._link.watch.watched(self.path) as ended:
+            while not self._link.watch.present:
+                # Nobody tells a client that the kernel has let go of a device.
+                if kernel.loop_binding(number) != binding or time.monotonic() > deadline:
+                    return Ended.DAEMON_LEFT
+                await asyncio.wait({ended}, timeout=_LOOK)
+                if ended.done():
+                    return ended.result()
+        return None
 
     async def _fd(self, member: str, signature: str, body: Sequence[Any]) -> OwnedFd:
         """Call a method that returns an fd."""

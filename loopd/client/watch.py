@@ -30,7 +30,7 @@ class Ended(Enum):
     DETACHED = "detached"
     """Somebody has detached it; if it is in use, it goes with its last user."""
     DAEMON_LEFT = "daemon left"
-    """loopd has left the bus, and what it held goes with it."""
+    """loopd has left the bus for good, and what it held goes with it."""
     BUS_LOST = "bus lost"
     """The connection is gone, and with it all that was attached over it."""
 
@@ -43,11 +43,19 @@ class Watch:
         self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
         self._subscribed = False
         self._subscribing = asyncio.Lock()
+        self._lost = False
+
+    @property
+    def present(self) -> bool:
+        """Whether some loopd is on the bus, as far as has been heard."""
+        return self._owner != ""
 
     @contextlib.contextmanager
     def watched(self, path: str) -> Generator[asyncio.Future[Ended], None, None]:
         """A future that is done when the device of this path ends."""
         future: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        if self._lost:
+            future.set_result(Ended.BUS_LOST)
         waiting = self._waiting.setdefault(path, set())
         waiting.add(future)
         try:
@@ -92,7 +100,8 @@ class Watch:
                     self._end(header.path, Ended.DETACHED)
 
     def end_all(self, how: Ended) -> None:
-        """Tell all who wait that their device is out of reach."""
+        """Tell all who wait that their device is out of reach, and who will, if the bus is."""
+        self._lost |= how is Ended.BUS_LOST
         for path in list(self._waiting):
             self._end(path, how)
 

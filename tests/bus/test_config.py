@@ -54,7 +54,7 @@ def test_a_mistake_stops_the_start_with_file_key_and_reason(
     path = tmp_path / "loopd.toml"
     path.write_text(text)
     done = start(path)
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert done.stderr == f"loopd: {path}: {key}: {reason}\n"
     assert done.stdout == ""
 
@@ -64,7 +64,7 @@ def test_a_file_that_is_no_toml_stops_the_start(tmp_path: Path, content: bytes) 
     path = tmp_path / "loopd.toml"
     path.write_bytes(content)
     done = start(path)
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert done.stderr.startswith(f"loopd: {path}: ")
     assert done.stderr.count("\n") == 1
     assert len(done.stderr) > len(f"loopd: {path}: \n")
@@ -83,7 +83,7 @@ def start(config: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_mistake_is_no_start_on_the_bus(bus: PrivateBus, library: str | None) -> None:
     with Daemon(bus, library=library, config="wrong = true", wait_ready=False) as daemon:
-        assert daemon.wait() == 1
+        assert daemon.wait() == os.EX_CONFIG
         assert daemon.log == f"loopd: {daemon.config_path}: wrong: there is no such setting\n"
         with bus.connect() as client:
             assert client.owner_of(LOOPD) is None

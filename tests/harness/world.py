@@ -171,7 +171,7 @@ def _lasting(fds: dict[int, str]) -> dict[int, str]:
         fd: target
         for fd, target in fds.items()
         if not target.startswith(("/dev/loop", "/sys/", "/proc/"))
-        and not target.endswith("/unprivileged")
+        and not target.endswith(("/attached", "/unprivileged", "/links"))
     }
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """loopd, its marks and its udev rules together: a user's image takes no place in /dev/disk.
 
+What root attaches has the links there that newer versions of udev make by themselves.
+
 loopd runs on /run/loopd here, since that is where the rules look.
 """
 
@@ -13,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
+from loopd import backing, kernel, udevlinks
 from tests.harness import loops
 from tests.harness.area import CHECKOUT
 from tests.harness.caller import RemoteFd
-from tests.harness.images import MIB, make_ext4
+from tests.harness.images import MIB, make_ext4, make_gpt
 from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
 from tests.harness.world import USER, World, make_world
@@ -40,7 +42,8 @@ def shared(udev: Udev) -> Iterator[World]:
     if made_here:
         # The same as a stop of the unit would leave behind, and nothing in it.
         with suppress(FileNotFoundError):
-            (RUNTIME / "unprivileged").rmdir()
+            for directory in RUNTIME.iterdir():
+                directory.rmdir()
             RUNTIME.rmdir()
 
 
@@ -212,3 +215,123 @@ def test_a_mark_that_a_killed_loopd_left_on_a_used_device_goes_with_the_device(a
         finally:
             if fd >= 0:
                 os.close(fd)
+
+
+# by-loop-inode and by-loop-ref
+
+
+def by_inode(path: Path) -> str:
+    """The link that goes by a backing file."""
+    found = path.stat()
+    major, minor = os.major(found.st_dev), os.minor(found.st_dev)
+    return f"/dev/disk/by-loop-inode/{major}:{minor}-{found.st_ino}"
+
+
+def by_reference(name: str) -> str:
+    return f"/dev/disk/by-loop-ref/{name}"
+
+
+def identify(path: Path) -> backing.FileIdentity:
+    found = path.stat()
+    return backing.FileIdentity(device=found.st_dev, inode=found.st_ino)
+
+
+def lasting(links: set[str]) -> set[str]:
+    """Those that go by the file or its name."""
+    return {link for link in links if "/by-loop-" in link}
+
+
+def look_again(udev: Udev, node: str) -> None:
+    """Have udev look at a device."""
+    subprocess.run(["udevadm", "trigger", "--action=change", node], check=True)
+    udev.settle()
+
+
+def test_roots_device_is_found_by_its_file_and_its_reference(world: World, udev: Udev) -> None:
+    image = make_gpt(world.new_path())
+    root = world.caller(None)
+    attached = root.attach(image, reference="my disk/1", partition_scan=True)
+    udev.settle()
+    links = {by_inode(image), by_reference(r"my\x20disk\x2f1")}
+    nodes = {"": attached.node, "-part1": f"{attached.node}p1", "-part2": f"{attached.node}p2"}
+    for suffix, node in nodes.items():
+        assert lasting(udev.links(node)) == {link + suffix for link in links}
+        assert {link_to(Path(link + suffix)) for link in links} == {node}
+    properties = udev.properties(attached.node)
+    assert properties["ID_LOOP_BACKING_FILENAME"] == "my disk/1"
+    assert properties["ID_LOOP_BACKING_INODE"] == str(image.stat().st_ino)
+
+    root.device(attached.path, "SetReference", "sa{sv}", "other", {})
+    look_again(udev, attached.node)
+    assert lasting(udev.links(attached.node)) == {by_inode(image), by_reference("other")}
+
+    root.detach(attached.path)
+    udev.settle()
+    assert not any(os.path.lexists(link + suffix) for link in links for suffix in nodes)
+    assert not any((RUNTIME / "links").iterdir())
+
+
+def test_without_a_reference_the_file_is_enough(world: World, udev: Udev) -> None:
+    image = world.image()
+    root = world.caller(None)
+    attached = root.attach(image)
+    udev.settle()
+    assert lasting(udev.links(attached.node)) == {by_inode(image)}
+    root.detach(attached.path)
+
+
+def test_a_users_device_is_not_found_by_these(world: World, udev: Udev) -> None:
+    """Links of udev."""
+    user = world.caller(USER)
+    image = make_gpt(world.new_path(), owner=USER)
+    attached = user.attach(image, reference="name", partition_scan=True)
+    udev.settle()
+    assert not any((RUNTIME / "links").iterdir())
+    for node in (attached.node, f"{attached.node}p1"):
+        assert lasting(udev.links(node)) == set()
+    user.detach(attached.path)
+
+
+def test_what_was_written_down_is_of_one_attachment(world: World, udev: Udev) -> None:
+    """A loopd that is killed leaves it, and the number may be another's by then."""
+    with mounted(world, udev, str(uuid.uuid4())) as node:
+        loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+        assert loop
+        for diskseq, found in ((loop.diskseq - 1, False), (loop.diskseq, True)):
+            written = RUNTIME / "links" / f"loop{loop.number}_{diskseq}"
+            written.write_text(udevlinks.describe(identify(world.image()), b"former"))
+            try:
+                look_again(udev, node)
+                assert (by_reference("former") in udev.links(node)) is found
+            finally:
+                written.unlink()
+
+
+def test_a_newer_udev_is_not_interfered_with(world: World) -> None:
+    """It has found the file out by itself, before our rules are asked."""
+    knows = 'KERNEL=="loop*", ENV{ID_LOOP_BACKING_INODE}="1", ENV{ID_LOOP_BACKING_DEVICE}="2:3"\n'
+    with Udev({"60-zz-loopd-test.rules": knows}) as newer:
+        root = world.caller(None)
+        attached = root.attach(make_gpt(world.new_path()), reference="name", partition_scan=True)
+        newer.settle()
+        for node in (attached.node, f"{attached.node}p1"):
+            properties = newer.properties(node)
+            assert properties["ID_LOOP_BACKING_INODE"] == "1"
+            assert "LOOPD_LINKS" not in properties
+            assert "ID_LOOP_BACKING_FILENAME" not in properties
+            assert lasting(newer.links(node)) == set()
+        root.detach(attached.path)
+        newer.settle()
+
+
+def test_what_a_killed_loopd_wrote_down_is_gone_after_its_next_start(area: Path) -> None:
+    """Killed at any point."""
+    with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
+        attached = world.caller(None).attach(world.image())
+        (written,) = (area / "links").iterdir()
+        assert written.name == f"loop{attached.number}_{attached.diskseq}"
+        world.daemon.kill()
+        loops.wait_unbound(attached.number, attached.diskseq)
+        assert written.exists()
+    with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area):
+        assert not written.exists()

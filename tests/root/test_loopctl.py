@@ -13,6 +13,7 @@ import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,7 @@ from tests.harness.loops import (
     wait_unbound,
 )
 from tests.harness.polkit import Answer, PolkitDouble, rules_allowing
+from tests.harness.udev import Udev
 
 OWNER = "nobody"
 OTHER = "daemon"
@@ -329,6 +331,45 @@ def test_nobody_is_asked_when_that_is_not_wanted(
     assert (status, out) == (4, "")
     assert "--no-ask-password" in err
     assert not polkit.wait_question().interactive
+
+
+# --- hold ---------------------------------------------------------------------------------------
+
+
+def test_hold_as_the_body_of_a_unit(
+    daemon: Daemon, loopctl: Loopctl, image: Path, udev: Udev, area: Path
+) -> None:
+    """systemd hears of it when there is something to mount, and the end is waited for."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(area / "notify"))
+
+        def heard() -> list[str]:
+            Deadline().wait_readable([notify.fileno()], "what systemd is told")
+            return notify.recv(4096).decode().split("\n")
+
+        environment = {"NOTIFY_SOCKET": notify.getsockname()}
+        with loopctl.start("hold", image, user="root", environment=environment) as running:
+            ready, status = heard()
+            number = number_of(running.line())
+            loop = look_at(number)
+            assert loop is not None
+            link = Path(f"/dev/disk/by-diskseq/{loop.diskseq}")
+            assert link.resolve() == Path(f"/dev/loop{number}")
+            assert (ready, status) == (
+                *("READY=1", f"STATUS=/dev/loop{number} is {image} (1 MiB, read-write)"),
+            )
+            running.signal(signal.SIGTERM)
+            assert heard() == ["STOPPING=1"]
+            assert running.end()[0] == 0
+            assert not loop_is_bound(number, loop.diskseq)
+
+
+def test_hold_ends_with_the_device(daemon: Daemon, loopctl: Loopctl, image: Path) -> None:
+    with loopctl.start("hold", image) as running:
+        assert loopctl.run("detach", running.line()) == (0, "", "")
+        status, _, err = running.end()
+    assert status == 5
+    assert "somebody has detached" in err
 
 
 # --- direct I/O, partitions, locks, numbers -----------------------------------------------------

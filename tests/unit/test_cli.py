@@ -74,6 +74,18 @@ def test_attach_takes_the_spellings_of_losetup() -> None:
         assert (found.direct_io, found.loop_ref, found.file) == ("off", "x", "f")
 
 
+def test_hold_takes_what_attach_takes() -> None:
+    options = "-r -o 1M -P --lock=shared --number 3 --in-memory --json -- f".split()
+    kept, held = (vars(parse([command, *options])) for command in ("attach", "hold"))
+    different = {key for key in kept if kept[key] != held[key]}
+    assert different == {"command", "parser"}
+
+
+def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
+    """The unit has defaults before what an administrator gives."""
+    assert parse("hold --loop-ref=unit --loop-ref=mine f".split()).loop_ref == "mine"
+
+
 def test_what_is_not_given_is_left_to_loopd() -> None:
     found = parse(["attach", "f"])
     given = (found.offset, found.sizelimit, found.sector_size, found.direct_io, found.loop_ref)

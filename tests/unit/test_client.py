@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loopd import codec, errors, frame
+from loopd import codec, errors, frame, kernel
 from loopd.client import Client, image
+from loopd.client import device as device_module
 from loopd.client.link import Link, Unavailable, make_options
 from loopd.client.properties import Partition, Properties
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
@@ -496,8 +497,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def ended_by(*signals: frame.Frame, owner: str | None = LOOPD) -> Ended | None:
-    """What a device that is attached ends by, when its client gets these signals."""
+def ended_by(
+    *signals: frame.Frame, owner: str | None = LOOPD, later: Callable[[], Any] | None = None
+) -> Ended | None:
+    """What a device that is attached ends by, when its client gets these signals.
+
+    `later` is the answer to whoever asks for its properties then.
+    """
 
     async def wait() -> Ended | None:
         bus, watch = Bus(), Watch()
@@ -508,9 +514,10 @@ def ended_by(*signals: frame.Frame, owner: str | None = LOOPD) -> Ended | None:
         waiting = asyncio.ensure_future(device.wait_ended())
         await turns()
         assert bus.calls[-1] == (OBJECT, "GetAll")
+        bus.answers["GetAll"] = later or bus.answers["GetAll"]
         for each in signals:
             watch.on_signal(each)
-        await turns()
+            await turns()
         if waiting.done():
             return waiting.result()
         waiting.cancel()
@@ -528,8 +535,75 @@ def test_a_device_ends_when_it_is_detached_while_in_use() -> None:
     assert ended_by(state("detaching")) is Ended.DETACHED
 
 
-def test_a_device_ends_with_loopd() -> None:
-    assert ended_by(owner_changed(BUS_NAME, NAME, "")) is Ended.DAEMON_LEFT
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
+    """What the kernel has bound to /dev/loop3, look by look; the last one stays."""
+    found: list[int | None] = [7]
+    monkeypatch.setattr(
+        kernel, "loop_binding", lambda number: found.pop(0) if len(found) > 1 else found[0]
+    )
+    monkeypatch.setattr(device_module, "_LOOK", 0)
+    yield found
+    assert len(found) == 1
+
+
+LEFT = owner_changed(BUS_NAME, NAME, "")
+COME = owner_changed(BUS_NAME, NAME, ":1.8")
+
+
+def test_a_device_that_goes_with_loopd_has_ended(bindings: list[int | None]) -> None:
+    bindings[:] = [7, 7, 7, None]
+    assert ended_by(LEFT) is Ended.DAEMON_LEFT
+
+
+def test_a_device_that_another_attachment_has_taken_the_place_of_has_ended(
+    bindings: list[int | None],
+) -> None:
+    bindings[:] = [7, 8]
+    assert ended_by(LEFT) is Ended.DAEMON_LEFT
+
+
+def test_a_device_that_nobody_takes_over_has_ended(
+    bindings: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "_SUCCESSION", 0)
+    assert ended_by(LEFT) is Ended.DAEMON_LEFT
+
+
+def test_a_bus_that_goes_with_loopd_is_not_waited_for(bindings: list[int | None]) -> None:
+    async def wait() -> Ended:
+        bus, watch = Bus(), Watch()
+        bus.answers["Attach"] = lambda: [OBJECT, "/dev/loop3", 41]
+        bus.answers["GetAll"] = lambda: [properties()]
+        device = await client_of(bus, watch).attach(os.devnull)
+        waiting = asyncio.ensure_future(device.wait_ended())
+        await turns()
+        watch.on_signal(LEFT)
+        watch.end_all(Ended.BUS_LOST)
+        return await asyncio.wait_for(waiting, 5)
+
+    assert run_async(wait()) is Ended.BUS_LOST
+
+
+def test_the_next_loopd_may_take_the_device_over(bindings: list[int | None]) -> None:
+    assert ended_by(LEFT) is None
+    assert ended_by(LEFT, COME) is None
+    assert ended_by(LEFT, COME, removed()) is None  # by one that is no more
+    assert ended_by(LEFT, COME, removed(sender=":1.8")) is Ended.DETACHED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raising(errors.UnknownObject("x")),
+        lambda: [properties(Managed=Variant("b", False))],
+    ],
+    ids=["unknown", "not its own"],
+)
+def test_the_next_loopd_may_not_know_the_device(
+    bindings: list[int | None], answer: Callable[[], Any]
+) -> None:
+    assert ended_by(LEFT, COME, later=answer) is Ended.DAEMON_LEFT
 
 
 def test_a_loopd_that_comes_later_is_heard() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loopd import cli
-from loopd.cli import attachment, progress
+from loopd.cli import attachment, progress, readiness
 from loopd.cli.outcome import ExitCode
 from loopd.client import Client
 from loopd.client.link import Link
@@ -129,10 +129,10 @@ def test_a_directory_cannot_be_copied(
 
 
 def attached(bus: Bus, *arguments: str) -> int:
-    """Run `loopctl attach` on a device that somebody detaches as soon as it is there."""
+    """Run `loopctl hold` on a device that somebody detaches as soon as it is there."""
     told = [bus.answers["GetAll"], lambda: [properties(State=Variant("s", "detaching"))]]
     bus.answers["GetAll"] = lambda: told.pop(0)()
-    return cli.main(["attach", *arguments])
+    return cli.main(["hold", *arguments])
 
 
 def test_attach_tells_of_the_partitions(
@@ -152,6 +152,89 @@ def test_attach_tells_of_a_copy(bus: Bus, file: Path, capsys: pytest.CaptureFixt
     """A19"""
     assert attached(bus, "--in-memory", str(file)) == ExitCode.NO_DEVICE
     assert f"/dev/loop3 is a copy of {file} (4 KiB, read-write) until" in capsys.readouterr().err
+
+
+class Notified(list[str]):
+    """What systemd has been told, and where udev is by then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, udev: Path) -> None:
+        super().__init__()
+        self.udev = udev
+        monkeypatch.setenv("NOTIFY_SOCKET", "/none")
+        monkeypatch.setattr(readiness.supervisor, "tell", self.append)
+        monkeypatch.setattr(readiness, "_UDEV", udev)
+
+    def run(self) -> None:
+        """Have udev run, as of now without any knowledge of devices."""
+        (self.udev / "data").mkdir(parents=True)
+        (self.udev / "control").touch()
+
+    def sees(self, *links: str) -> None:
+        lines = ["I:1234", *(f"S:{link}" for link in links), "V:1"]
+        (self.udev / "data" / "b7:3").write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.fixture
+def notified(monkeypatch: pytest.MonkeyPatch, area: Path) -> Notified:
+    return Notified(monkeypatch, area / "udev")
+
+
+def test_systemd_is_told_what_is_attached(bus: Bus, file: Path, notified: Notified) -> None:
+    """Where no udev runs there is nothing to wait for."""
+    bus.answers["GetAll"] = lambda: [properties(Partitions=PARTITIONS)]
+    attached(bus, str(file))
+    assert notified == [
+        f"READY=1\nSTATUS=/dev/loop3 is {file} (4 KiB, read-write), with /dev/loop3p1, /dev/loop3p2"
+    ]
+
+
+def test_systemd_is_told_once_udev_has_made_the_links(
+    bus: Bus, file: Path, notified: Notified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notified.run()
+    so_far = []
+
+    async def udev_goes_on(_: float) -> None:
+        so_far.append(len(notified))
+        links = ["disk/by-diskseq/40", "disk/by-diskseq/41"]
+        if len(so_far) > 1:  # before that there is no entry at all
+            notified.sees(*links[: len(so_far) - 1])
+
+    monkeypatch.setattr(readiness.asyncio, "sleep", udev_goes_on)
+    attached(bus, str(file))
+    assert so_far == [0, 0, 0]
+    assert len(notified) == 1
+
+
+def test_a_udev_that_does_nothing_is_not_waited_for_for_ever(
+    bus: Bus,
+    file: Path,
+    notified: Notified,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    notified.run()
+    monkeypatch.setattr(readiness, "_TIMEOUT", 0)
+    attached(bus, str(file))
+    assert "udev has not made the links to /dev/loop3" in capsys.readouterr().err
+    assert len(notified) == 1
+
+
+def test_udev_leaves_alone_what_is_locked(
+    bus: Bus,
+    file: Path,
+    notified: Notified,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    notified.run()
+    monkeypatch.setattr(readiness, "_TIMEOUT", 0)
+    bus.answers["GetAll"] = lambda: [
+        properties(Partitions=Variant("a(ustt)", []), Locked=Variant("s", "exclusive"))
+    ]
+    attached(bus, str(file))
+    assert "udev" not in capsys.readouterr().err
+    assert len(notified) == 1
 
 
 @pytest.mark.parametrize("command", ["attach", "run"])

@@ -139,9 +139,34 @@ def test_uninstall_leaves_no_file(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_systemd_understands_the_unit(tmp_path: Path) -> None:
-    make("install", tmp_path)
-    unit = tmp_path / "usr/lib/systemd/system/loopd.service"
-    # verify looks for the program on this machine.
-    unit.write_text(unit.read_text().replace("=/usr/sbin/loopd", f"={tmp_path}/usr/sbin/loopd"))
-    passes("systemd-analyze", "verify", "--man=no", unit)
+UNITS = {"loopd.service": 18, "loop-attach@.service": 34}
+"""Each unit, and ten times the exposure that systemd may find in it."""
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the installed units, which name programs that are on this machine."""
+    root = tmp_path_factory.mktemp("installed")
+    make("install", root)
+    directory = root / "usr/lib/systemd/system"
+    for unit in directory.iterdir():
+        text = unit.read_text()
+        for program in ("/usr/sbin/loopd", "/usr/bin/loopctl"):
+            text = text.replace(f"={program}", f"={root}{program}")
+        unit.write_text(text)
+    return directory
+
+
+def test_every_unit_is_checked(units: Path) -> None:
+    assert {path.name for path in units.iterdir()} == {*UNITS}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_systemd_understands_the_unit(units: Path, name: str) -> None:
+    passes("systemd-analyze", "verify", "--man=no", units / name)
+
+
+@pytest.mark.parametrize(("name", "exposure"), UNITS.items())
+def test_the_unit_gives_up_what_it_can(units: Path, name: str, exposure: int) -> None:
+    judge = ("systemd-analyze", "security", "--no-pager", "--offline=yes")
+    passes(*judge, f"--threshold={exposure}", units / name)

@@ -14,7 +14,7 @@ LAYERS = (
     ("__main__",),
     ("daemon", "cli"),
     ("cli.arguments", "cli.attachment", "client.blocking"),
-    ("cli.outcome", "service", "client"),
+    ("cli.outcome", "cli.readiness", "service", "client"),
     ("client.device",),
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
@@ -38,7 +38,7 @@ LAYERS = (
     ("attachment",),
     ("loopdev",),
     ("binding", "partition"),
-    ("loopinfo", "request", "table"),
+    ("loopinfo", "request", "table", "udevlinks"),
     ("access", "blockdev", "backing", "codec"),
     ("kernel", "errors", "fd", "frame"),
     ("uapi", "tablereader", "journal"),
@@ -93,7 +93,7 @@ def test_imports_go_down_only(module: str) -> None:
     "module",
     [
         *("uapi", "kernel", "blockdev", "backing", "loopinfo", "table", "tablereader"),
-        *("partition", "binding", "loopdev", "attachment", "loopops", "marker"),
+        *("partition", "binding", "loopdev", "attachment", "loopops", "marker", "udevlinks"),
     ],
 )
 def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:

@@ -103,3 +103,46 @@ def test_what_somebody_else_has_bound_since_is_theirs(tmp_path: Path, markers: M
     assert markers.claimed(7, 41)
     assert not markers.claimed(7, 42)
     assert marks(tmp_path) == marks(tmp_path, "attached") == set()
+
+
+def test_what_udev_is_told_lasts_as_long_as_the_claim(tmp_path: Path, markers: Markers) -> None:
+    release = markers.claim(7, unprivileged=False)
+    markers.publish(7, 41, "LOOPD_LINKS=1\n")
+    assert marks(tmp_path, "links") == {"loop7_41"}
+    release(41)
+    assert marks(tmp_path, "links") == {"loop7_41"}
+    markers.unbound(7)
+    assert marks(tmp_path, "links") == set()
+
+
+def test_the_next_claim_takes_away_what_udev_was_told(tmp_path: Path, markers: Markers) -> None:
+    markers.claim(7, unprivileged=False)
+    markers.publish(7, 41, "")
+    markers.claim(7, unprivileged=True)
+    assert marks(tmp_path, "links") == set()
+
+
+def test_a_reference_may_change(tmp_path: Path, markers: Markers) -> None:
+    markers.claim(7, unprivileged=False)
+    markers.publish(7, 41, "LOOPD_LINKS=1\n")
+    markers.rename(7, b"other")
+    text = (tmp_path / "links" / "loop7_41").read_text()
+    assert text.splitlines()[0] == "LOOPD_LINKS=1"
+    assert "ID_LOOP_BACKING_FILENAME_ENC=other" in text.splitlines()
+    markers.rename(8, b"nobody's")
+    assert marks(tmp_path, "links") == {"loop7_41"}
+
+
+def test_what_was_left_over_for_udev_goes_with_its_device(tmp_path: Path, bound: set[int]) -> None:
+    (tmp_path / "links").mkdir()
+    for name in ("loop3_41", "loop4_42"):
+        (tmp_path / "links" / name).touch()
+    bound.add(3)
+    markers = Markers(tmp_path)
+    markers.prepare()
+    assert markers.prune() == [4]
+    assert marks(tmp_path, "links") == {"loop3_41"}
+    markers.rename(3, b"other")
+    assert "other" in (tmp_path / "links" / "loop3_41").read_text()
+    markers.unbound(3)
+    assert marks(tmp_path, "links") == set()
