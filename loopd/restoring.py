@@ -127,7 +127,8 @@ class Restoring:
                 self._records.remove(name)
             self._close(record.owner, kept.close)
             return
-        lock = kept.take_lock()
+        # One that was taken and not recorded was told to nobody.
+        lock = None if record.lock == Lock.NONE else kept.take_lock()
         if device.loop:
             device.loop.lock = lock
         device.place = self._quota.take_back(record.owner)
