@@ -175,9 +175,12 @@ def require_no_lock(unit: Service, client: RawClient) -> None:
             try:
                 if it["Locked"] == "none":
                     wait_lockable(fd)
-                else:
+                    continue
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if it["Locked"] == "exclusive":
                     with pytest.raises(BlockingIOError):
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             finally:
                 os.close(fd)
 
@@ -414,12 +417,13 @@ class Restarting(Story):
     def act(self) -> None:
         self.unit.kill()
         self.lost_client.close()
+        self.unit.store.settle()
+        self.unit.store.said.clear()
         self.unit.start(wait_ready=False)
         deadline = Deadline()
         while "READY=1" not in self.unit.store.said and not self.killed():
             self.unit.store.settle()
             assert deadline.remaining
-        self.unit.store.said.clear()
 
     def check(self, answer: Any) -> None:
         deadline = Deadline()
