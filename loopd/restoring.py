@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from . import backing, kernel, loopdev, loopinfo, loopops
+from . import backing, blockdev, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Client
 from .backing import FileIdentity
 from .blockdev import Lock
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # How long a device is waited for that may hang.
 _TIMEOUT = 5.0
+# Nobody but udev, for the milliseconds of a probe, comes between while the kind of a lock changes.
+_LOCK_TIMEOUT = 1.0
 _NAME = re.compile(r"(?P<label>\w+)(?:\.(?P<what>lock|hold)\d+)?", re.ASCII)
 
 
@@ -127,10 +129,7 @@ class Restoring:
                 self._records.remove(name)
             self._close(record.owner, kept.close)
             return
-        # One that was taken and not recorded was told to nobody.
-        lock = None if record.lock == Lock.NONE else kept.take_lock()
-        if device.loop:
-            device.loop.lock = lock
+        lock = device.loop.lock if device.loop else None
         device.place = self._quota.take_back(record.owner)
         holds = {each: kept.holds.pop(each) for each in record.holds if each in kept.holds}
         self._close(record.owner, kept.close)
@@ -196,6 +195,7 @@ class Restoring:
         except BaseException:
             loop.close()
             raise
+        loop.lock = _lock(record, kept)
         loop.release = self._claim(record.number)
         return device(number=record.number, status=status, sector_size=sector_size, loop=loop)
 
@@ -215,6 +215,28 @@ class Restoring:
 
     def _close(self, uid: int, close: Callable[[], None]) -> None:
         self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
+
+
+def _lock(record: Record, kept: _Kept) -> OwnedFd | None:
+    """The lock as it was recorded; None if there is none, or it cannot be had any more."""
+    lock = kept.take_lock()
+    if lock is None:
+        return None
+    # One that was taken and not recorded was told to nobody; the same holds for another kind.
+    if record.lock != Lock.NONE:
+        try:
+            stat = kernel.statx(lock.fileno())
+            number = kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor)
+            operation = Lock(record.lock).operation
+            if number == record.number and blockdev.try_lock(
+                lock.fileno(), operation, timeout=_LOCK_TIMEOUT
+            ):
+                return lock
+        except OSError as exc:
+            log.debug("cannot lock loop%s again: %s", record.number, exc.strerror)
+        log.info("the lock on loop%s is lost", record.number)
+    lock.close()
+    return None
 
 
 def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
