@@ -8,7 +8,7 @@ import select
 import time
 from collections.abc import Iterable
 
-DEFAULT_TIMEOUT = 4.0
+DEFAULT_TIMEOUT = 20.0
 """Seconds that any one step of a test may take on a slow, busy machine."""
 
 
