@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import re
+import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -225,8 +226,8 @@ def _lock(record: Record, kept: _Kept) -> OwnedFd | None:
     # One that was taken and not recorded was told to nobody; the same holds for another kind.
     if record.lock != Lock.NONE:
         try:
-            stat = kernel.statx(lock.fileno())
-            number = kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor)
+            told = kernel.statx(lock.fileno())
+            number = kernel.loop_of_block_device(told.stx_rdev_major, told.stx_rdev_minor)
             operation = Lock(record.lock).operation
             if number == record.number and blockdev.try_lock(
                 lock.fileno(), operation, timeout=_LOCK_TIMEOUT
@@ -245,10 +246,17 @@ def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
     of = kept.setdefault(found["label"] if found else name, _Kept())
     if found and found["what"] == "lock":
         of.locks[name] = fd
-    elif found and found["what"] == "hold":
+    elif found and found["what"] == "hold" and _is_pipe(fd):
         of.holds[name] = fd
+    elif found and found["what"]:
+        kept[name] = _Kept(fd)
     else:
         of.device = fd
+
+
+def _is_pipe(fd: OwnedFd) -> bool:
+    """Whether it can be what is left of a Hold: of others nobody can tell when they end."""
+    return stat.S_ISFIFO(kernel.statx(fd.fileno()).stx_mode)
 
 
 def _give_up(name: str, kept: _Kept) -> None:
@@ -258,19 +266,20 @@ def _give_up(name: str, kept: _Kept) -> None:
     if fd is None:
         return
     try:
-        stat = kernel.statx(fd.fileno())
-        number = kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor)
+        told = kernel.statx(fd.fileno())
+        number = kernel.loop_of_block_device(told.stx_rdev_major, told.stx_rdev_minor)
         which = None if number is None else kernel.loop_binding(number)
         if number is None or which is None:
             return
+        if label(f"loop{number}", loopinfo.diskseq(fd.fileno(), which)) != name:
+            return  # it is what somebody did to it, or no device that loopd attached
         loop = loopops.take_back(number, which, fd.move(), autoclear=True)
     except (LoopError, OSError) as exc:
         log.debug("cannot look at what was kept as %s: %s", name, exc)
         return
     finally:
         fd.close()
-    # Under another name it is what somebody did to it, or no device that loopd attached.
-    if label(f"loop{number}", loop.diskseq) != name or not loopdev.detach(loop):
+    if not loopdev.detach(loop):
         loop.close()
 
 
