@@ -167,11 +167,11 @@ class Service:
 
     def wrong(self, client: RawClient) -> list[str]:
         """Return what is there and should not be, or the other way round, if nothing goes on."""
-        devices = self.devices(client)
+        devices, bound = self.devices(client), self.bound()
         numbers = {it["Number"] for label, it in devices.items() if _LOOP.fullmatch(label)}
         found = [
             f"{loop.node} is bound to {loop.backing_file}"
-            for number, loop in self.bound().items()
+            for number, loop in bound.items()
             if number not in numbers
         ]
         found += [
@@ -187,7 +187,9 @@ class Service:
         found += [
             f"the mark {mark}"
             for mark in self.marks()
-            if int(mark.partition("/loop")[2]) not in numbers
+            if (number := int(mark.partition("/loop")[2])) not in numbers
+            # While another run has the number, nobody can tell whose the mark is.
+            and (number in bound or not loops.loop_is_bound(number))
         ]
         return found
 

@@ -2,7 +2,7 @@
 """loopd is killed at every point where it changes something, and the next one puts it right.
 
 Each test is a story that is told over and over, and ends each time at another point.  The suite
-ends it once at each place in loopd; with LOOPD_THOROUGH=1 at each time that it comes by there.
+ends it before each change; with LOOPD_THOROUGH=1 also where loopd only looks.
 """
 
 import fcntl
@@ -45,6 +45,8 @@ class Story:
     """Whether systemd keeps its fds then."""
     supervised = True
     """Whether there is a systemd."""
+    often = 1
+    """How many times at most the suite ends it in the same place."""
 
     def __init__(self, unit: Service) -> None:
         self.unit = unit
@@ -146,7 +148,8 @@ class Story:
             self.prepare()
             with points.armed(point):
                 answer = self.act()
-            status = self.unit.daemon.process.status
+            process = self.unit.daemon.process
+            status = process.wait() if point in points.reached() else process.status
             if status is not None:
                 assert self.unit.daemon.wait() in (0, -signal.SIGKILL), self.unit.daemon.log
                 if not self.keeps_store:
@@ -197,8 +200,36 @@ def wait_lockable(fd: int) -> None:
             return
 
 
+READS = (
+    "kernel.statx",
+    "kernel.dup",
+    "kernel.release",
+    "kernel.preadv",
+    "kernel.partition_node_exists",
+    "kernel.loop_get",
+    "kernel.loop_attribute",
+    "kernel.loop_bound",
+    "kernel.loop_binding",
+    "kernel.loop_partitions",
+    "kernel.loop_of",
+    "kernel.blkget",
+    "kernel.blkssz",
+    "kernel.block_",
+)
+
+
+def is_change(point: str) -> bool:
+    """Whether an end there is another one than an end at the next point."""
+    return not point.startswith(READS)
+
+
+def often(point: str) -> int:
+    """For which time it comes by there."""
+    return int(point.rpartition("#")[2])
+
+
 def sweep(template: Template, kind: type[Story], fewest: int) -> None:
-    """Tell a story with all its ends, of which there are so many at the least."""
+    """Tell a story with its ends, of which there are so many at the least."""
     with ExitStack() as stack:
         unit = stack.enter_context(service(template))
         points = KillPoints(stack.enter_context(area("points")), unit.runtime_directory)
@@ -212,7 +243,7 @@ def sweep(template: Template, kind: type[Story], fewest: int) -> None:
         assert not story.tell(points)
         wanted = points.reached()
         if not THOROUGH:
-            wanted = [point for point in wanted if point.endswith("#1")]
+            wanted = [point for point in wanted if is_change(point) and often(point) <= kind.often]
         missed = []
         for point in wanted:
             try:
@@ -221,6 +252,7 @@ def sweep(template: Template, kind: type[Story], fewest: int) -> None:
             except BaseException as exc:
                 exc.add_note(f"killed at {point}")
                 raise
+        # Now and then udev has a part in it, or another's device, and another time it has not.
         ended = len(wanted) - len(missed)
         print(f"{kind.__name__}: {ended} ends; not come to: {missed}")
         assert ended >= fewest, (missed, wanted)
@@ -247,17 +279,19 @@ class Attaching(Story):
         assert len(devices) <= 1
         for it in devices.values():
             if it["State"] == "attached":
-                self.check_device(it)
+                self.check_device(it, answered=bool(answer))
 
-    def check_device(self, it: dict[str, Any]) -> None:
+    def check_device(self, it: dict[str, Any], *, answered: bool) -> None:
         lasts = self.lifetime == "system"
         assert it["Owner"] == NOBODY
         assert it["Lifetime"] == self.lifetime
         assert it["Holder"] == ("" if lasts else self.client.unique_name)
         assert it["Autoclear"] is not lasts
-        # Without a store the lock goes with loopd.
-        assert it["Locked"] in {self.lock, self.lock if self.keeps_store else "none"}
-        assert len(it["Partitions"]) == 2
+        # Without a store the lock goes with loopd.  So do the partitions, where a udevd has the
+        # kernel read a table of which it knows nothing.
+        sure = answered and self.keeps_store
+        assert it["Locked"] in {self.lock, self.lock if sure else "none"}
+        assert len(it["Partitions"]) in {2, 2 if self.keeps_store else 0}
 
     def leave(self) -> None:
         if self.lifetime == "system":
@@ -346,6 +380,8 @@ class Leaving(Story):
 class Changing(Story):
     """Somebody changes much about a device."""
 
+    often = 3
+
     def prepare(self) -> None:
         self.label = self.attach(partitions=True)
         self.before = self.after = {"Holds": 0, "Locked": "none", "Reference": ""} | self.lasts()
@@ -381,8 +417,15 @@ class Changing(Story):
             return bool(hold)
         kind = {str: "s", bool: "b", type(None): ""}[type(argument)]
         arguments = [argument] if kind else []
-        answer = self.call(PREFIX + self.label, DEVICE, member, f"{kind}a{{sv}}", [*arguments, {}])
-        return answer is not None
+        call = (PREFIX + self.label, DEVICE, member, f"{kind}a{{sv}}", [*arguments, {}])
+        deadline = Deadline()
+        while True:
+            try:
+                return self.call(*call) is not None
+            except CallError as exc:
+                # No lock waits, and udev has one while it looks at what is new.
+                if "DeviceBusy" not in exc.name or not deadline.remaining:
+                    raise
 
     def check(self, answer: Any) -> None:
         it = self.devices()[self.label]
@@ -470,21 +513,21 @@ class StoppingAlone(Stopping):
 
 
 STORIES = {
-    Attaching: 40,
-    AttachingForEver: 40,
-    AttachingAlone: 30,
-    AttachingForEverAlone: 30,
-    Detaching: 15,
-    DetachingForEver: 15,
-    DetachingForEverAlone: 10,
-    Leaving: 15,
-    Changing: 30,
-    Restarting: 15,
-    EndingForRestart: 3,
-    Stopping: 15,
-    StoppingAlone: 15,
+    Attaching: 15,
+    AttachingForEver: 15,
+    AttachingAlone: 13,
+    AttachingForEverAlone: 15,
+    Detaching: 13,
+    DetachingForEver: 10,
+    DetachingForEverAlone: 8,
+    Leaving: 8,
+    Changing: 20,
+    Restarting: 10,
+    EndingForRestart: 4,
+    Stopping: 8,
+    StoppingAlone: 7,
 }
-"""How many ends each has at the least."""
+"""How many ends each has at the least in the suite."""
 
 
 @pytest.mark.parametrize("kind", STORIES, ids=lambda it: it.__name__)
