@@ -27,7 +27,6 @@ from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_ext4, pattern
 from tests.harness.polkit import Answer
 from tests.harness.service import PREFIX, RECORDS, Service, service
-from tests.harness.template import Template
 from tests.harness.wire import CallError
 
 UID = pwd.getpwnam("nobody").pw_uid
@@ -36,19 +35,11 @@ LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 DEVICE_BUSY = "org.example.Loop1.Error.DeviceBusy"
 
 
-@pytest.fixture(scope="module")
-def template() -> Iterator[Template]:
-    with Template() as made:
-        yield made
-
-
 @pytest.fixture
-def new_unit(template: Template) -> Iterator[Callable[..., Service]]:
+def new_unit() -> Iterator[Callable[..., Service]]:
     """Make a service whose loopd has not been started."""
     with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(
-            service(template, **{"users": (UID,)} | options)
-        )
+        yield lambda **options: stack.enter_context(service(**{"users": (UID,)} | options))
 
 
 @pytest.fixture

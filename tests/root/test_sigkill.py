@@ -9,7 +9,7 @@ import fcntl
 import os
 import signal
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,11 @@ from tests.harness.deadline import Deadline
 from tests.harness.kill_points import KillPoints
 from tests.harness.raw import BUS, RawClient
 from tests.harness.service import PREFIX, Service, service
-from tests.harness.template import Template
 from tests.harness.wire import CallError
 
 THOROUGH = bool(os.environ.get("LOOPD_THOROUGH"))
 NOBODY = 65534
 DEAD = {f"{BUS}.Error.{name}" for name in ("NoReply", "ServiceUnknown", "NameHasNoOwner")}
-
-
-@pytest.fixture(scope="module")
-def template() -> Iterator[Template]:
-    with Template() as made:
-        yield made
 
 
 class Story:
@@ -228,10 +221,10 @@ def often(point: str) -> int:
     return int(point.rpartition("#")[2])
 
 
-def sweep(template: Template, kind: type[Story], fewest: int) -> None:
+def sweep(kind: type[Story], fewest: int) -> None:
     """Tell a story with its ends, of which there are so many at the least."""
     with ExitStack() as stack:
-        unit = stack.enter_context(service(template))
+        unit = stack.enter_context(service())
         points = KillPoints(stack.enter_context(area("points")), unit.runtime_directory)
         stack.callback(points.close)
         unit.prelude = points.prelude
@@ -531,7 +524,5 @@ STORIES = {
 
 
 @pytest.mark.parametrize("kind", STORIES, ids=lambda it: it.__name__)
-def test_the_next_loopd_puts_right_what_one_that_is_killed_leaves(
-    template: Template, kind: type[Story]
-) -> None:
-    sweep(template, kind, STORIES[kind])
+def test_the_next_loopd_puts_right_what_one_that_is_killed_leaves(kind: type[Story]) -> None:
+    sweep(kind, STORIES[kind])
