@@ -94,6 +94,13 @@ def is_bound(attached: Attached) -> bool:
     return loops.loop_is_bound(attached.number, attached.diskseq)
 
 
+def wait_nothing_of(attached: Attached) -> None:
+    """Wait until it is unbound, without a partition left; another run may have the number then."""
+    loops.wait_unbound(attached.number, attached.diskseq)
+    strays = loops.partitions(attached.number)
+    assert not strays or loops.loop_is_bound(attached.number)
+
+
 def autoclear(attached: Attached) -> bool:
     return kernel.loop_attribute(attached.number, "loop/autoclear") == b"1"
 
@@ -224,6 +231,10 @@ def test_a_stop_lets_go_of_all_but_what_is_the_systems(unit: Service, job: str |
         caller.attach(unit.gpt(), partition_scan=True, lock="exclusive"),
         caller.attach(unit.image(), lifetime="user"),
     ]
+    # One that does not go by itself.
+    passing.append(caller.attach(unit.image()))
+    with opened(passing[-1], os.O_RDWR) as fd:
+        turn_autoclear_off(fd)
     lasting = caller.attach(unit.image(), lifetime="system")
     holding = hold(caller, passing[0])
     with foreign(unit):
@@ -233,8 +244,7 @@ def test_a_stop_lets_go_of_all_but_what_is_the_systems(unit: Service, job: str |
         unit.systemd.job = None
         unit.store.drop()
         for attached in passing:
-            loops.wait_unbound(attached.number, attached.diskseq)
-            assert loops.partitions(attached.number) == ()
+            wait_nothing_of(attached)
         wait_end(holding)
         assert is_bound(lasting)
         assert autoclear(lasting) is False
@@ -300,8 +310,7 @@ def test_without_a_store_all_but_what_is_the_systems_goes_with_loopd(
     assert unit.store.complaints == []
     unit.kill()
     for attached in passing:
-        loops.wait_unbound(attached.number, attached.diskseq)
-        assert loops.partitions(attached.number) == ()
+        wait_nothing_of(attached)
     unit.start()
     wait_seen(unit, lasting)
     # The lock has gone with the fd.
@@ -400,6 +409,7 @@ def test_on_another_bus_nobody_is_who_had_the_name(unit: Service) -> None:
 def test_what_somebody_has_open_is_still_going_after_a_restart(unit: Service) -> None:
     caller = unit.caller()
     attached = caller.attach(unit.image())
+    holding = hold(caller, attached)
     with opened(attached, os.O_RDWR) as fd:
         assert caller.detach(attached.path) is False
         for end in (crash, restart):
@@ -411,6 +421,7 @@ def test_what_somebody_has_open_is_still_going_after_a_restart(unit: Service) ->
     unit.start()
     wait_seen(unit)
     assert not is_bound(attached)
+    wait_end(holding)
 
 
 def test_what_is_mounted_is_still_going_after_a_restart(
@@ -562,9 +573,15 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         # What goes has to be out of it before what comes is put in.
         for kind in ("none", "exclusive") * 3:
             caller.device(devices[0].path, "Lock", "sa{sv}", kind, {})
-        for _ in range(3):
+        with unit.store.paused():
             os.close(holds.pop())
-            holds.append(hold_at_last(caller, devices[1]))
+            deadline = Deadline()
+            while caller.get(devices[1].path, "Holds"):
+                assert deadline.remaining
+            with pytest.raises(CallError) as failure:
+                hold(caller, devices[1])
+            assert failure.value.name == LIMITS_EXCEEDED
+        holds.append(hold_at_last(caller, devices[1]))
         assert caller.detach(devices[0].path) is True
         wait_end(holds.pop(0))
         devices = [caller.attach(unit.image(), lock="shared"), devices[1]]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from loopd import kernel
+from loopd.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.bus import LOOPD
@@ -336,6 +338,20 @@ class Detaching(Story):
         os.close(self.hold)
 
 
+class DetachingWhatStays(Detaching):
+    """Somebody has turned autoclear off by an fd of its own, and the kernel cleans up nothing."""
+
+    supervised = keeps_store = False
+
+    def prepare(self) -> None:
+        super().prepare()
+        fd = os.open(self.devices()[self.label]["Node"], os.O_RDWR | os.O_CLOEXEC)
+        info = kernel.loop_get_status64(fd)
+        info.lo_flags &= ~LO_FLAGS_AUTOCLEAR
+        kernel.loop_set_status64(fd, info)
+        os.close(fd)
+
+
 class DetachingForEver(Detaching):
     lifetime = "system"
 
@@ -511,6 +527,7 @@ STORIES = {
     AttachingAlone: 13,
     AttachingForEverAlone: 15,
     Detaching: 13,
+    DetachingWhatStays: 10,
     DetachingForEver: 10,
     DetachingForEverAlone: 8,
     Leaving: 8,
