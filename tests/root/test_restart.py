@@ -158,7 +158,7 @@ def restart(unit: Service) -> None:
 
 def crash_in_full(unit: Service) -> None:
     """With an interpreter of its own."""
-    unit.crash(template=None)
+    unit.crash(forked=False)
 
 
 @pytest.mark.parametrize("again", [crash, restart, crash_in_full])
