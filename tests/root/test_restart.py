@@ -163,6 +163,7 @@ def crash_in_full(unit: Service) -> None:
 
 @pytest.mark.parametrize("again", [crash, restart, crash_in_full])
 def test_a_restart_changes_nothing(unit: Service, again: Callable[[Service], object]) -> None:
+    """Killed at any point."""
     caller = unit.caller()
     plain = caller.attach(unit.image(), reference="name")
     locked = caller.attach(unit.gpt(), partition_scan=True, lock="exclusive")
