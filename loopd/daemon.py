@@ -13,11 +13,12 @@ import os
 import resource
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, journal, loopdev, supervisor, wire
+from . import __version__, codec, dial, instance, journal, loopdev, supervisor, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -51,6 +52,8 @@ _STORED_FDS_PER_DEVICE = 2
 _OTHER_FDS = 512
 # How long a stop waits for the kernel and for calls under way; autoclear does the rest.
 _STOP_TIMEOUT = 5.0
+# How long another loopd may take to its end, which is three of the above at worst.
+_OTHERS_END = 20.0
 
 
 def main() -> None:
@@ -60,7 +63,9 @@ def main() -> None:
     try:
         config = _fit(load(arguments.config))
         threads = Threads()
-        status = asyncio.run(_run(config, arguments.runtime_directory, threads))
+        # Not closed: what is in it is ours to the very end, also of threads that detach.
+        ours = ExitStack()
+        status = asyncio.run(_run(config, arguments.runtime_directory, threads, ours))
     except BadConfig as exc:
         # The unit says that starting anew is of no use then.
         print(f"loopd: {exc}", file=sys.stderr)
@@ -116,8 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int:
-    """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status."""
+async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: ExitStack) -> int:
+    """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status.
+
+    `ours` gets what is not to be given back before the process has ended.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 
@@ -130,7 +138,6 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         loop.add_signal_handler(number, end, 0, f"stopping on {number.name}")
 
     markers, records, store = Markers(runtime_directory), Records(runtime_directory), FdStore()
-    await threads.run(markers.prepare)
     lifetimes: Lifetimes | None = None
 
     def heard(_: Frame) -> None:
@@ -149,7 +156,18 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         close_fds=threads.close_fds,
     )
     socket = await threads.run(connect)
-    await asking.hello()
+    try:
+        await asking.hello()
+        if await asking.call_bus("NameHasOwner", "s", [NAME]) != [False]:
+            raise BusError(f"another process owns {NAME} already")
+        # Another one may be letting go yet, though it has given up the name.
+        claim = partial(instance.claim, runtime_directory, _OTHERS_END)
+        ours.enter_context(await threads.run(claim))
+        await threads.run(markers.prepare)
+    except BaseException:
+        asking.close()
+        socket.close()
+        raise
     unit = supervisor.Unit(asking.call)
     store.room = await unit.fds_at_most()
     if store.room:
@@ -265,8 +283,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         # Listening before looking, so that nothing falls between.
         monitor = Monitor(registry.look_at, registry.look_at_private)
         await registry.look_at_all()
-        await bus.own(NAME)
         await threads.run(partial(_clean_up, markers))
+        await bus.own(NAME)
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
         supervisor.tell("READY=1")
         if interval := supervisor.watchdog_interval():
