@@ -27,6 +27,12 @@ from tests.harness.unit import Unit
 _making: list[subprocess.Popen[bytes]] = []
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run these tests last: by then the roots are there."""
+    items.sort(key=lambda item: category_of(item.path) == "machine")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to make the roots that will be needed and are not there."""
     wanted = any(category_of(item.path) == "machine" for item in session.items)
