@@ -204,8 +204,8 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     assert files - documentation == modules | {
         "usr/bin/loopctl",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
-        "usr/lib/systemd/system/loopd.service",
-        "usr/lib/udev/rules.d/62-loopd-unprivileged.rules",
+        *(f"usr/lib/systemd/system/{name}" for name in ("loopd.service", "loop-attach@.service")),
+        *(f"usr/lib/udev/rules.d/{path.name}" for path in (CHECKOUT / "systemd").glob("*.rules")),
         "usr/sbin/loopd",
         "usr/share/dbus-1/interfaces/org.example.Loop1.xml",
         "usr/share/dbus-1/system-services/org.example.Loop1.service",
