@@ -11,12 +11,14 @@ import subprocess
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 from ..fd import OwnedFd
 from .stream import in_foreground
 
-# It ends with us, whatever ends us, and registers for us alone.
-_COMMAND = ("setpriv", "--pdeathsig", "TERM", "--", "pkttyagent", "--fallback")
+# It ends with us, whatever ends us.
+_COMMAND = ("setpriv", "--pdeathsig", "TERM", "--", "pkttyagent")
+_USERS = Path("/run/systemd/users")
 _START = 10.0  # seconds; without an agent somebody else may be there to be asked
 _END = 5.0
 
@@ -36,7 +38,11 @@ async def agent(*, wanted: bool) -> AsyncIterator[None]:
         if process:
             stack.callback(_end, process)
             await _closed(reading)
-        yield
+        try:
+            yield
+        except asyncio.CancelledError:
+            print(file=sys.stderr)  # most likely behind a question
+            raise
 
 
 def _somebody_types() -> bool:
@@ -44,9 +50,14 @@ def _somebody_types() -> bool:
 
 
 def _started(writing: OwnedFd) -> subprocess.Popen[bytes] | None:
+    options = [f"--process={os.getpid()}", f"--notify-fd={writing.fileno()}"]
+    # That of a session goes before ours. polkitd does not ask a fallback where there is no session,
+    # where nobody else can be asked either.
+    if (_USERS / str(os.getuid())).exists():
+        options.append("--fallback")
     try:
         return subprocess.Popen(
-            [*_COMMAND, f"--process={os.getpid()}", f"--notify-fd={writing.fileno()}"],
+            [*_COMMAND, *options],
             pass_fds=[writing.fileno()],
             stdin=subprocess.DEVNULL,  # it opens the terminal itself
             stdout=subprocess.DEVNULL,
@@ -80,7 +91,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminal_restored() -> Iterator[None]:
-    """Undo what an agent that is ended over a question leaves of the terminal: no echo."""
+    """Undo what an old agent that is ended over a question leaves of the terminal: no echo."""
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
     try:
