@@ -14,6 +14,7 @@ import pytest
 
 from loopd import access, config, daemon, errors, options
 from loopd.cli import arguments
+from loopd.cli.columns import COLUMNS
 from loopd.cli.outcome import MEANINGS
 from tests.harness.area import CHECKOUT
 
@@ -95,7 +96,7 @@ def test_there_is_every_page_and_each_knows_only_pages_that_are(pages: dict[str,
 
 @pytest.mark.parametrize(
     ("page", "parser"),
-    [("loopctl.1", arguments._parser()), ("loopd.8", daemon._parser())],
+    [("loopctl.1", arguments.parser()), ("loopd.8", daemon._parser())],
     ids=["loopctl", "loopd"],
 )
 def test_all_options_are_told_and_no_others(
@@ -112,10 +113,32 @@ def test_all_options_are_told_and_no_others(
 
 
 def test_all_commands_of_loopctl_are_told(pages: dict[str, str]) -> None:
-    commands = {name for name in parsers(arguments._parser()) if name}
+    commands = {name for name in parsers(arguments.parser()) if name}
     page = pages["loopctl.1"]
     assert set(re.findall(r"^ +loopctl ([a-z]+)", section(page, "SYNOPSIS"), re.M)) == commands
     assert set(terms(section(page, "COMMANDS"), 7)) == commands
+
+
+@pytest.mark.parametrize(
+    ("command", "parser"), [each for each in parsers(arguments.parser()).items() if each[0]]
+)
+def test_each_command_has_the_options_that_are_told_of_it(
+    pages: dict[str, str], command: str, parser: argparse.ArgumentParser
+) -> None:
+    parts = re.split(r"^   Options of (.*)$", section(pages["loopctl.1"], "OPTIONS"), flags=re.M)
+    told: set[str] = set()
+    for title, text in zip(parts[1::2], parts[2::2], strict=True):
+        if title == "all commands" or command in re.findall(r"\w+", title):
+            told |= options_in("\n".join(re.findall(r"^ {7}-.*$", text, re.MULTILINE)))
+    taken = {option for action in parser._actions for option in action.option_strings}
+    assert told - {"--version"} == taken
+
+
+def test_all_columns_of_loopctls_list_are_told(pages: dict[str, str]) -> None:
+    # But for losetup's own, which are named as such.
+    listed = pages["loopctl.1"]
+    ours = list(COLUMNS)[list(COLUMNS).index("SIZE") :]
+    assert [each for each in ours if not re.search(rf"\b{each}\b", listed)] == []
 
 
 def test_all_exit_statuses_of_loopctl_are_told(pages: dict[str, str]) -> None:
