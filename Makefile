@@ -20,7 +20,7 @@ INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
 DEB_PACKAGES     := debhelper dh-python
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base
+                    lintian groff-base udisks2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
@@ -89,7 +89,7 @@ rulesdir     := $(PREFIX)/lib/udev/rules.d
 dbusdir      := $(PREFIX)/share/dbus-1
 mandir       := $(PREFIX)/share/man
 buspolicydir := /usr/share/dbus-1/system.d
-polkitdir    := /usr/share/polkit-1/actions
+polkitdir    := /usr/share/polkit-1
 
 install: install-files
 	# In the unit's sandbox nobody could keep what Python compiled.
@@ -100,7 +100,7 @@ install: install-files
 install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
-		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir) \
+		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
 		$(mandir)/man1 $(mandir)/man8)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
@@ -112,7 +112,8 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	$(call fill,systemd/loop-attach@.service.in,$(unitdir)/loop-attach@.service)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
-	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
+	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)/actions
+	install -m 644 polkit/org.example.loop1.rules $(DESTDIR)$(polkitdir)/rules.d
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
 	install -m 644 docs/loopctl.1 $(DESTDIR)$(mandir)/man1
 	install -m 644 docs/loopd.8 $(DESTDIR)$(mandir)/man8
@@ -123,7 +124,8 @@ uninstall:
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
 		$(mandir)/man1/loopctl.1 $(mandir)/man8/loopd.8 \
-		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
+		$(polkitdir)/actions/org.example.loop1.policy $(polkitdir)/rules.d/org.example.loop1.rules \
+		$(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)
 
 # -I: a root daemon takes no module from the environment, the user or the working directory.

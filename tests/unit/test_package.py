@@ -203,7 +203,9 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     assert files - documentation == modules | {
         "usr/bin/loopctl",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
+        "usr/lib/systemd/system/loop-attach@.service",
         "usr/lib/systemd/system/loopd.service",
+        "usr/lib/udev/rules.d/61-loopd-links.rules",
         "usr/lib/udev/rules.d/62-loopd-unprivileged.rules",
         "usr/sbin/loopd",
         "usr/share/dbus-1/interfaces/org.example.Loop1.xml",
@@ -212,6 +214,7 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
         "usr/share/man/man1/loopctl.1.gz",
         "usr/share/man/man8/loopd.8.gz",
         "usr/share/polkit-1/actions/org.example.loop1.policy",
+        "usr/share/polkit-1/rules.d/org.example.loop1.rules",
         # So that a new version of Python finds it compiled.
         "usr/share/python3/runtime.d/loopd.rtupdate",
     }
