@@ -21,7 +21,7 @@ INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev python3-docutils
 DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs python3-gi
 DEB_PACKAGES     := debhelper dh-python python3-docutils
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base man-db
+                    lintian groff-base udisks2 fdisk
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
@@ -91,7 +91,7 @@ dbusdir      := $(PREFIX)/share/dbus-1
 mandir       := $(PREFIX)/share/man
 PAGES        := $(basename $(notdir $(wildcard docs/man/*.rst)))
 buspolicydir := /usr/share/dbus-1/system.d
-polkitdir    := /usr/share/polkit-1/actions
+polkitdir    := /usr/share/polkit-1
 
 install: install-files
 	# In the unit's sandbox nobody could keep what Python compiled.
@@ -102,7 +102,7 @@ install: install-files
 install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
-		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir) \
+		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
 		$(mandir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
@@ -114,7 +114,8 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	$(call fill,systemd/loop-attach@.service.in,$(unitdir)/loop-attach@.service)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
-	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
+	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)/actions
+	install -m 644 polkit/org.example.loop1.rules $(DESTDIR)$(polkitdir)/rules.d
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
 	umask 022; $(PYTHON) docs/man/pages.py $(DESTDIR)$(mandir)
 
@@ -124,7 +125,8 @@ uninstall:
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
 		$(foreach page,$(PAGES),$(mandir)/man$(lastword $(subst ., ,$(page)))/$(page)) \
-		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
+		$(polkitdir)/actions/org.example.loop1.policy $(polkitdir)/rules.d/org.example.loop1.rules \
+		$(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)
 
 # To look at them: man -l build/man/man1/loopctl.1

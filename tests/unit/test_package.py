@@ -212,6 +212,7 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
         "usr/share/dbus-1/system.d/org.example.Loop1.conf",
         *(f"usr/share/man/man{page.stem[-1]}/{page.stem}.gz" for page in pages),
         "usr/share/polkit-1/actions/org.example.loop1.policy",
+        "usr/share/polkit-1/rules.d/org.example.loop1.rules",
         # So that a new version of Python finds it compiled.
         "usr/share/python3/runtime.d/loopd.rtupdate",
     }
