@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint bench install install-files uninstall man deb clean \
+.PHONY: all demo check lint bench install install-files uninstall man picture deb clean \
         deps run-deps install-deps demo-deps deb-deps check-deps
 
 all: .venv/run
@@ -132,6 +132,10 @@ uninstall:
 # To look at them: man -l build/man/man1/loopctl.1
 man:
 	$(PYTHON) docs/man/pages.py build/man
+
+# README's, of what is run for it.
+picture: .venv/run | demo-deps
+	$(SUDO) .venv/bin/python docs/picture.py
 
 # -I: a root daemon takes no module from the environment, the user or the working directory.
 define launcher

@@ -111,11 +111,12 @@ class Session:
         the last output that has it tells.
         """
         text = _LOOP.sub(lambda match: f"loop{self._loops.get(match[1], match[1])}", command.text)
-        status, printed = self._enter(text)
+        status, printed = self.enter(text)
         assert status == "0", f"{text}: {status}, {printed}"
         self._compare(text, command.output, printed)
 
-    def _enter(self, text: str) -> tuple[str, str]:
+    def enter(self, text: str) -> tuple[str, str]:
+        """Run one, and return its exit status and what it printed."""
         stdin, stdout = self._shell.stdin, self._shell.stdout
         assert stdin is not None
         assert stdout is not None
