@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.harness.area import CHECKOUT
 from tests.harness.deadline import Deadline
@@ -92,6 +93,11 @@ def blocks(document: Path) -> list[Block]:
     ]
 
 
+def name(document: Path) -> str:
+    """Its path below the checkout."""
+    return str(document.relative_to(CHECKOUT))
+
+
 def outside(document: Path) -> str:
     """What is outside of them."""
     return _FENCE.sub("", document.read_text())
@@ -102,6 +108,7 @@ class Session:
 
     def __init__(self, shell: "subprocess.Popen[bytes]") -> None:
         self._shell = shell
+        self.pid = shell.pid
         self._loops: dict[str, str] = {}
 
     def run(self, command: Command) -> None:
@@ -189,29 +196,35 @@ def session(user: str, directory: Path, variables: Mapping[str, str]) -> Iterato
             "USER": user,
             **variables,
         }
-        shell = subprocess.Popen(
-            [
-                *("unshare", "--mount", "--propagation=private", "--"),
-                *("setpriv", f"--reuid={user}", "--regid=nogroup", "--clear-groups"),
-                *("bash", "--norc"),
-            ],
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        # Whoever still waits for sudo is let go first.
-        stack.callback(shell.wait, 30)
-        stack.enter_context(shell)
+        command = [
+            *("unshare", "--mount", "--propagation=private", "--"),
+            *("setpriv", f"--reuid={user}", "--regid=nogroup", "--clear-groups"),
+            *("bash", "--norc"),
+        ]
+        running = stack.enter_context(shell(command, cwd=directory, env=environment))
         server = threading.Thread(
-            target=_serve_sudo, args=(listener, shell.pid, environment), name="sudo"
+            target=_serve_sudo, args=(listener, running.pid, environment), name="sudo"
         )
         server.start()
+        # Whoever still waits for sudo is let go before the shell is waited for.
         stack.callback(server.join)
         stack.callback(listener.shutdown, socket.SHUT_RDWR)
-        stack.callback(lambda: shell.stdin and shell.stdin.close())
-        yield Session(shell)
+        yield running
+
+
+@contextmanager
+def shell(command: list[str], **how: Any) -> Iterator[Session]:
+    """Start a shell that reads commands; `how` goes to Popen."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **how,
+    )
+    # Its end of file is its end.
+    with process:
+        yield Session(process)
 
 
 def _program(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from loopd import config
 from tests.harness.area import CHECKOUT
-from tests.harness.documents import DOCUMENTS, Block, blocks, session
+from tests.harness.documents import DOCUMENTS, Block, blocks, name, session
 from tests.harness.images import MIB, make_ext4
 from tests.harness.logind import LogindDouble
 from tests.harness.polkit import RULES_ALLOW_ALL
@@ -30,10 +30,6 @@ MANUAL = CHECKOUT / "docs" / "man" / "loopd.toml.5.rst"
 
 def of_kind(kind: str) -> list[Block]:
     return [block for block in BLOCKS if block.info == kind]
-
-
-def name(document: Path) -> str:
-    return str(document.relative_to(CHECKOUT))
 
 
 @pytest.fixture(scope="module")

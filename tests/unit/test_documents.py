@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness.area import CHECKOUT
-from tests.harness.documents import DOCUMENTS, KINDS, blocks, outside
+from tests.harness.documents import DOCUMENTS, KINDS, blocks, name, outside
 
 DEMANDS = CHECKOUT / "docs" / "demands.md"
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 LINK = re.compile(r"\[[^]]*\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
-
-
-def name(document: Path) -> str:
-    return str(document.relative_to(CHECKOUT))
 
 
 def is_test(file: str, test: str) -> bool:
