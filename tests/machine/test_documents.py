@@ -16,6 +16,13 @@ BOOTED = [
     each for each in DOCUMENTS if any(block.info == "console booted" for block in blocks(each))
 ]
 IMAGE = "/srv/disk.img"
+SYSTEM_FILES = ("ini file=", "fstab file=")
+FILES = [
+    str(block.file)
+    for document in BOOTED
+    for block in blocks(document)
+    if block.info.startswith(SYSTEM_FILES)
+]
 
 
 @pytest.fixture
@@ -25,22 +32,18 @@ def system(machine: "booted.Machine", unit: object) -> Iterator["booted.Machine"
     fstab = machine.result("cat", "/etc/fstab").stdout
     yield machine
     machine.run("systemctl", "stop", "loop-attach@*.service")
+    machine.run("rm", "-rf", IMAGE, *(path for path in FILES if path != "/etc/fstab"))
     machine.write("/etc/fstab", fstab)
-    machine.run("rm", "-f", IMAGE)
+    machine.run("systemctl", "daemon-reload")
 
 
 @pytest.mark.parametrize("document", BOOTED, ids=name)
 def test_its_commands_do_what_it_shows(system: "booted.Machine", document: Path) -> None:
-    written = []
     with shell(system.command("bash", "--norc"), cwd="/") as session:
         for block in blocks(document):
-            if block.info.startswith(("ini file=", "fstab file=")):
+            if block.info.startswith(SYSTEM_FILES):
                 system.write(block.file, block.text)
-                written.append(block.file)
             elif block.info == "console booted":
                 for command in block.commands():
                     session.run(command)
-    system.run("rm", "-f", *written)
-    system.run("systemctl", "daemon-reload")
-    assert written
     assert IMAGE not in {loop.backing_file for loop in loops.bound_loops().values()}
