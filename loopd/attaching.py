@@ -73,7 +73,7 @@ class Attaching:
         self._quota = quota
         self._store = store
         # From a number on that no former loopd has reached: a path names one attachment for ever.
-        self._counter = itertools.count(int(time.time()))
+        self._counter = itertools.count(_now())
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, journal, loopdev, supervisor, wire
+from . import __version__, codec, dial, instance, journal, loopdev, supervisor, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -51,6 +51,8 @@ _STORED_FDS_PER_DEVICE = 2
 _OTHER_FDS = 512
 # How long a stop waits for the kernel and for calls under way; autoclear does the rest.
 _STOP_TIMEOUT = 5.0
+# How long another loopd may take to its end, which is three of the above at worst.
+_OTHERS_END = 20.0
 
 
 def main() -> None:
@@ -59,6 +61,8 @@ def main() -> None:
     journal.start(debug=arguments.debug)
     try:
         config = _fit(load(arguments.config))
+        # To the very end, also of threads that detach.
+        _ours = instance.claim(arguments.runtime_directory, _OTHERS_END)
         threads = Threads()
         status = asyncio.run(_run(config, arguments.runtime_directory, threads))
     except BadConfig as exc:
@@ -265,8 +269,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         # Listening before looking, so that nothing falls between.
         monitor = Monitor(registry.look_at, registry.look_at_private)
         await registry.look_at_all()
-        await bus.own(NAME)
         await threads.run(partial(_clean_up, markers))
+        await bus.own(NAME)
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
         supervisor.tell("READY=1")
         if interval := supervisor.watchdog_interval():

@@ -206,13 +206,17 @@ class Lifetimes:
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())
-        self._close_write_end(hold.uid, hold.write_end)
-        hold.place.free()
+        self._tasks.start(self._end(hold))
         holds = self._holds[hold.device.path]
         holds.discard(hold)
         if not holds:
             del self._holds[hold.device.path]
         self._count(hold.device)
+
+    async def _end(self, hold: _Hold) -> None:
+        """Close a Hold, whose place is free when the store has room again."""
+        with hold.place:
+            await self._threads.run_in_turn(hold.uid, Work.ENDING, hold.write_end.close)
 
     def _close_write_end(self, uid: int, write_end: OwnedFd) -> None:
         close = write_end.move().close

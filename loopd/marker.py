@@ -41,8 +41,7 @@ class Markers:
     def prune(self) -> list[int]:
         """Remove marks of devices that are neither bound nor about to be; return their numbers.
 
-        A daemon that was killed leaves its marks, and the next user of the number may be root. Only
-        who owns the name may do this: the marks may be another daemon's.
+        A daemon that was killed leaves its marks, and the next user of the number may be root.
         """
         pruned = set()
         with self._lock:

@@ -117,9 +117,11 @@ class Records:
                 if path.name.endswith(_NEW):
                     raise ValueError("it was not finished")
                 found.append(Record.parse(path.read_text()))
-            except (ValueError, TypeError) as exc:
+            except (ValueError, TypeError, RecursionError) as exc:
                 log.warning("dropping the record %s: %s", path.name, exc)
                 path.unlink(missing_ok=True)
+            except OSError as exc:
+                log.warning("cannot read the record %s: %s", path.name, exc.strerror)
         return found
 
     def save(self, device: Device, lease: Lease | None = None) -> None:

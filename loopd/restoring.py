@@ -9,11 +9,12 @@ import asyncio
 import logging
 import os
 import re
+import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from . import backing, kernel, loopdev, loopinfo, loopops
+from . import backing, blockdev, kernel, loopdev, loopinfo, loopops
 from .access import ROOT, Client
 from .backing import FileIdentity
 from .blockdev import Lock
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # How long a device is waited for that may hang.
 _TIMEOUT = 5.0
+# Nobody but udev, for the milliseconds of a probe, comes between while the kind of a lock changes.
+_LOCK_TIMEOUT = 1.0
 _NAME = re.compile(r"(?P<label>\w+)(?:\.(?P<what>lock|hold)\d+)?", re.ASCII)
 
 
@@ -127,9 +130,7 @@ class Restoring:
                 self._records.remove(name)
             self._close(record.owner, kept.close)
             return
-        lock = kept.take_lock()
-        if device.loop:
-            device.loop.lock = lock
+        lock = device.loop.lock if device.loop else None
         device.place = self._quota.take_back(record.owner)
         holds = {each: kept.holds.pop(each) for each in record.holds if each in kept.holds}
         self._close(record.owner, kept.close)
@@ -195,6 +196,7 @@ class Restoring:
         except BaseException:
             loop.close()
             raise
+        loop.lock = _lock(record, kept)
         loop.release = self._claim(record.number)
         return device(number=record.number, status=status, sector_size=sector_size, loop=loop)
 
@@ -216,16 +218,45 @@ class Restoring:
         self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
 
 
+def _lock(record: Record, kept: _Kept) -> OwnedFd | None:
+    """The lock as it was recorded; None if there is none, or it cannot be had any more."""
+    lock = kept.take_lock()
+    if lock is None:
+        return None
+    # One that was taken and not recorded was told to nobody; the same holds for another kind.
+    if record.lock != Lock.NONE:
+        try:
+            told = kernel.statx(lock.fileno())
+            number = kernel.loop_of_block_device(told.stx_rdev_major, told.stx_rdev_minor)
+            operation = Lock(record.lock).operation
+            if number == record.number and blockdev.try_lock(
+                lock.fileno(), operation, timeout=_LOCK_TIMEOUT
+            ):
+                return lock
+        except OSError as exc:
+            log.debug("cannot lock loop%s again: %s", record.number, exc.strerror)
+        log.info("the lock on loop%s is lost", record.number)
+    lock.close()
+    return None
+
+
 def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
     """Put an fd to the others of its device."""
     found = _NAME.fullmatch(name)
     of = kept.setdefault(found["label"] if found else name, _Kept())
     if found and found["what"] == "lock":
         of.locks[name] = fd
-    elif found and found["what"] == "hold":
+    elif found and found["what"] == "hold" and _is_pipe(fd):
         of.holds[name] = fd
+    elif found and found["what"]:
+        kept[name] = _Kept(fd)
     else:
         of.device = fd
+
+
+def _is_pipe(fd: OwnedFd) -> bool:
+    """Whether it can be what is left of a Hold: of others nobody can tell when they end."""
+    return stat.S_ISFIFO(kernel.statx(fd.fileno()).stx_mode)
 
 
 def _give_up(name: str, kept: _Kept) -> None:
@@ -235,19 +266,20 @@ def _give_up(name: str, kept: _Kept) -> None:
     if fd is None:
         return
     try:
-        stat = kernel.statx(fd.fileno())
-        number = kernel.loop_of_block_device(stat.stx_rdev_major, stat.stx_rdev_minor)
+        told = kernel.statx(fd.fileno())
+        number = kernel.loop_of_block_device(told.stx_rdev_major, told.stx_rdev_minor)
         which = None if number is None else kernel.loop_binding(number)
         if number is None or which is None:
             return
+        if label(f"loop{number}", loopinfo.diskseq(fd.fileno(), which)) != name:
+            return  # it is what somebody did to it, or no device that loopd attached
         loop = loopops.take_back(number, which, fd.move(), autoclear=True)
     except (LoopError, OSError) as exc:
         log.debug("cannot look at what was kept as %s: %s", name, exc)
         return
     finally:
         fd.close()
-    # Under another name it is what somebody did to it, or no device that loopd attached.
-    if label(f"loop{number}", loop.diskseq) != name or not loopdev.detach(loop):
+    if not loopdev.detach(loop):
         loop.close()
 
 

@@ -2,9 +2,9 @@
 """A private system bus: a real dbus-daemon under the stock default policy and limits.
 
 Our own policy file and Debian's for polkit are included as they would be on a system, so every
-test goes through them.  Root may also own the names of polkit and logind, for doubles.  Any uid
-may connect.  Nothing is activated but what stands in the given service directories, which are run
-directly, as the bus's own user.
+test goes through them.  Root may also own the names of polkit, logind and systemd, for doubles.
+Any uid may connect.  Nothing is activated but what stands in the given service directories, which
+are run directly, as the bus's own user.
 """
 
 import os
@@ -24,6 +24,7 @@ from tests.harness.raw import BUS, RawClient
 LOOPD = "org.example.Loop1"
 POLKIT = "org.freedesktop.PolicyKit1"
 LOGIND = "org.freedesktop.login1"
+SYSTEMD = "org.freedesktop.systemd1"
 
 OUR_POLICY = CHECKOUT / "dbus" / f"{LOOPD}.conf"
 POLKIT_POLICY = Path(f"/usr/share/dbus-1/system.d/{POLKIT}.conf")
@@ -69,15 +70,17 @@ _CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configura
   </policy>
 {limits}
 {includes}
-  <!-- The doubles of polkit and logind run as whoever runs the tests. -->
+  <!-- The doubles of polkit, logind and systemd run as whoever runs the tests. -->
   <policy user="{tester}">
     <allow own="org.freedesktop.PolicyKit1"/>
     <allow own="org.freedesktop.login1"/>
+    <allow own="org.freedesktop.systemd1"/>
     {tester_owns}
   </policy>
   <policy context="default">
     <allow send_destination="org.freedesktop.PolicyKit1"/>
     <allow send_destination="org.freedesktop.login1"/>
+    <allow send_destination="org.freedesktop.systemd1"/>
   </policy>
 </busconfig>
 """

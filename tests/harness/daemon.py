@@ -23,11 +23,13 @@ from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.deadline import Deadline
 from tests.harness.process import Process
 from tests.harness.raw import BUS
+from tests.harness.template import Template
 
 LIBRARIES = ("dbus_next", "dbus_fast")
 
 _RUN = "import runpy; runpy.run_module('loopd', run_name='__main__', alter_sys=True)"
 _HIDE = "import sys; sys.modules['{}'] = None"
+_LISTEN = Path(__file__).with_name("listen_program.py")
 
 _COMPLAINTS = re.compile(
     r"Traceback \(most recent call last\)|ResourceWarning|was never (awaited|retrieved)"
@@ -55,12 +57,15 @@ class Daemon:
         complaints: bool = False,
         wait_ready: bool = True,
         within: Sequence[str] = (),
+        stored: Sequence[tuple[str, int]] | None = None,
+        template: Template | None = None,
     ) -> None:
         """Prepare a daemon.
 
         `library` is one of LIBRARIES, None leaves the choice to loopd; `config` is the text of its
         configuration file (empty when None); the runtime directory is a private one when None;
-        `within` is a command that runs the one which follows it.
+        `within` is a command that runs the one which follows it; `stored` are fds from the
+        store of a former one, with their names; `template` forks it, which is quicker.
         """
         self._bus = bus
         self._library = library
@@ -72,6 +77,8 @@ class Daemon:
         self._complaints = complaints
         self._wait_ready = wait_ready
         self._within = within
+        self._stored = stored
+        self._template = template
         self._ended = False
         self._exit = ExitStack()
 
@@ -82,24 +89,7 @@ class Daemon:
             self.config_path.write_text(self._config)
             self.runtime_directory = self._runtime_directory or directory / "run"
             self.runtime_directory.mkdir(exist_ok=True, parents=True)
-            self.process = stack.enter_context(
-                Process(
-                    [
-                        *self._within,
-                        *(sys.executable, "-W", "default::ResourceWarning", "-c", self._program()),
-                        *("--config", self.config_path),
-                        *("--runtime-directory", self.runtime_directory),
-                        *self._arguments,
-                    ],
-                    name="loopd",
-                    environment={
-                        "DBUS_SYSTEM_BUS_ADDRESS": self._bus.address,
-                        "PYTHONPATH": str(CHECKOUT),
-                        "PYTHONUNBUFFERED": "1",
-                        **self._environment,
-                    },
-                )
-            )
+            self.process = stack.enter_context(self._start())
             if self._wait_ready:
                 self._bus.wait_owned(LOOPD, process=self.process)
             self._exit = stack.pop_all()
@@ -122,6 +112,34 @@ class Daemon:
             raise AssertionError(f"loopd ended on its own ({early}):\n{self.log}")
         if not self._complaints and _COMPLAINTS.search(self.log):
             raise AssertionError(f"loopd complained:\n{self.log}")
+
+    def _start(self) -> Process:
+        arguments = [
+            *("--config", self.config_path),
+            *("--runtime-directory", self.runtime_directory),
+            *self._arguments,
+        ]
+        environment = {"DBUS_SYSTEM_BUS_ADDRESS": self._bus.address, **self._environment}
+        fds = [fd for _, fd in self._stored or ()]
+        if fds:
+            environment["LISTEN_FDS"] = str(len(fds))
+            environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in self._stored or ())
+        if self._template:
+            return self._template.start(
+                arguments, environment=environment, prelude=self._prelude, fds=fds
+            )
+        listen = [sys.executable, "-I", "-S", _LISTEN, *map(str, fds), "--"] if fds else []
+        return Process(
+            [
+                *self._within,
+                *listen,
+                *(sys.executable, "-W", "default::ResourceWarning", "-c", self._program()),
+                *arguments,
+            ],
+            name="loopd",
+            environment={"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", **environment},
+            pass_fds=fds,
+        )
 
     def _program(self) -> str:
         hidden = [each for each in LIBRARIES if self._library and each != self._library]

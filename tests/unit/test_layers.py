@@ -41,7 +41,7 @@ LAYERS = (
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),
-    ("access", "blockdev", "backing", "codec"),
+    ("access", "blockdev", "backing", "codec", "instance"),
     ("kernel", "errors", "fd", "frame"),
     ("uapi", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
