@@ -287,10 +287,10 @@ class Client:
         try:
             return await self._detach_by_fd(file, options)
         except Unanswered:
-            # The first one may have done it.
-            with contextlib.suppress(errors.NoSuchDevice):
+            try:
                 return await self._detach_by_fd(file, options)
-            return True
+            except errors.NoSuchDevice:
+                return True  # the first call has done it
 
     async def _detach_by_fd(self, file: int | SupportsFileno, options: Options) -> bool:
         fd = OwnedFd(os.dup(_fileno(file)))

@@ -129,6 +129,7 @@ class Changes(Generic[_D]):
                 self._set(path, self._known[path].updated(changed))
 
     async def _look(self) -> dict[str, Properties]:
+        self._heard.clear()  # which is older than what comes now
         return {
             path: found
             for path, found in (await objects(self._link)).items()

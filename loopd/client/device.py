@@ -65,15 +65,14 @@ class Device:
         return gone
 
     async def _detach(self, options: Options) -> bool:
+        call = (self.path, DEVICE, "Detach", "a{sv}", [options])
         try:
-            (gone,) = await self._link.call(
-                self.path, DEVICE, "Detach", "a{sv}", [options], again=False
-            )
+            (gone,) = await self._link.call(*call, again=False)
         except Unanswered:
-            # The first one may have done it.
-            with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject):
-                return bool(await self._answer("Detach", "a{sv}", options))
-            return True
+            try:
+                (gone,) = await self._link.call(*call, again=False)
+            except (errors.NoSuchDevice, errors.UnknownObject):
+                gone = True  # the first call has done it
         return bool(gone)
 
     async def ensure_detached(self) -> bool:
