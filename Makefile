@@ -20,7 +20,7 @@ INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
 DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
 DEB_PACKAGES     := debhelper dh-python
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base
+                    lintian groff-base zsh fish
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
@@ -88,6 +88,9 @@ unitdir      := $(PREFIX)/lib/systemd/system
 rulesdir     := $(PREFIX)/lib/udev/rules.d
 dbusdir      := $(PREFIX)/share/dbus-1
 mandir       := $(PREFIX)/share/man
+bashdir      := $(PREFIX)/share/bash-completion/completions
+fishdir      := $(PREFIX)/share/fish/vendor_completions.d
+zshdir       := $(PREFIX)/share/zsh/site-functions
 buspolicydir := /usr/share/dbus-1/system.d
 polkitdir    := /usr/share/polkit-1/actions
 
@@ -101,10 +104,11 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir) \
-		$(mandir)/man1 $(mandir)/man8)
+		$(mandir)/man1 $(mandir)/man8 $(bashdir) $(fishdir) $(zshdir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
+	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
@@ -114,6 +118,9 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
 	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
+	install -m 644 loopd/cli/completion/loopctl.bash $(DESTDIR)$(bashdir)/loopctl
+	install -m 644 loopd/cli/completion/loopctl.fish $(DESTDIR)$(fishdir)
+	install -m 644 loopd/cli/completion/loopctl.zsh $(DESTDIR)$(zshdir)/_loopctl
 	install -m 644 docs/loopctl.1 $(DESTDIR)$(mandir)/man1
 	install -m 644 docs/loopd.8 $(DESTDIR)$(mandir)/man8
 
@@ -123,6 +130,7 @@ uninstall:
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
 		$(mandir)/man1/loopctl.1 $(mandir)/man8/loopd.8 \
+		$(bashdir)/loopctl $(fishdir)/loopctl.fish $(zshdir)/_loopctl \
 		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)
 

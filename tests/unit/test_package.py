@@ -203,15 +203,21 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     assert files - documentation == modules | {
         "usr/bin/loopctl",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
+        "usr/lib/loopd/loopd/py.typed",
+        "usr/lib/systemd/system/loop-attach@.service",
         "usr/lib/systemd/system/loopd.service",
+        "usr/lib/udev/rules.d/61-loopd-links.rules",
         "usr/lib/udev/rules.d/62-loopd-unprivileged.rules",
         "usr/sbin/loopd",
+        "usr/share/bash-completion/completions/loopctl",
         "usr/share/dbus-1/interfaces/org.example.Loop1.xml",
         "usr/share/dbus-1/system-services/org.example.Loop1.service",
         "usr/share/dbus-1/system.d/org.example.Loop1.conf",
+        "usr/share/fish/vendor_completions.d/loopctl.fish",
         "usr/share/man/man1/loopctl.1.gz",
         "usr/share/man/man8/loopd.8.gz",
         "usr/share/polkit-1/actions/org.example.loop1.policy",
+        "usr/share/zsh/vendor-completions/_loopctl",
         # So that a new version of Python finds it compiled.
         "usr/share/python3/runtime.d/loopd.rtupdate",
     }
