@@ -23,7 +23,7 @@ DEB_PACKAGES     := debhelper dh-python python3-docutils
 # To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base udisks2 fdisk $(EXAMPLE_PACKAGES)
+                    lintian groff-base udisks2 fdisk zsh fish $(EXAMPLE_PACKAGES)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
@@ -92,6 +92,9 @@ rulesdir     := $(PREFIX)/lib/udev/rules.d
 dbusdir      := $(PREFIX)/share/dbus-1
 mandir       := $(PREFIX)/share/man
 PAGES        := $(basename $(notdir $(wildcard docs/man/*.rst)))
+bashdir      := $(PREFIX)/share/bash-completion/completions
+fishdir      := $(PREFIX)/share/fish/vendor_completions.d
+zshdir       := $(PREFIX)/share/zsh/site-functions
 buspolicydir := /usr/share/dbus-1/system.d
 polkitdir    := /usr/share/polkit-1
 
@@ -105,10 +108,11 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
-		$(mandir))
+		$(mandir) $(bashdir) $(fishdir) $(zshdir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
+	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
@@ -119,6 +123,9 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)/actions
 	install -m 644 polkit/org.example.loop1.rules $(DESTDIR)$(polkitdir)/rules.d
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
+	install -m 644 loopd/cli/completion/loopctl.bash $(DESTDIR)$(bashdir)/loopctl
+	install -m 644 loopd/cli/completion/loopctl.fish $(DESTDIR)$(fishdir)
+	install -m 644 loopd/cli/completion/loopctl.zsh $(DESTDIR)$(zshdir)/_loopctl
 	umask 022; $(PYTHON) docs/man/pages.py $(DESTDIR)$(mandir)
 
 uninstall:
@@ -127,6 +134,7 @@ uninstall:
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
 		$(foreach page,$(PAGES),$(mandir)/man$(lastword $(subst ., ,$(page)))/$(page)) \
+		$(bashdir)/loopctl $(fishdir)/loopctl.fish $(zshdir)/_loopctl \
 		$(polkitdir)/actions/org.example.loop1.policy $(polkitdir)/rules.d/org.example.loop1.rules \
 		$(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)

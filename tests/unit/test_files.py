@@ -22,6 +22,7 @@ SHELL = [
     CHECKOUT / ".ci" / "run",
     *sorted(CHECKOUT.glob("[!.]*/**/*.sh")),
     *sorted(CHECKOUT.glob("debian/loopd.p*")),
+    *sorted(CHECKOUT.glob("loopd/cli/completion/*.bash")),
 ]
 
 
