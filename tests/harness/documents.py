@@ -9,7 +9,7 @@ that looks like a command stands outside of such a block.
     console elsewhere=FILE::T   run by that test
     python, sh file=NAME        a program that a console block of the document runs
     python                      a program that gets an image as its argument
-    js, toml                    a rule of polkit, settings
+    js, toml, udev              a rule of polkit, settings, rules of udev
     ini, fstab file=PATH        files of the booted machine
     text                        nothing to be run
 """
@@ -36,7 +36,7 @@ DOCUMENTS = sorted(
 )
 KINDS = (
     r"console( booted| elsewhere=tests/[\w/]+\.py::\w+)?"
-    r"|(python|sh) file=[\w.-]+|python|js|toml|(ini|fstab) file=\S+|text"
+    r"|(python|sh) file=[\w.-]+|python|js|toml|udev|(ini|fstab) file=\S+|text"
 )
 
 _FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

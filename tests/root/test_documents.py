@@ -21,6 +21,7 @@ from tests.harness.documents import DOCUMENTS, Block, blocks, name, session
 from tests.harness.images import MIB, make_ext4
 from tests.harness.logind import LogindDouble
 from tests.harness.polkit import RULES_ALLOW_ALL
+from tests.harness.udev import Udev
 from tests.harness.wire import CallError
 from tests.harness.world import USER, World, make_world
 
@@ -135,3 +136,20 @@ def test_the_busctl_calls_without_an_fd_work(world: World, command: str) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_a_rule_of_udev_shows_what_users_attach(area: Path) -> None:
+    (shown,) = of_kind("udev")
+    rules = {
+        path.name: path.read_text().replace("/run/loopd/", f"{area}/")
+        for path in (CHECKOUT / "systemd").glob("*.rules")
+    }
+    with (
+        Udev(rules | {"63-show-images.rules": shown.text}) as udev,
+        make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world,
+        world.test(),
+    ):
+        attached = world.caller().attach(world.image())
+        udev.settle()
+        found = udev.properties(attached.node)
+        assert (found["UDISKS_IGNORE"], found["UDISKS_AUTO"]) == ("0", "0")

@@ -9,6 +9,7 @@ import pytest
 
 from tests.harness.area import CHECKOUT
 from tests.harness.documents import DOCUMENTS, KINDS, blocks, name, outside
+from tests.unit.test_layers import RANK
 
 DEMANDS = CHECKOUT / "docs" / "demands.md"
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
@@ -79,6 +80,18 @@ def test_what_is_run_by_python_is_there() -> None:
     for module in called:
         path = CHECKOUT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_architecture_has_every_module_and_imports_go_down_in_it() -> None:
+    text = (CHECKOUT / "docs" / "architecture.md").read_text()
+    (diagram,) = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    rows = [re.split(r" {2,}", line)[0].split(", ") for line in diagram.splitlines()]
+    told = [module for row in rows for module in row]
+    assert sorted(told) == sorted(
+        path.stem for path in (CHECKOUT / "loopd").glob("*.py") if path.stem[0] != "_"
+    )
+    ranks = [RANK[module] for module in told]
+    assert ranks == sorted(ranks, reverse=True)
 
 
 def test_each_demand_has_tests() -> None:
