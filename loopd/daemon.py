@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,10 +62,10 @@ def main() -> None:
     journal.start(debug=arguments.debug)
     try:
         config = _fit(load(arguments.config))
-        # To the very end, also of threads that detach.
-        _ours = instance.claim(arguments.runtime_directory, _OTHERS_END)
         threads = Threads()
-        status = asyncio.run(_run(config, arguments.runtime_directory, threads))
+        # Not closed: what is in it is ours to the very end, also of threads that detach.
+        ours = ExitStack()
+        status = asyncio.run(_run(config, arguments.runtime_directory, threads, ours))
     except BadConfig as exc:
         # The unit says that starting anew is of no use then.
         print(f"loopd: {exc}", file=sys.stderr)
@@ -120,8 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int:
-    """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status."""
+async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: ExitStack) -> int:
+    """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status.
+
+    `ours` gets what is not to be given back before the process has ended.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 
@@ -134,7 +138,6 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         loop.add_signal_handler(number, end, 0, f"stopping on {number.name}")
 
     markers, records, store = Markers(runtime_directory), Records(runtime_directory), FdStore()
-    await threads.run(markers.prepare)
     lifetimes: Lifetimes | None = None
 
     def heard(_: Frame) -> None:
@@ -153,7 +156,18 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads) -> int
         close_fds=threads.close_fds,
     )
     socket = await threads.run(connect)
-    await asking.hello()
+    try:
+        await asking.hello()
+        if await asking.call_bus("NameHasOwner", "s", [NAME]) != [False]:
+            raise BusError(f"another process owns {NAME} already")
+        # Another one may be letting go yet, though it has given up the name.
+        claim = partial(instance.claim, runtime_directory, _OTHERS_END)
+        ours.enter_context(await threads.run(claim))
+        await threads.run(markers.prepare)
+    except BaseException:
+        asking.close()
+        socket.close()
+        raise
     unit = supervisor.Unit(asking.call)
     store.room = await unit.fds_at_most()
     if store.room:

@@ -23,9 +23,10 @@ import pytest
 from tests.harness import leaks, process, requirement
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus
-from tests.harness.caller import Caller
-from tests.harness.daemon import LIBRARIES, Daemon
+from tests.harness.caller import TEMPLATE, Caller, template_of_callers
+from tests.harness.daemon import LIBRARIES, Daemon, template_of
 from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolkit
+from tests.harness.template import all_shared
 from tests.harness.udev import Udev
 
 # Tests that live outside of test modules; before anything imports them.
@@ -106,6 +107,17 @@ def _no_leaks(
     yield
     left = before.leaks()
     assert not left, "left behind: " + "; ".join(left)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have loopd and callers forked, where there are tests that start many."""
+    if not any(each.path.parent.name in ("bus", "root") for each in request.session.items):
+        yield
+        return
+    wanted = {f"loopd {each}": template_of(each) for each in (None, *LIBRARIES)}
+    with all_shared(wanted | {TEMPLATE: template_of_callers()}):
+        yield
 
 
 @pytest.fixture

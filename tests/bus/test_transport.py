@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import loops, wire
-from tests.harness.bus import LOOPD, POLKIT
-from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached
+from tests.harness.bus import LOOPD, POLKIT, PrivateBus
+from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Caller
 from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
 from tests.harness.fake_bus import FakeBus
 from tests.harness.images import MIB, memfd
-from tests.harness.polkit import Answer
+from tests.harness.polkit import Answer, PolkitDouble
 from tests.harness.raw import BUS, BUS_PATH, RawClient
 from tests.harness.stall import stopped, wait_for_want_of_room
 from tests.harness.wire import Variant
@@ -367,31 +367,39 @@ def become_monitor(client: RawClient) -> None:
     client.call(BUS_PATH, f"{BUS}.Monitoring", "BecomeMonitor", "asu", [[], 0], destination=BUS)
 
 
-def test_a_starting_loopd_listens_for_ends_before_it_serves(world: World, library: str) -> None:
+def test_a_starting_loopd_listens_for_ends_before_it_serves(
+    bus: PrivateBus, polkit: PolkitDouble, library: str
+) -> None:
     """Transport rule 7 (disconnects): one match, before the name is asked for.
 
     Transport rule 8 (peers): nobody is introspected, and nothing is asked that need not be.
     """
-    monitor = world.raw(None)
-    become_monitor(monitor)
-    # The name is taken, so this one ends again; it has said all that one says at a start.
-    with Daemon(world.bus, library=library, wait_ready=False) as second:
-        assert second.wait() == 1
-    world.caller().attach(world.image())
-    with world.bus.connect() as last:
-        end = last.unique_name
-    monitor.receive_where(
-        lambda each: each.member == "NameOwnerChanged" and each.body == (end, end, ""), "the end"
+    with bus.connect() as monitor:
+        become_monitor(monitor)
+        with Daemon(bus, library=library), Caller(bus) as caller:
+            with memfd(4096) as image:
+                caller.detach(caller.attach(image).path)
+        with bus.connect() as last:
+            end = last.unique_name
+        monitor.receive_where(
+            lambda each: each.member == "NameOwnerChanged" and each.body == (end, end, ""),
+            "the end",
+        )
+        said = [each for each in monitor.received if each.type == wire.METHOD_CALL]
+    server = next(each.sender for each in said if each.member == "RequestName")
+    serving = [str(each.member) for each in said if each.sender == server]
+    assert serving == ["Hello", "AddMatch", "GetId", "RequestName", "ReleaseName"]
+    match = next(
+        each.body[0] for each in said if (each.sender, each.member) == (server, "AddMatch")
     )
-    said = [each for each in monitor.received if each.type == wire.METHOD_CALL]
-    hello = next(each.sender for each in said if each.member == "RequestName")
-    of_second = [str(each.member) for each in said if each.sender == hello]
-    assert of_second == ["Hello", "AddMatch", "RequestName"]
-    (match,) = [each.body[0] for each in said if each.sender == hello and each.member == "AddMatch"]
     assert {"member='NameOwnerChanged'", "arg2=''", f"sender='{BUS}'"} <= set(match.split(","))
-    asker = world.polkit.questions[-1].asker
-    of_first = {str(each.member) for each in said if each.sender == asker}
-    assert of_first == {"GetConnectionUnixUser", "CheckAuthorization"}
+    asker = polkit.questions[-1].asker
+    asked = [str(each.member) for each in said if each.sender == asker]
+    # The matches are for hints of logind's.
+    assert asked == [
+        *("Hello", "NameHasOwner", "AddMatch", "AddMatch"),
+        *("GetConnectionUnixUser", "CheckAuthorization"),
+    ]
 
 
 def test_fds_in_an_answer_that_wants_none_are_closed(new_world: Callable[..., World]) -> None:

@@ -21,10 +21,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from tests.harness import loops
+from tests.harness import template as templates
 from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.deadline import DEFAULT_TIMEOUT, Deadline
 from tests.harness.process import Process
 from tests.harness.raw import BUS
+from tests.harness.template import Template
 from tests.harness.wire import CallError, Variant, plain
 
 MANAGER_PATH = "/org/example/Loop1"
@@ -33,6 +35,7 @@ DEVICE = f"{LOOPD}.Device"
 PROPERTIES = f"{BUS}.Properties"
 OBJECT_MANAGER = f"{BUS}.ObjectManager"
 
+TEMPLATE = "caller"
 _PROGRAM = Path(__file__).with_name("caller_program.py")
 
 # A virtual environment may be closed to the caller's uid; Debian's own Python is not, and has gi.
@@ -191,6 +194,11 @@ class Call:
         return tuple(plain(self.reply(timeout).body))
 
 
+def template_of_callers() -> Template:
+    """What callers are forked from, under the name TEMPLATE in `templates.shared`."""
+    return Template(["gi.repository.Gio", "gi.repository.GLib"], python=[_PYTHON, "-I"])
+
+
 class Caller:
     """A process of `user` with a connection to the bus, until it is closed or killed."""
 
@@ -215,14 +223,7 @@ class Caller:
             stack.callback(self._close_fds)
             self._control = stack.enter_context(ours)
             with theirs:
-                self.process = stack.enter_context(
-                    Process(
-                        [_PYTHON, "-I", "-c", _PROGRAM.read_text(), self._address],
-                        name=self.name,
-                        user=self._user,
-                        stdin=theirs.fileno(),
-                    )
-                )
+                self.process = stack.enter_context(self._start(theirs.fileno()))
             ready = self._answer(0, "ready", "the connection to the bus", Deadline())
             self.unique_name: str = ready["unique_name"]
             self._exit = stack.pop_all()
@@ -239,6 +240,18 @@ class Caller:
                 self.process.kill()
             elif self.process.status is None:
                 self.close()
+
+    def _start(self, stdin: int) -> Process:
+        program = _PROGRAM.read_text()
+        template = templates.shared.get(TEMPLATE)
+        if template and os.getuid() == 0:
+            return template.start(self.name, program, [self._address], user=self._user, stdin=stdin)
+        return Process(
+            [_PYTHON, "-I", "-c", program, self._address],
+            name=self.name,
+            user=self._user,
+            stdin=stdin,
+        )
 
     @property
     def pid(self) -> int:

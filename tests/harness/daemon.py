@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.harness import template as templates
 from tests.harness import wire
 from tests.harness.area import CHECKOUT, area
 from tests.harness.bus import LOOPD, PrivateBus
@@ -58,14 +59,15 @@ class Daemon:
         wait_ready: bool = True,
         within: Sequence[str] = (),
         stored: Sequence[tuple[str, int]] | None = None,
-        template: Template | None = None,
+        forked: bool = True,
     ) -> None:
         """Prepare a daemon.
 
         `library` is one of LIBRARIES, None leaves the choice to loopd; `config` is the text of its
         configuration file (empty when None); the runtime directory is a private one when None;
         `within` is a command that runs the one which follows it; `stored` are fds from the
-        store of a former one, with their names; `template` forks it, which is quicker.
+        store of a former one, with their names; one that is not to be `forked` from a template
+        has an interpreter of its own.
         """
         self._bus = bus
         self._library = library
@@ -78,7 +80,7 @@ class Daemon:
         self._wait_ready = wait_ready
         self._within = within
         self._stored = stored
-        self._template = template
+        self._forked = forked and not within
         self._ended = False
         self._exit = ExitStack()
 
@@ -124,9 +126,14 @@ class Daemon:
         if fds:
             environment["LISTEN_FDS"] = str(len(fds))
             environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in self._stored or ())
-        if self._template:
-            return self._template.start(
-                arguments, environment=environment, prelude=self._prelude, fds=fds
+        template = templates.shared.get(f"loopd {self._library}")
+        if template and self._forked:
+            return template.start(
+                "loopd",
+                f"{self._prelude}\n{_RUN}",
+                arguments,
+                environment=environment,
+                fds=fds,
             )
         listen = [sys.executable, "-I", "-S", _LISTEN, *map(str, fds), "--"] if fds else []
         return Process(
@@ -250,6 +257,12 @@ class SameFds:
                 f"loopd to have the {len(self._before)} fds it had ({self._before})",
                 self._timeout,
             )
+
+
+def template_of(library: str | None) -> Template:
+    """What such daemons are forked from, under the name in `templates.shared`."""
+    hidden = [each for each in LIBRARIES if library and each != library]
+    return Template(["loopd.daemon"], hidden=hidden)
 
 
 def _ping(call: Callable[..., Any], deadline: Deadline) -> None:

@@ -17,6 +17,7 @@ from tests.harness.raw import BUS, RawClient
 
 _ANSWERS: dict[str, tuple[str, list[Any]]] = {
     "Hello": ("s", [":1.1"]),
+    "NameHasOwner": ("b", [False]),
     "GetId": ("s", ["0" * 32]),
     "AddMatch": ("", []),
     "RequestName": ("u", [1]),

@@ -15,7 +15,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -138,6 +139,12 @@ class FdStore:
             while self._noticed < mine or self._closing:
                 if not self._changed.wait(deadline.remaining):
                     raise TimeoutError("the fd store's thread does nothing")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Have systemd deal with nothing until the end of the block."""
+        with self._changed:
+            yield
 
     def wait_said(self, what: str) -> None:
         """Wait until this has been said; it and what came before is taken out of `said`."""

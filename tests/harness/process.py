@@ -52,6 +52,16 @@ class Log:
             self._file = None
 
 
+def login(account: pwd.struct_passwd) -> dict[str, str]:
+    """Return a user's environment, as from a login."""
+    return {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "USER": account.pw_name,
+        "HOME": account.pw_dir,
+    }
+
+
 class Process:
     """A child process that ends, at the latest, with its `with` block."""
 
@@ -79,12 +89,7 @@ class Process:
             for inherited in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
                 variables.pop(inherited, None)
         else:
-            variables = {
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "LANG": "C.UTF-8",
-                "USER": account.pw_name,
-                "HOME": account.pw_dir,
-            }
+            variables = login(account)
         variables.update(environment or {})
         no_groups: list[int] = []
         changes_user = account is not None and account.pw_uid != os.getuid()

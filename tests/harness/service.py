@@ -24,7 +24,6 @@ from tests.harness.logind import LogindDouble
 from tests.harness.polkit import Answer, PolkitDouble
 from tests.harness.raw import RawClient
 from tests.harness.systemd import SystemdDouble
-from tests.harness.template import Template
 
 PREFIX = "/org/example/Loop1/device/"
 MARKS = ("attached", "unprivileged")
@@ -35,13 +34,10 @@ _LOOP = re.compile(r"loop\d+_\d+")
 class Service:
     """A unit, and the machine around it, until `close`."""
 
-    def __init__(
-        self, template: Template | None, *, maximum: int = 4096, users: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, *, maximum: int = 4096, users: tuple[int, ...] = ()) -> None:
         """Have everything ready but loopd; the store has room for so many fds, and logind knows
         these users.
         """
-        self._template = template
         self._exit = ExitStack()
         self._users = users
         self._numbers = itertools.count()
@@ -78,7 +74,6 @@ class Service:
     def start(self, **options: Any) -> Daemon:
         """Start loopd with what is in the store."""
         given: dict[str, Any] = {
-            "template": self._template,
             "prelude": self.prelude,
             "runtime_directory": self.runtime_directory,
             "stored": self.store.fds(),
@@ -224,9 +219,9 @@ def _list(directory: Path) -> list[str]:
 
 
 @contextmanager
-def service(template: Template | None, **options: Any) -> Iterator[Service]:
+def service(**options: Any) -> Iterator[Service]:
     """A service, which at the end has left nothing behind."""
-    made = Service(template, **options)
+    made = Service(**options)
     try:
         yield made
         if made.daemon.process.status is None:

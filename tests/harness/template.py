@@ -1,27 +1,42 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starts many a loopd in the time that one takes: forks of a process that has imported it."""
+"""Starts many a process in the time that one takes: forks of one that has imported what they need.
+
+Importing is most of what a loopd or a caller does until it is ready.  Those that `shared` has are
+for everyone, by what they are for.
+"""
 
 import array
 import json
 import os
+import pwd
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tests.harness.area import CHECKOUT
 from tests.harness.deadline import Deadline
-from tests.harness.process import Log, Process
+from tests.harness.process import Log, Process, login
 
 _PROGRAM = Path(__file__).with_name("template_program.py")
+
+shared: dict[str, "Template"] = {}
+"""Those that run now, see all_shared()."""
 
 
 class Template:
     """The process to fork, from the start of the `with` block."""
+
+    def __init__(
+        self, modules: Sequence[str], *, hidden: Sequence[str] = (), python: Sequence[str] = ()
+    ) -> None:
+        """Prepare one that imports these modules; those that are hidden cannot be imported."""
+        self._wants = json.dumps({"modules": [*modules], "hidden": [*hidden]})
+        self._python = python or (sys.executable, "-P", "-W", "default::ResourceWarning")
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -30,7 +45,7 @@ class Template:
             with theirs:
                 self._process = stack.enter_context(
                     Process(
-                        [sys.executable, "-P", "-W", "default::ResourceWarning", _PROGRAM],
+                        [*self._python, _PROGRAM, self._wants],
                         name="template",
                         environment={"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"},
                         stdin=theirs.fileno(),
@@ -49,28 +64,48 @@ class Template:
 
     def start(
         self,
+        name: str,
+        code: str,
         arguments: Sequence[str | Path],
         *,
-        environment: Mapping[str, str],
-        prelude: str = "",
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
+        stdin: int | None = None,
         fds: Sequence[int] = (),
     ) -> "Forked":
-        """Fork a loopd with these arguments, which has copies of `fds` from 3 on."""
-        log = Log("loopd")
+        """Fork a process that runs this code, which has copies of `fds` from 3 on.
+
+        `user`, `environment` and `stdin` are as in Process.
+        """
+        log = Log(name)
+        account = None if user is None else pwd.getpwnam(user)
         request = {
-            "arguments": [str(each) for each in arguments],
-            "environment": dict(environment),
-            "prelude": prelude,
+            "code": code,
+            "arguments": [name, *map(str, arguments)],
+            "environment": dict(environment or {}) | (login(account) if account else {}),
+            "anew": account is not None,
+            "user": [account.pw_uid, account.pw_gid] if account else None,
+            "stdin": stdin is not None,
         }
-        passed = array.array("i", [log.fileno(), *fds])
+        passed = array.array("i", [log.fileno(), *([] if stdin is None else [stdin]), *fds])
         self._control.sendmsg(
             [json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)]
         )
-        Deadline().wait_readable([self._control.fileno()], "the pid of a new loopd")
+        Deadline().wait_readable([self._control.fileno()], f"the pid of a new {name}")
         answer = self._control.recv(64)
         if not answer:
             raise RuntimeError(f"the template ended:\n{self._process.log.text}")
         return Forked(int(answer), log)
+
+
+@contextmanager
+def all_shared(templates: Mapping[str, Template]) -> Iterator[None]:
+    """Have these templates shared until the end of the block."""
+    with ExitStack() as stack:
+        stack.callback(shared.clear)
+        for name, each in templates.items():
+            shared[name] = stack.enter_context(each)
+        yield
 
 
 class Forked(Process):

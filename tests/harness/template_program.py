@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Has loopd imported, and becomes one after the other of it, each in a child of its own.
+"""Has modules imported, and becomes one process after the other, each in a child of its own.
 
 Its stdin is a SOCK_SEQPACKET: a request has what the new process is to be told, with its log and
-the fds that it inherits from 3 on; the answer is its pid.  The child is nobody's but the tests',
-who adopt orphans.
+the fds that it inherits; the answer is its pid.  The child is nobody's but the tests', who adopt
+orphans.
 """
 
 import array
+import importlib
 import json
 import os
-import runpy
 import socket
 import sys
 from typing import Any
-
-import loopd.daemon  # noqa: F401 - this is what takes the time
 
 _MAX_FDS = 253
 
@@ -46,11 +44,12 @@ def serve() -> dict[str, Any]:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Be loopd."""
+    """Be the new process."""
     log, *passed = request["fds"]
+    stdin = passed.pop(0) if request["stdin"] else os.open(os.devnull, os.O_RDONLY)
     for fd in (1, 2):
         os.dup2(log, fd)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(stdin, 0)
     # Out of the way first, then to their places, and nothing beside them.
     high = 3 + len(passed) + log + max(passed, default=0)
     for index, fd in enumerate(passed):
@@ -58,13 +57,24 @@ def become(request: dict[str, Any]) -> None:
     for index in range(len(passed)):
         os.dup2(high + index, 3 + index)
     os.closerange(3 + len(passed), 1 << 16)
+    if request["user"] and request["user"][0] != os.getuid():
+        uid, gid = request["user"]
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+    if request["anew"]:
+        os.environ.clear()
     os.environ.update(request["environment"])
     if "LISTEN_FDS" in os.environ:
         os.environ["LISTEN_PID"] = str(os.getpid())
-    sys.argv = ["loopd", *request["arguments"]]
-    exec(request["prelude"], {"__name__": "prelude"})  # noqa: S102 - the test's own
-    runpy.run_module("loopd", run_name="__main__", alter_sys=True)
+    sys.argv = request["arguments"]
+    exec(request["code"], {"__name__": "__main__"})  # noqa: S102 - the test's own
 
 
 if __name__ == "__main__":
+    wants = json.loads(sys.argv[1])
+    for name in wants["hidden"]:
+        sys.modules[name] = None  # type: ignore[assignment]
+    for name in wants["modules"]:
+        importlib.import_module(name)
     become(serve())

@@ -27,7 +27,6 @@ from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_ext4, pattern
 from tests.harness.polkit import Answer
 from tests.harness.service import PREFIX, RECORDS, Service, service
-from tests.harness.template import Template
 from tests.harness.wire import CallError
 
 UID = pwd.getpwnam("nobody").pw_uid
@@ -36,19 +35,11 @@ LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 DEVICE_BUSY = "org.example.Loop1.Error.DeviceBusy"
 
 
-@pytest.fixture(scope="module")
-def template() -> Iterator[Template]:
-    with Template() as made:
-        yield made
-
-
 @pytest.fixture
-def new_unit(template: Template) -> Iterator[Callable[..., Service]]:
+def new_unit() -> Iterator[Callable[..., Service]]:
     """Make a service whose loopd has not been started."""
     with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(
-            service(template, **{"users": (UID,)} | options)
-        )
+        yield lambda **options: stack.enter_context(service(**{"users": (UID,)} | options))
 
 
 @pytest.fixture
@@ -101,6 +92,13 @@ def wait_end(fd: int) -> None:
 
 def is_bound(attached: Attached) -> bool:
     return loops.loop_is_bound(attached.number, attached.diskseq)
+
+
+def wait_nothing_of(attached: Attached) -> None:
+    """Wait until it is unbound, without a partition left; another run may have the number then."""
+    loops.wait_unbound(attached.number, attached.diskseq)
+    strays = loops.partitions(attached.number)
+    assert not strays or loops.loop_is_bound(attached.number)
 
 
 def autoclear(attached: Attached) -> bool:
@@ -160,11 +158,12 @@ def restart(unit: Service) -> None:
 
 def crash_in_full(unit: Service) -> None:
     """With an interpreter of its own."""
-    unit.crash(template=None)
+    unit.crash(forked=False)
 
 
 @pytest.mark.parametrize("again", [crash, restart, crash_in_full])
 def test_a_restart_changes_nothing(unit: Service, again: Callable[[Service], object]) -> None:
+    """Killed at any point."""
     caller = unit.caller()
     plain = caller.attach(unit.image(), reference="name")
     locked = caller.attach(unit.gpt(), partition_scan=True, lock="exclusive")
@@ -233,6 +232,10 @@ def test_a_stop_lets_go_of_all_but_what_is_the_systems(unit: Service, job: str |
         caller.attach(unit.gpt(), partition_scan=True, lock="exclusive"),
         caller.attach(unit.image(), lifetime="user"),
     ]
+    # One that does not go by itself.
+    passing.append(caller.attach(unit.image()))
+    with opened(passing[-1], os.O_RDWR) as fd:
+        turn_autoclear_off(fd)
     lasting = caller.attach(unit.image(), lifetime="system")
     holding = hold(caller, passing[0])
     with foreign(unit):
@@ -242,8 +245,7 @@ def test_a_stop_lets_go_of_all_but_what_is_the_systems(unit: Service, job: str |
         unit.systemd.job = None
         unit.store.drop()
         for attached in passing:
-            loops.wait_unbound(attached.number, attached.diskseq)
-            assert loops.partitions(attached.number) == ()
+            wait_nothing_of(attached)
         wait_end(holding)
         assert is_bound(lasting)
         assert autoclear(lasting) is False
@@ -309,8 +311,7 @@ def test_without_a_store_all_but_what_is_the_systems_goes_with_loopd(
     assert unit.store.complaints == []
     unit.kill()
     for attached in passing:
-        loops.wait_unbound(attached.number, attached.diskseq)
-        assert loops.partitions(attached.number) == ()
+        wait_nothing_of(attached)
     unit.start()
     wait_seen(unit, lasting)
     # The lock has gone with the fd.
@@ -409,6 +410,7 @@ def test_on_another_bus_nobody_is_who_had_the_name(unit: Service) -> None:
 def test_what_somebody_has_open_is_still_going_after_a_restart(unit: Service) -> None:
     caller = unit.caller()
     attached = caller.attach(unit.image())
+    holding = hold(caller, attached)
     with opened(attached, os.O_RDWR) as fd:
         assert caller.detach(attached.path) is False
         for end in (crash, restart):
@@ -420,6 +422,7 @@ def test_what_somebody_has_open_is_still_going_after_a_restart(unit: Service) ->
     unit.start()
     wait_seen(unit)
     assert not is_bound(attached)
+    wait_end(holding)
 
 
 def test_what_is_mounted_is_still_going_after_a_restart(
@@ -571,9 +574,15 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         # What goes has to be out of it before what comes is put in.
         for kind in ("none", "exclusive") * 3:
             caller.device(devices[0].path, "Lock", "sa{sv}", kind, {})
-        for _ in range(3):
+        with unit.store.paused():
             os.close(holds.pop())
-            holds.append(hold_at_last(caller, devices[1]))
+            deadline = Deadline()
+            while caller.get(devices[1].path, "Holds"):
+                assert deadline.remaining
+            with pytest.raises(CallError) as failure:
+                hold(caller, devices[1])
+            assert failure.value.name == LIMITS_EXCEEDED
+        holds.append(hold_at_last(caller, devices[1]))
         assert caller.detach(devices[0].path) is True
         wait_end(holds.pop(0))
         devices = [caller.attach(unit.image(), lock="shared"), devices[1]]
