@@ -22,7 +22,7 @@ from .device import Device, label
 from .errors import LoopError, NoSuchDevice
 from .fd import OwnedFd
 from .fdstore import FdStore, number_in
-from .leases import CONNECTION, SYSTEM, Lease, Quota
+from .leases import SYSTEM, Lease, Quota
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .records import Record, Records
@@ -150,12 +150,10 @@ class Restoring:
             self._locks.take_back(device, holder, Lock(record.lock), record.lock_expires)
         self._registry.record(device)
         log.info("%s is taken back", device.node, extra={"UID": device.owner, **device.fields})
-        if record.detaching:
+        if record.detaching or (record.over and not holds):
             self._let_go(device)
-        elif record.lifetime == CONNECTION and not self._client(record, record.holder):
+        elif record.holder and not self._client(record, record.holder):
             self._lifetimes.holder_is_gone(device)
-        elif record.over and not holds:
-            self._let_go(device)
 
     def _client(self, record: Record, name: str) -> Client | None:
         """A connection of the owner's that still is there."""

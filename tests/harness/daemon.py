@@ -59,13 +59,15 @@ class Daemon:
         wait_ready: bool = True,
         within: Sequence[str] = (),
         stored: Sequence[tuple[str, int]] | None = None,
+        forked: bool = True,
     ) -> None:
         """Prepare a daemon.
 
         `library` is one of LIBRARIES, None leaves the choice to loopd; `config` is the text of its
         configuration file (empty when None); the runtime directory is a private one when None;
         `within` is a command that runs the one which follows it; `stored` are fds from the
-        store of a former one, with their names.
+        store of a former one, with their names; one that is not to be `forked` from a template
+        has an interpreter of its own.
         """
         self._bus = bus
         self._library = library
@@ -78,6 +80,7 @@ class Daemon:
         self._wait_ready = wait_ready
         self._within = within
         self._stored = stored
+        self._forked = forked and not within
         self._ended = False
         self._exit = ExitStack()
 
@@ -123,8 +126,8 @@ class Daemon:
         if fds:
             environment["LISTEN_FDS"] = str(len(fds))
             environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in self._stored or ())
-        template = None if self._within else templates.shared.get(f"loopd {self._library}")
-        if template:
+        template = templates.shared.get(f"loopd {self._library}")
+        if template and self._forked:
             return template.start(
                 "loopd",
                 f"{self._prelude}\n{_RUN}",

@@ -158,11 +158,12 @@ def restart(unit: Service) -> None:
 
 def crash_in_full(unit: Service) -> None:
     """With an interpreter of its own."""
-    unit.crash(template=None)
+    unit.crash(forked=False)
 
 
 @pytest.mark.parametrize("again", [crash, restart, crash_in_full])
 def test_a_restart_changes_nothing(unit: Service, again: Callable[[Service], object]) -> None:
+    """Killed at any point."""
     caller = unit.caller()
     plain = caller.attach(unit.image(), reference="name")
     locked = caller.attach(unit.gpt(), partition_scan=True, lock="exclusive")

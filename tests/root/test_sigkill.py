@@ -542,4 +542,5 @@ STORIES = {
 
 @pytest.mark.parametrize("kind", STORIES, ids=lambda it: it.__name__)
 def test_the_next_loopd_puts_right_what_one_that_is_killed_leaves(kind: type[Story]) -> None:
+    """Killed at any point."""
     sweep(kind, STORIES[kind])
