@@ -545,7 +545,7 @@ def test_what_was_attached_and_held_before_is_counted(new_unit: Callable[..., Se
     deadline = Deadline()
     while seen(unit)[label(first)]["Holds"]:
         assert deadline.remaining
-    os.close(hold(caller, second))
+    os.close(hold_at_last(caller, second))
     assert caller.detach(first.path) is True
     third = caller.attach(unit.image())
     for attached in (second, third):
