@@ -206,7 +206,11 @@ class Lifetimes:
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())
-        self._tasks.start(self._end(hold))
+        if self._store.keeps(hold.name):
+            self._tasks.start(self._end(hold))
+        else:
+            hold.write_end.close()
+            hold.place.free()
         holds = self._holds[hold.device.path]
         holds.discard(hold)
         if not holds:
