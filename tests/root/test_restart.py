@@ -317,7 +317,7 @@ def test_without_a_store_all_but_what_is_the_systems_goes_with_loopd(
     # The lock has gone with the fd.
     assert seen(unit)[label(lasting)] == before | {"Locked": "none"}
     with opened(lasting) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_unlocked(fd)
     assert caller.detach(lasting.path) is True
 
 
@@ -394,7 +394,7 @@ def test_on_another_bus_nobody_is_who_had_the_name(unit: Service) -> None:
     it = seen(unit)[label(held)]
     assert (it["Holder"], it["Locked"], it["Holds"]) == ("", "none", 1)
     with opened(held) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_unlocked(fd)
     os.close(holding)
     wait_seen(unit, of_user, of_system)
     again = unit.caller()
@@ -596,6 +596,19 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         assert caller.detach(each.path) is True
     for fd in holds:
         wait_end(fd)
+
+
+def wait_unlocked(fd: int) -> None:
+    """Wait until nobody, be it udev for a look, has a lock on a device."""
+    deadline = Deadline()
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not deadline.remaining:
+                raise
+        else:
+            return
 
 
 def lock(caller: Caller, attached: Attached, kind: str) -> None:
@@ -911,3 +924,15 @@ def test_an_attach_that_was_under_way_is_nobodys(unit: Service) -> None:
     with pytest.raises(CallError, match="NoReply"):
         call.end()
     wait_seen(unit)
+
+
+def test_what_stays_is_with_systemd_again_after_a_stop(unit: Service) -> None:
+    caller = unit.caller()
+    kept = caller.attach(unit.image(), lifetime="system")
+    unit.stop()
+    assert unit.store.fds() == []
+    unit.start()
+    lock(caller, kept, "exclusive")
+    unit.crash()
+    assert caller.get(kept.path, "Locked") == "exclusive"
+    caller.detach(kept.path)
