@@ -4,6 +4,7 @@
 #   make demo     the main job on a private bus, with real loop devices and polkit
 #   make check    all tests and linters
 #   make install  onto this system, or below DESTDIR
+#   make man      the manual pages, in build/man
 #   make deb      build/loopd_VERSION_all.deb, a package for Debian 12 and newer
 
 DESTDIR ?=
@@ -16,17 +17,20 @@ SUDO   := $(if $(filter 0,$(shell id -u)),,sudo -E)
 # What each step needs of Debian. Python's tools that are not here come from the package index.
 LIBRARIES        := python3-dbus-next python3-pyudev python3-rich python3-systemd
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
-INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev
-DEMO_PACKAGES    := $(INSTALL_PACKAGES) mount util-linux e2fsprogs python3-gi
-DEB_PACKAGES     := debhelper dh-python
+INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev python3-docutils
+DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs python3-gi
+DEB_PACKAGES     := debhelper dh-python python3-docutils
+# To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
+EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base mmdebstrap gpg debian-archive-keyring systemd-container
+                    lintian groff-base udisks2 fdisk zsh fish mmdebstrap gpg debian-archive-keyring \
+                    systemd-container $(EXAMPLE_PACKAGES)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint bench install install-files uninstall deb clean \
+.PHONY: all demo check lint bench install install-files uninstall man picture deb clean \
         deps run-deps install-deps demo-deps deb-deps check-deps
 
 all: .venv/run
@@ -88,8 +92,12 @@ unitdir      := $(PREFIX)/lib/systemd/system
 rulesdir     := $(PREFIX)/lib/udev/rules.d
 dbusdir      := $(PREFIX)/share/dbus-1
 mandir       := $(PREFIX)/share/man
+PAGES        := $(basename $(notdir $(wildcard docs/man/*.rst)))
+bashdir      := $(PREFIX)/share/bash-completion/completions
+fishdir      := $(PREFIX)/share/fish/vendor_completions.d
+zshdir       := $(PREFIX)/share/zsh/site-functions
 buspolicydir := /usr/share/dbus-1/system.d
-polkitdir    := /usr/share/polkit-1/actions
+polkitdir    := /usr/share/polkit-1
 
 install: install-files
 	# In the unit's sandbox nobody could keep what Python compiled.
@@ -100,11 +108,12 @@ install: install-files
 install-files: | $(if $(DESTDIR),,install-deps)
 	rm -rf $(DESTDIR)$(packagedir)
 	umask 022; mkdir -p $(addprefix $(DESTDIR),$(bindir) $(sbindir) $(packagedir)/loopd $(unitdir) $(rulesdir) \
-		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir) \
-		$(mandir)/man1 $(mandir)/man8)
+		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
+		$(mandir) $(bashdir) $(fishdir) $(zshdir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
 	umask 022; for package in loopd loopd/client loopd/cli; do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
+	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,daemon,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
@@ -112,19 +121,32 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	$(call fill,systemd/loop-attach@.service.in,$(unitdir)/loop-attach@.service)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
-	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)
+	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)/actions
+	install -m 644 polkit/org.example.loop1.rules $(DESTDIR)$(polkitdir)/rules.d
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
-	install -m 644 docs/loopctl.1 $(DESTDIR)$(mandir)/man1
-	install -m 644 docs/loopd.8 $(DESTDIR)$(mandir)/man8
+	install -m 644 loopd/cli/completion/loopctl.bash $(DESTDIR)$(bashdir)/loopctl
+	install -m 644 loopd/cli/completion/loopctl.fish $(DESTDIR)$(fishdir)
+	install -m 644 loopd/cli/completion/loopctl.zsh $(DESTDIR)$(zshdir)/_loopctl
+	umask 022; $(PYTHON) docs/man/pages.py $(DESTDIR)$(mandir)
 
 uninstall:
 	rm -rf $(DESTDIR)$(packagedir)
 	rm -f $(addprefix $(DESTDIR),$(sbindir)/loopd $(bindir)/loopctl \
 		$(dbusdir)/system-services/org.example.Loop1.service $(unitdir)/loopd.service $(unitdir)/loop-attach@.service \
 		$(dbusdir)/interfaces/org.example.Loop1.xml $(buspolicydir)/org.example.Loop1.conf \
-		$(mandir)/man1/loopctl.1 $(mandir)/man8/loopd.8 \
-		$(polkitdir)/org.example.loop1.policy $(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
+		$(foreach page,$(PAGES),$(mandir)/man$(lastword $(subst ., ,$(page)))/$(page)) \
+		$(bashdir)/loopctl $(fishdir)/loopctl.fish $(zshdir)/_loopctl \
+		$(polkitdir)/actions/org.example.loop1.policy $(polkitdir)/rules.d/org.example.loop1.rules \
+		$(addprefix $(rulesdir)/,$(notdir $(wildcard systemd/*.rules))))
 	$(reload)
+
+# To look at them: man -l build/man/man1/loopctl.1
+man:
+	$(PYTHON) docs/man/pages.py build/man
+
+# README's, of what is run for it.
+picture: .venv/run | demo-deps
+	$(SUDO) .venv/bin/python docs/picture.py
 
 # -I: a root daemon takes no module from the environment, the user or the working directory.
 define launcher

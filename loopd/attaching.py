@@ -237,6 +237,7 @@ class Attaching:
                 file=proposal.file.identity,
                 sector_size=loopops.sector_size(loop),
                 reference=request.reference,
+                may_hang=proposal.may_hang,
                 owner=caller.uid,
                 loop=loop,
                 state=ATTACHED if wanted else DETACHING,

@@ -2,7 +2,7 @@
 """The D-Bus library, whichever it is: the wire format and its types, nothing else of it.
 
 dbus-fast is used where it is installed, dbus-next otherwise, and no other module names either.
-Their connections and service classes are not used: see docs in the README, "The bus connection".
+Their connections and service classes are not used: see docs/architecture.md.
 An `h` in a body is the index of a passed fd, in both directions.
 """
 

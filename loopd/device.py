@@ -42,6 +42,8 @@ class Device:
     owner: int = NOBODY
     loop: LoopDevice | None = None
     """Our hold on a loop device; None on a foreign one."""
+    may_hang: bool = False
+    """Whether its file's filesystem may keep the last close of it waiting: not for systemd."""
     held: OwnedFd | None = None
     """Our hold on a block device that needs no loop device."""
     lease: Lease | None = None

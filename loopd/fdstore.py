@@ -34,12 +34,12 @@ class FdStore:
         self._names: set[str] = set()
         self._missing = False
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     @property
     def count(self) -> int:
         """How many fds it should have."""
-        with self._lock:
+        with self._changed:
             return len(self._names)
 
     def compare(self, kept: int) -> None:
@@ -64,7 +64,7 @@ class FdStore:
 
     def keeps(self, name: str) -> bool:
         """Whether a copy of something is kept."""
-        with self._lock:
+        with self._changed:
             return name in self._names
 
     def name(self, of: str, what: str) -> str:
@@ -78,20 +78,25 @@ class FdStore:
         """
         if not self.room:
             return fd.move()
+        with self._changed:
+            # What was closed may still be in it, and what does not fit is dropped without a word.
+            self._changed.wait_for(lambda: len(self._names) < self.room, _BARRIER_TIMEOUT)
+            self._names.add(name)
         # Not watched: a pipe that nobody reads any more is ours to notice.
         supervisor.tell(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd.fileno()])
         return self._kept(name, fd)
 
     def _kept(self, name: str, fd: OwnedFd) -> OwnedFd:
-        with self._lock:
+        with self._changed:
             self._names.add(name)
         return fd.closed_after(partial(self._take_out, name))
 
     def _take_out(self, name: str) -> None:
         supervisor.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
         _barrier()
-        with self._lock:
+        with self._changed:
             self._names.discard(name)
+            self._changed.notify_all()
 
 
 def number_in(name: str) -> int:

@@ -178,9 +178,13 @@ class Lifetimes:
             failed.enter_context(reading)
             failed.enter_context(writing)
             name = self._store.name(device.label, "hold")
-            write_end = await self._threads.run(
-                partial(self._store.keep, name, writing), late=OwnedFd.close
-            )
+            # Only with its device, or it would last a little longer than that.
+            if self._store.keeps(device.label):
+                write_end = await self._threads.run(
+                    partial(self._store.keep, name, writing), late=OwnedFd.close
+                )
+            else:
+                write_end = writing.move()
             failed.callback(self._close_write_end, client.uid, write_end)
             client.require_present()
             if not self._registry.knows(device) or device.state != ATTACHED:
@@ -206,7 +210,11 @@ class Lifetimes:
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())
-        self._tasks.start(self._end(hold))
+        if self._store.keeps(hold.name):
+            self._tasks.start(self._end(hold))
+        else:
+            hold.write_end.close()
+            hold.place.free()
         holds = self._holds[hold.device.path]
         holds.discard(hold)
         if not holds:

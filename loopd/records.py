@@ -50,6 +50,7 @@ class Record:
     lock: str
     lock_holder: str
     lock_expires: float | None
+    may_hang: bool
     bus: str
     """The id of the bus that holder and lock_holder are names of."""
     format: int = _FORMAT
@@ -79,6 +80,7 @@ class Record:
             lock=str(device.lock),
             lock_holder=device.lock_holder,
             lock_expires=device.lock_expires,
+            may_hang=device.may_hang,
             bus=bus,
         )
 

@@ -177,6 +177,7 @@ class Restoring:
             reference=record.reference.encode(errors="surrogateescape"),
             owner=record.owner,
             attached_at=record.attached_at,
+            may_hang=record.may_hang,
         )
         if record.number is None:
             return self._reopen_block(record, fd, device)
@@ -191,6 +192,9 @@ class Restoring:
             if status.binding != record.binding:
                 raise NoSuchDevice(f"loop{record.number} is another device now")
             sector_size = loopops.sector_size(loop)
+            if fd is None and not record.may_hang:
+                name = label(record.name, record.diskseq)
+                loop.fd = self._store.keep(name, loop.fd)
         except BaseException:
             loop.close()
             raise

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from .columns import COLUMNS, DEFAULT
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
 
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)
@@ -18,6 +19,16 @@ _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
 _NODE = re.compile(r"(?:/dev/)?loop[0-9]{1,7}", re.ASCII)
 
 _TARGET_HELP = "/dev/loop3 or loop3, else an attached file (./loop3, if it is called so)"
+_WITH_COMMAND = ("run", "open")
+_ENDS_AS_COMMAND = (
+    "SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to it. The exit status is the command's, "
+    f"{SIGNALLED}+N if signal N ended it, {RunExitCode.FAILED} if loopctl failed, "
+    f"{RunExitCode.CANNOT_EXECUTE} if the command cannot be executed, {RunExitCode.NOT_FOUND} if "
+    "it is not found."
+)
+
+SETTINGS = ("direct_io", "loop_ref", "sector_size", "lifetime", "autoclear")
+"""What `set` can change, by the names that its options have once they are read."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -28,19 +39,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = list(arguments)
     command: list[str] | None = None
     # argparse would take options of the command to run for ours.
-    if given[:1] == ["run"] and "--" in given:
+    if given[:1] and given[0] in _WITH_COMMAND and "--" in given:
         split = given.index("--")
         given, command = given[:split], given[split + 1 :]
     # The value of --direct-io follows an equals sign only, as in losetup: not so in argparse.
     end = given.index("--") if "--" in given else len(given)
     given[:end] = ["--direct-io=on" if each == "--direct-io" else each for each in given[:end]]
-    parser = _parser()
-    found = parser.parse_args(given)
-    if found.command == "run":
-        if not command:
-            found.parser.error("the command to run is missing: put it behind '--'")
+    found = parser().parse_args(given)
+    if problem := _problem(found, command):
+        found.parser.error(problem)
+    if found.command in _WITH_COMMAND:
         found.run = command
     return found
+
+
+def _problem(found: argparse.Namespace, command: list[str] | None) -> str | None:
+    """What is wrong with arguments of which each by itself is right."""
+    if found.command == "run" and not command:
+        return "the command to run is missing: put it behind '--'"
+    if found.command == "open" and command == []:
+        return "the command to run is missing behind '--'"
+    if found.command == "attach" and found.lock and found.lifetime != "connection":
+        return "a lock ends with loopctl: take 'loopctl hold', or --lifetime connection"
+    if found.command == "detach":
+        ways = [bool(found.targets), found.all, found.associated is not None]
+        if sum(ways) != 1:
+            return "name devices or files, or give --all, or --associated FILE"
+    if found.command == "set" and all(getattr(found, name) is None for name in SETTINGS):
+        return "nothing is to be set: give --direct-io, --loop-ref or another option"
+    return None
 
 
 def parse_size(text: str) -> int:
@@ -65,6 +92,18 @@ def parse_number(text: str) -> int:
     return int(text)
 
 
+def parse_columns(text: str) -> tuple[str, ...]:
+    """Names of columns, as losetup takes them; with a plus sign, beside those that are usual."""
+    usual = DEFAULT if text.startswith("+") else ()
+    names = [name.strip().upper() for name in text.removeprefix("+").split(",")]
+    for name in names:
+        if name not in COLUMNS:
+            raise argparse.ArgumentTypeError(
+                f"there is no column {name!r}: there are {', '.join(COLUMNS)}"
+            )
+    return (*usual, *names)
+
+
 def node_of(target: str) -> str | None:
     """The node that a DEVICE-OR-FILE means, through symbolic links, too; None if it is a file."""
     if _NODE.fullmatch(target):
@@ -82,7 +121,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(self.usage_code, f"loopctl: {message}; '{self.prog} --help' tells more\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = _Parser(
         prog="loopctl",
         description="Attach files to loop devices, as an ordinary user, through loopd.",
@@ -101,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         made.set_defaults(parser=made)
-        made.add_argument("--json", action="store_true", help="tell the result as JSON")
+        made.add_argument("-J", "--json", action="store_true", help="tell the result as JSON")
         made.add_argument(
             "--no-ask-password",
             dest="interactive",
@@ -112,11 +152,18 @@ def _parser() -> argparse.ArgumentParser:
 
     attach = command(
         "attach",
-        "attach a file, and stay until stopped",
-        "Attach a file, print the device's node, and stay: the device is detached when loopctl "
-        "ends, by Ctrl-C, SIGTERM or in whatever way.",
+        "attach a file",
+        "Attach a file, print the device's node, and return. The device stays until its user has "
+        "logged out, or, if that is root, until somebody detaches it.",
     )
     _add_attach_options(attach)
+    attach.add_argument(
+        "--lifetime",
+        choices=("connection", "user", "system"),
+        help="user: until you have logged out, which is what users get who are not root; system: "
+        "until somebody detaches it, which is what root gets and takes others an administrator's "
+        "yes; connection: until loopctl is stopped, as 'loopctl hold' does",
+    )
 
     hold = command(
         "hold",
@@ -131,7 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_attach_options(hold)
 
     detach = command("detach", "detach devices")
-    detach.add_argument("targets", nargs="+", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    detach.usage = (
+        "loopctl detach [OPTION...] DEVICE-OR-FILE...\n"
+        "       loopctl detach [OPTION...] --all | --associated FILE"
+    )
+    detach.add_argument("targets", nargs="*", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    detach.add_argument("--all", action="store_true", help="all that are yours")
+    _add_associated(detach)
     detach.add_argument(
         "--lazy", action="store_true", help="also what is mounted: it goes with its last user"
     )
@@ -141,19 +194,80 @@ def _parser() -> argparse.ArgumentParser:
     _add_range(resize)
     resize.add_argument("--force", action="store_true", help="shrink it even while it is in use")
 
-    command("list", "list all loop devices of the machine")
+    listing = command(
+        "list",
+        "list all loop devices of the machine",
+        "List all loop devices of the machine, also those that others have attached.",
+    )
+    _add_associated(listing)
+    listing.add_argument(
+        "-O",
+        "--output",
+        type=parse_columns,
+        metavar="COLUMNS",
+        help=f"separated by commas, and beside the usual ones after a +: {', '.join(COLUMNS)}",
+    )
+    listing.add_argument("--output-all", action="store_true", help="all columns")
+    listing.add_argument("-n", "--noheadings", action="store_true", help="no line of headings")
+    listing.add_argument(
+        "--bytes", action="store_true", help="sizes in bytes, as they always are in a pipe"
+    )
 
     show = command("show", "tell all about a device")
     show.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+
+    change = command("set", "change how a device is, or for how long it stays")
+    change.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    _add_direct_io(change, "go past the page cache of the file, or not")
+    change.add_argument("--loop-ref", metavar="NAME", help="another free name; '' is none")
+    change.add_argument(
+        "-b",
+        "--sector-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="of a device that is not in use; 0 is as the partition table says",
+    )
+    change.add_argument(
+        "--lifetime",
+        choices=("user", "system"),
+        help="until its owner has logged out, or until somebody detaches it",
+    )
+    change.add_argument(
+        "--autoclear",
+        choices=("on", "off"),
+        help="have the kernel detach it at its last close, or not; for devices of the lifetime "
+        "system, and for those that loopd did not attach",
+    )
+
+    opening = command(
+        "open",
+        "run a command that has the device open",
+        "Run a command, or a shell without one, that has the device open, for which no right to "
+        "the device's node is needed. $LOOPFD is the number of the file descriptor, as in "
+        "sh -c 'sha256sum <&$LOOPFD', and every {} in the arguments becomes /dev/fd/ and that "
+        "number, which most programs open anew, and so only where they may open the node. A device "
+        "that is detached meanwhile goes when the command ends. " + _ENDS_AS_COMMAND,
+    )
+    opening.usage_code = RunExitCode.FAILED
+    opening.usage = "loopctl open [OPTION...] DEVICE-OR-FILE [-- COMMAND [ARGUMENT...]]"
+    opening.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    opening.add_argument("-w", "--read-write", action="store_true", help="open it for writing, too")
+    opening.add_argument(
+        "--partition", type=parse_number, metavar="N", help="this partition, not the whole"
+    )
+
+    command(
+        "monitor",
+        "tell of devices as they come, change and go",
+        "Tell of devices as they come, change and go, until stopped: for people, or with --json "
+        "as one object a line.",
+    )
 
     run = command(
         "run",
         "attach a file for as long as a command runs",
         "Attach a file, run the command, detach. The command finds the device's node in $LOOPDEV, "
-        "and in place of every {} in its arguments. SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed "
-        f"on to it. The exit status is the command's, {SIGNALLED}+N if signal N ended it, "
-        f"{RunExitCode.FAILED} if loopctl failed, {RunExitCode.CANNOT_EXECUTE} if the command "
-        f"cannot be executed, {RunExitCode.NOT_FOUND} if it is not found.",
+        "and in place of every {} in its arguments. " + _ENDS_AS_COMMAND,
     )
     run.usage_code = RunExitCode.FAILED
     run.usage = "loopctl run [OPTION...] FILE -- COMMAND [ARGUMENT...]"
@@ -181,13 +295,7 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-P", "--partscan", action="store_true", help="make devices for the partitions, too"
     )
-    parser.add_argument(
-        "--direct-io",
-        nargs="?",
-        choices=("on", "off"),
-        metavar="on|off",
-        help="go past the page cache of the file (default: as loopd is set up)",
-    )
+    _add_direct_io(parser, "go past the page cache of the file (default: as loopd is set up)")
     parser.add_argument("--loop-ref", metavar="NAME", help="a name of your choice for the device")
     parser.add_argument(
         "--lock",
@@ -221,10 +329,22 @@ def _add_range(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_direct_io(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument(
+        "--direct-io", nargs="?", choices=("on", "off"), metavar="on|off", help=summary
+    )
+
+
+def _add_associated(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-j", "--associated", metavar="FILE", help="the devices that have this file, and no others"
+    )
+
+
 def _epilog() -> str:
     codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in MEANINGS.items())
     return (
         f"exit status:\n{codes}\n  {SIGNALLED}+N  ended by signal N\n"
-        "'run' has its command's, and others for itself: see 'loopctl run --help'.\n\n"
+        "'run' and 'open' have their command's, and others for themselves: see their --help.\n\n"
         "Sizes are in bytes, or have a suffix: K, M, G (of 1024, as KiB), KB, MB, GB (of 1000)."
     )

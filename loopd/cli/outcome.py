@@ -10,11 +10,11 @@ from enum import IntEnum
 
 from .. import errors
 from ..errors import BusError
-from .output import printable
+from .output import name, printable
 
 
 class ExitCode(IntEnum):
-    """The exit codes of all commands but `run`, which has RunExitCode."""
+    """The exit codes of all commands but `run` and `open`, which have RunExitCode."""
 
     OK = 0
     FAILED = 1
@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
 
 
 class RunExitCode(IntEnum):
-    """The exit codes of `run` beside those of its command, as env(1) and timeout(1) have them."""
+    """Those of `run` and `open` beside their command's, as env(1) and timeout(1) have them."""
 
     FAILED = 125
     CANNOT_EXECUTE = 126
@@ -103,6 +103,12 @@ def sentence(exc: Exception) -> str:
         return f"{text}; is it running, and DBUS_SYSTEM_BUS_ADDRESS right?"
     advice = _ADVICE.get(type(exc))
     return f"{text}; {advice}" if advice else text
+
+
+def about(target: str, exc: Exception) -> str:
+    """As `sentence`, and what was named on the command line, where that does not say it."""
+    shown, text = name(target), sentence(exc)
+    return text if shown in text or isinstance(exc, OSError | BusError) else f"{shown}: {text}"
 
 
 def _about_file(exc: OSError) -> str:

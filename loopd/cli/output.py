@@ -9,7 +9,7 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,72 +65,64 @@ def owner(uid: int) -> str:
         return str(uid)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> list[str]:
-    """Lines of aligned columns; those whose names are in `right` are aligned there."""
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = [">" if name in right.split() else "<" for name in header]
+def table(rows: Sequence[Sequence[str]], names: Sequence[str], right: str = "") -> list[str]:
+    """Lines of aligned columns; those of the names in `right` are aligned there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if name in right.split() else "<" for name in names]
     return [
         " ".join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
         ).rstrip()
-        for line in lines
+        for row in rows
     ]
 
 
-LIST_HEADER = ("NAME", "SIZE", "OFFSET", "RO", "OWNER", "LIFETIME", "STATE", "BACK-FILE")
+def properties(device: Properties, label: Callable[[str], str] = lambda text: text) -> list[str]:
+    """Lines that tell all of a device; `label` makes of what comes before a colon what it likes."""
+    rows = _rows(device).values()
+    width = max(len(name) for name, _ in rows) + 1
+    return [f"{label(f'{name}:')}{'':{width - len(name)}}{value}" for name, value in rows]
 
 
-def device_list(devices: Sequence[Properties], *, for_terminal: bool) -> list[str]:
-    """Lines that list devices: aligned for a terminal, else separated by tabs and in bytes."""
-    amount = short_size if for_terminal else str
-    rows = [
-        (
-            device.node,
-            amount(device.size),
-            amount(device.offset),
-            "1" if device.read_only else "0",
-            owner(device.owner),
-            device.lifetime or "-",
-            device.state,
-            printable(device.backing_file),
-        )
-        for device in devices
-    ]
-    if for_terminal:
-        return table(LIST_HEADER, rows, right="SIZE OFFSET")
-    return ["\t".join(row) for row in (LIST_HEADER, *rows)]
+def news(device: Properties, names: Iterable[str]) -> str:
+    """What these properties are now, on one line; those that nobody looks at are left out."""
+    rows = _rows(device)
+    told = [rows[name] for name in names if name in rows]
+    return ", ".join(f"{label[0].lower()}{label[1:]} {value}" for label, value in told)
 
 
-def properties(device: Properties) -> list[str]:
-    """Lines that tell all of a device."""
+def _rows(device: Properties) -> dict[str, tuple[str, str]]:
+    """What people are told of a device: by the names that Python has, what it is called and is."""
     of_owner = f"{owner(device.owner)} (uid {device.owner})" if device.managed else "not loopd's"
-    rows = {
-        "Node": device.node,
-        "Backing file": printable(device.backing_file),
-        "Backing inode": f"{device.backing_inode} on {_device_number(device.backing_device)}",
-        "Size": exact_size(device.size),
-        "Offset": exact_size(device.offset),
-        "Size limit": exact_size(device.size_limit) if device.size_limit else "none",
-        "Sector size": f"{device.sector_size} bytes",
-        "Read-only": _yes(device.read_only),
-        "Direct I/O": _yes(device.direct_io),
-        "Autoclear": _yes(device.autoclear),
-        "Partition scan": _yes(device.partition_scan),
-        "Partitions": ", ".join(part.node for part in device.partitions) or "none",
-        "Reference": printable(device.reference) or "none",
-        "Owner": of_owner,
-        "Lifetime": device.lifetime or "until somebody detaches it",
-        "Holder": device.holder or "none",
-        "Holds": str(device.holds),
-        "Lock": device.locked,
-        "State": device.state,
-        "Attached at": _time(device.attached_at) if device.attached_at else "unknown",
-        "Device number": _device_number(device.device_number),
-        "Disk sequence": str(device.diskseq),
+    inode = f"{device.backing_inode} on {_device_number(device.backing_device)}"
+    limit = exact_size(device.size_limit) if device.size_limit else "none"
+    return {
+        "node": ("Node", device.node),
+        "backing_file": ("Backing file", printable(device.backing_file)),
+        "backing_inode": ("Backing inode", inode),
+        "size": ("Size", exact_size(device.size)),
+        "offset": ("Offset", exact_size(device.offset)),
+        "size_limit": ("Size limit", limit),
+        "sector_size": ("Sector size", f"{device.sector_size} bytes"),
+        "read_only": ("Read-only", _yes(device.read_only)),
+        "direct_io": ("Direct I/O", _yes(device.direct_io)),
+        "autoclear": ("Autoclear", _yes(device.autoclear)),
+        "partition_scan": ("Partition scan", _yes(device.partition_scan)),
+        "partitions": ("Partitions", ", ".join(each.node for each in device.partitions) or "none"),
+        "reference": ("Reference", printable(device.reference) or "none"),
+        "owner": ("Owner", of_owner),
+        "lifetime": ("Lifetime", device.lifetime or "until somebody detaches it"),
+        "holder": ("Holder", device.holder or "none"),
+        "holds": ("Holds", str(device.holds)),
+        "locked": ("Lock", device.locked),
+        "state": ("State", device.state),
+        "attached_at": (
+            "Attached at",
+            moment(device.attached_at) if device.attached_at else "unknown",
+        ),
+        "device_number": ("Device number", _device_number(device.device_number)),
+        "diskseq": ("Disk sequence", str(device.diskseq)),
     }
-    width = max(map(len, rows)) + 1
-    return [f"{name + ':':{width}} {value}" for name, value in rows.items()]
 
 
 def farewell(node: str, *, gone: bool) -> str:
@@ -145,7 +137,8 @@ def exact_size(number: int) -> str:
     return f"{number} bytes" if number < 1024 else f"{size(number)} ({number} bytes)"
 
 
-def _time(microseconds: int) -> str:
+def moment(microseconds: int) -> str:
+    """A time in the local zone."""
     return time.strftime("%F %T %z", time.localtime(microseconds / 1e6))
 
 

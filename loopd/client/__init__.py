@@ -4,36 +4,57 @@
     async with attach("disk.img") as device:
         print(device.node)
 
-A device lives as long as the connection that attached it. Errors are those of `loopd.errors`, and
-`errors.BusError` where there is nobody to talk to. The caller's own rights open the files.
+A device lives as long as the connection that attached it, unless another lifetime is asked for.
+The caller's own rights open the files.
+
+Errors are those of `loopd.errors`, here as `errors`: one class for each name on the bus, and
+`errors.BusError` where there is nobody to talk to. Of that, `Unavailable` says that there is no
+loopd, and `Disconnected` that the connection to the bus is lost, see Client.reconnect.
+
+loopd may be restarted at any time. Calls that it left unanswered are sent once more to the next
+one where doing them twice does no harm, which is all but Attach; devices that it takes over are the
+same objects as before.
 """
 
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack
 
-from .. import dial
+from .. import dial, errors
 from ..fd import OwnedFd
+from .changes import Change, Changes, objects
 from .device import Device, Lifetime, Lock, properties, resize_options
 from .image import Path, open_file
-from .link import Link, Options, checked, make_options
+from .link import Disconnected, Link, Options, Unanswered, Unavailable, checked, make_options
 from .memory import Progress, copy_into_memory
-from .properties import Properties
-from .watch import DEVICE, NAME, OBJECT_MANAGER, PATH
+from .properties import Partition, Properties
+from .watch import NAME, PATH, PROPERTIES, Ended
 
 __all__ = [
+    "AttachOptions",
     "Attaching",
+    "Change",
+    "Changes",
     "Client",
+    "Daemon",
     "Device",
+    "Disconnected",
+    "Ended",
     "File",
     "Lifetime",
     "Lock",
+    "Partition",
     "Progress",
+    "Properties",
+    "Reconnected",
     "SupportsFileno",
+    "Unavailable",
     "attach",
+    "errors",
 ]
 
 
@@ -48,11 +69,55 @@ File = Path | int | SupportsFileno
 """A file to open by its path, or an fd."""
 
 
+class AttachOptions(TypedDict, total=False):
+    """The options of Client.attach, which tells what they mean."""
+
+    read_only: bool | None
+    offset: int | None
+    size_limit: int | None
+    sector_size: int | None
+    partition_scan: bool | None
+    direct_io: bool | None
+    reference: str | None
+    lock: Lock | None
+    lifetime: Lifetime | None
+    allow_overlap: bool | None
+    number: int | None
+    in_memory: bool
+    progress: Progress | None
+
+
+class Daemon(NamedTuple):
+    """What loopd tells of itself."""
+
+    version: str
+    device_count: int
+    """The devices that it has attached and the kernel has not let go of."""
+    max_devices: int
+    max_devices_per_user: int
+
+
+_D = TypeVar("_D")
+
+
+class Reconnected(NamedTuple, Generic[_D]):
+    """What has become of a client's devices over the loss of its connection."""
+
+    there: tuple[_D, ...]
+    """Those that go on as they were, by their lifetime or by a Hold; their locks have ended."""
+    gone: tuple[_D, ...]
+    """Those that went with the old connection, or otherwise, or are about to."""
+
+
 class Client:
-    """A connection to loopd, to be used with `async with`: what it attached ends with it."""
+    """A connection to loopd, to be used with `async with`: what it attached ends with it.
+
+    Unless it has another lifetime, or a Hold, which is not bound to the connection.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._devices: weakref.WeakValueDictionary[str, Device] = weakref.WeakValueDictionary()
 
     @classmethod
     async def connect(cls, address: str | None = None, *, interactive: bool = False) -> Self:
@@ -66,6 +131,29 @@ class Client:
     def close(self) -> None:
         """Leave the bus; whatever was attached over this connection is detached."""
         self._link.close()
+
+    async def reconnect(self) -> Reconnected[Device]:
+        """Connect anew, after a Disconnected or on a whim; tells what is left of the devices.
+
+        A connection that is lost stays so until this is called, because leases and locks are over
+        with it and only the caller knows what follows from that. It is about the devices that the
+        program still has, and did not detach; what is there goes on under the same objects. After
+        an errors.BusError it can be called again. Whoever iterates over changes starts anew.
+        """
+        former = await self._link.reconnect()
+        found = await objects(self._link)
+        there, gone = [], []
+        for device in sorted(self._devices.values(), key=lambda each: each.diskseq):
+            if device.gone:
+                continue
+            now = found.get(device.path)
+            # loopd may not have heard yet of the end of the old connection.
+            if now is None or now.state != "attached" or _ends_with(now, former):
+                device.gone = True
+                gone.append(device)
+            else:
+                there.append(device)
+        return Reconnected(tuple(there), tuple(gone))
 
     async def __aenter__(self) -> Self:
         return self
@@ -145,13 +233,22 @@ class Client:
         return Attaching(attach)
 
     async def _attach(self, fd: OwnedFd, options: Options) -> Device:
-        attaching = self._link.start_passing(PATH, NAME, "Attach", "ha{sv}", [0, options], fd)
+        attaching = self._link.start_passing(
+            PATH, NAME, "Attach", "ha{sv}", [0, options], fd, again=False
+        )
         try:
             path, node, diskseq = await asyncio.shield(attaching)
         except asyncio.CancelledError:
             attaching.add_done_callback(self._undo)
             raise
-        return Device(self._link, path, node, diskseq)
+        return self._device(path, node, diskseq)
+
+    def _device(self, path: str, node: str, diskseq: int) -> Device:
+        """The object for a path, and the same one for as long as somebody has it."""
+        device = self._devices.get(path)
+        if device is None:
+            device = self._devices[path] = Device(self._link, path, node, diskseq)
+        return device
 
     def _undo(self, attaching: asyncio.Task[list[Any]]) -> None:
         """Detach what came when nobody waited for it any more."""
@@ -181,6 +278,28 @@ class Client:
         (path,) = await asyncio.shield(asking)
         return await self._found(path)
 
+    async def detach_by_fd(self, file: int | SupportsFileno, *, lazy: bool = False) -> bool:
+        """As Device.detach, on the device that an fd names, see device_by_fd.
+
+        Raises NoSuchDevice, Ambiguous, and what Device.detach does.
+        """
+        options = make_options(("lazy", "b", lazy or None))
+        try:
+            return await self._detach_by_fd(file, options)
+        except Unanswered:
+            try:
+                return await self._detach_by_fd(file, options)
+            except errors.NoSuchDevice:
+                return True  # the first call has done it
+
+    async def _detach_by_fd(self, file: int | SupportsFileno, options: Options) -> bool:
+        fd = OwnedFd(os.dup(_fileno(file)))
+        detaching = self._link.start_passing(
+            PATH, NAME, "Detach", "ha{sv}", [0, options], fd, again=False
+        )
+        (gone,) = await asyncio.shield(detaching)
+        return bool(gone)
+
     async def resize_by_fd(
         self,
         file: int | SupportsFileno,
@@ -203,17 +322,42 @@ class Client:
 
     async def _found(self, path: str) -> Device:
         found = await properties(self._link, path)
-        return Device(self._link, path, found.node, found.diskseq)
+        return self._device(path, found.node, found.diskseq)
 
     async def devices(self) -> list[tuple[Device, Properties]]:
         """All bound loop devices of the machine, and what they are."""
-        (objects,) = await self._link.call(PATH, OBJECT_MANAGER, "GetManagedObjects")
-        found = []
-        for path, interfaces in objects.items():
-            if DEVICE in interfaces:
-                told = Properties.decode(interfaces[DEVICE])
-                found.append((Device(self._link, path, told.node, told.diskseq), told))
-        return sorted(found, key=lambda pair: pair[1].number)
+        found = await objects(self._link)
+        return [(self._made(path, told), told) for path, told in found.items()]
+
+    def changes(self, device: Device | None = None) -> Changes[Device]:
+        """What happens to devices, to all of them or to one, as an iterator.
+
+            async with client.changes() as changes:
+                async for kind, device, properties, names in changes: ...
+
+        From the start of the block on nothing is missed: what is there by then is in
+        `changes.devices`. While there is no loopd nothing is told; what has changed by the time
+        that there is one again is told then. For one device the iterator ends when it is gone.
+        Raises Disconnected when the connection to the bus is lost.
+        """
+        if device is None:
+            return Changes(self._link, self._made)
+        return Changes(self._link, lambda *_: device, device.path, device.wait_ended)
+
+    async def daemon(self) -> Daemon:
+        """What loopd tells of itself: its version, and its limits of devices."""
+        (found,) = await self._link.call(PATH, PROPERTIES, "GetAll", "s", [NAME])
+        names = ("Version", "DeviceCount", "MaxDevices", "MaxDevicesPerUser")
+        return Daemon(*(found[name].value for name in names))
+
+    def _made(self, path: str, told: Properties) -> Device:
+        return self._device(path, told.node, told.diskseq)
+
+
+def _ends_with(device: Properties, connection: str) -> bool:
+    return (
+        device.lifetime == "connection" and device.holder in (connection, "") and not device.holds
+    )
 
 
 class Attaching:
@@ -241,7 +385,11 @@ class Attaching:
 
 @contextlib.asynccontextmanager
 async def attach(
-    file: File, *, address: str | None = None, interactive: bool = False, **options: Any
+    file: File,
+    *,
+    address: str | None = None,
+    interactive: bool = False,
+    **options: Unpack[AttachOptions],
 ) -> AsyncIterator[Device]:
     """Attach a file for the time of an `async with` block, over a connection of its own.
 

@@ -5,18 +5,21 @@
         print(device.node)
 
 Each client has an event loop of its own, which runs during calls only. A client and its devices
-belong to one thread.
+belong to one thread. Changes wait in the connection meanwhile, and who lets very many of them wait
+is disconnected by the bus.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self, Unpack
 
 from .. import client
 from ..fd import OwnedFd
-from . import File, Lifetime, Lock, SupportsFileno
+from . import AttachOptions, Daemon, File, Lifetime, Lock, Reconnected, SupportsFileno
+from .changes import Change
 from .properties import Properties
 from .watch import Ended
 
@@ -27,6 +30,7 @@ class Client:
     def __init__(self, runner: asyncio.Runner, client: client.Client) -> None:
         self._runner = runner
         self._client = client
+        self._devices: weakref.WeakValueDictionary[str, Device] = weakref.WeakValueDictionary()
 
     @classmethod
     def connect(cls, address: str | None = None, *, interactive: bool = False) -> Self:
@@ -54,21 +58,34 @@ class Client:
     ) -> None:
         self.close()
 
-    def attach(self, file: File, **options: Any) -> "Device":
+    def reconnect(self) -> Reconnected["Device"]:
+        """As loopd.client.Client.reconnect."""
+        there, gone = self._runner.run(self._client.reconnect())
+        return Reconnected(tuple(map(self._device, there)), tuple(map(self._device, gone)))
+
+    def attach(self, file: File, **options: Unpack[AttachOptions]) -> "Device":
         """As loopd.client.Client.attach; the device detaches itself when used with `with`."""
 
         async def attach() -> client.Device:
             return await self._client.attach(file, **options)
 
-        return Device(self._runner, self._runner.run(attach()))
+        return self._device(self._runner.run(attach()))
 
     def device_by_node(self, node: str) -> "Device":
         """As loopd.client.Client.device_by_node."""
-        return Device(self._runner, self._runner.run(self._client.device_by_node(node)))
+        return self._device(self._runner.run(self._client.device_by_node(node)))
 
     def device_by_fd(self, file: int | SupportsFileno) -> "Device":
         """As loopd.client.Client.device_by_fd."""
-        return Device(self._runner, self._runner.run(self._client.device_by_fd(file)))
+        return self._device(self._runner.run(self._client.device_by_fd(file)))
+
+    def detach_by_fd(self, file: int | SupportsFileno, *, lazy: bool = False) -> bool:
+        """As loopd.client.Client.detach_by_fd."""
+        return self._runner.run(self._client.detach_by_fd(file, lazy=lazy))
+
+    def daemon(self) -> Daemon:
+        """As loopd.client.Client.daemon."""
+        return self._runner.run(self._client.daemon())
 
     def resize_by_fd(
         self,
@@ -87,7 +104,59 @@ class Client:
     def devices(self) -> list[tuple["Device", Properties]]:
         """As loopd.client.Client.devices."""
         found = self._runner.run(self._client.devices())
-        return [(Device(self._runner, device), properties) for device, properties in found]
+        return [(self._device(device), properties) for device, properties in found]
+
+    def changes(self, device: "Device | None" = None) -> "Changes":
+        """As loopd.client.Client.changes, for a `with` block and a plain `for`."""
+        only = None if device is None else device._device  # noqa: SLF001 - it is ours
+        return Changes(self._runner, self._client.changes(only), self._device)
+
+    def _device(self, device: client.Device) -> "Device":
+        made = self._devices.get(device.path)
+        if made is None:
+            made = self._devices[device.path] = Device(self._runner, device)
+        return made
+
+
+class Changes:
+    """As loopd.client.Changes."""
+
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        changes: client.Changes[client.Device],
+        make: "Callable[[client.Device], Device]",
+    ) -> None:
+        self._runner = runner
+        self._changes = changes
+        self._make = make
+
+    def __enter__(self) -> Self:
+        self._runner.run(self._changes.__aenter__())
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._runner.run(self._changes.__aexit__(exc_type, exc, traceback))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Change["Device"]:
+        try:
+            change = self._runner.run(self._changes.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+        return Change(change.kind, self._make(change.device), change.properties, change.names)
+
+    @property
+    def devices(self) -> list[tuple["Device", Properties]]:
+        """As loopd.client.Changes.devices."""
+        return [(self._make(device), told) for device, told in self._changes.devices]
 
 
 class Device:
@@ -102,6 +171,11 @@ class Device:
         """Such as /dev/loop3."""
         self.diskseq = device.diskseq
         """The kernel's number of this attachment."""
+
+    @property
+    def gone(self) -> bool:
+        """As loopd.client.Device.gone."""
+        return self._device.gone
 
     def __repr__(self) -> str:
         return repr(self._device)
@@ -179,7 +253,11 @@ class Device:
 
 @contextlib.contextmanager
 def attach(
-    file: File, *, address: str | None = None, interactive: bool = False, **options: Any
+    file: File,
+    *,
+    address: str | None = None,
+    interactive: bool = False,
+    **options: Unpack[AttachOptions],
 ) -> Iterator[Device]:
     """As loopd.client.attach."""
     with Client.connect(address, interactive=interactive) as connected:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .. import errors, kernel
 from ..fd import OwnedFd
-from .link import Link, Options, Unavailable, checked, make_options
+from .link import Link, Options, Unanswered, Unavailable, checked, make_options
 from .properties import Properties
 from .watch import DEVICE, PROPERTIES, Ended
 
@@ -43,6 +43,8 @@ class Device:
         """Such as /dev/loop3."""
         self.diskseq = diskseq
         """The kernel's number of this attachment."""
+        self.gone = False
+        """Whether this object has been told that there is no such device any more."""
 
     def __repr__(self) -> str:
         return f"<Device {self.node} diskseq={self.diskseq}>"
@@ -54,7 +56,24 @@ class Device:
         DeviceBusy. Raises AccessDenied.
         """
         options = make_options(("lazy", "b", lazy or None))
-        return bool(await self._answer("Detach", "a{sv}", options))
+        try:
+            gone = await self._detach(options)
+        except (errors.NoSuchDevice, errors.UnknownObject):
+            self.gone = True
+            raise
+        self.gone = gone
+        return gone
+
+    async def _detach(self, options: Options) -> bool:
+        call = (self.path, DEVICE, "Detach", "a{sv}", [options])
+        try:
+            (gone,) = await self._link.call(*call, again=False)
+        except Unanswered:
+            try:
+                (gone,) = await self._link.call(*call, again=False)
+            except (errors.NoSuchDevice, errors.UnknownObject):
+                gone = True  # the first call has done it
+        return bool(gone)
 
     async def ensure_detached(self) -> bool:
         """Detach it whatever uses it; true when it is gone, however that came.

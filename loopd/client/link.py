@@ -38,14 +38,27 @@ class Unavailable(errors.BusError):
     """The bus is there, but loopd is not, and could not be started."""
 
 
-class Link:
-    """One connection, over which anything can be asked of loopd."""
+class Unanswered(Unavailable):
+    """loopd left before it answered, and nobody knows whether it did what it was asked to do."""
 
-    def __init__(self, connection: wire.Connection, watch: Watch, interactive: bool) -> None:
+
+class Disconnected(errors.BusError):
+    """The connection to the bus is lost, and what was bound to it is over; see Client.reconnect."""
+
+
+class Link:
+    """One connection at a time, over which anything can be asked of loopd."""
+
+    def __init__(
+        self, connection: wire.Connection, watch: Watch, interactive: bool, *, address: str = ""
+    ) -> None:
         self._connection = connection
         self.watch = watch
         self._interactive = interactive
+        self._address = address
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.name = ""
+        """The unique name that the connection has on the bus."""
 
     @classmethod
     async def connect(cls, address: str, interactive: bool) -> Self:
@@ -53,21 +66,20 @@ class Link:
 
         Raises errors.BusError.
         """
-        sock = await _connected(address)
-        watch = Watch()
-        connection = wire.Connection(
-            sock,
-            max_message=_MAX_MESSAGE,
-            on_call=None,  # nobody has anything to ask of a client
-            on_signal=watch.on_signal,
-            on_lost=lambda why: watch.end_all(Ended.BUS_LOST),
-        )
-        try:
-            await connection.hello()
-        except BaseException:
-            connection.close()
-            raise
-        return cls(connection, watch, interactive)
+        connection, watch, name = await _opened(address)
+        link = cls(connection, watch, interactive, address=address)
+        link.name = name
+        return link
+
+    async def reconnect(self) -> str:
+        """Leave the bus and connect to it anew; returns the name that the old connection had.
+
+        Raises errors.BusError, and nothing has changed then but that the old one is closed.
+        """
+        self.close()
+        former = self.name
+        self._connection, self.watch, self.name = await _opened(self._address)
+        return former
 
     def close(self) -> None:
         """Leave the bus."""
@@ -79,10 +91,19 @@ class Link:
         await self.watch.subscribe(self._connection)
 
     async def call(
-        self, path: str, interface: str, member: str, signature: str = "", body: Sequence[Any] = ()
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        again: bool = True,
     ) -> list[Any]:
         """Call a method that takes and returns no fds; see `call_with_fds`."""
-        answer, fds = await self.call_with_fds(path, interface, member, signature, body)
+        answer, fds = await self.call_with_fds(
+            path, interface, member, signature, body, again=again
+        )
         for fd in fds:
             fd.close()
         return answer
@@ -95,19 +116,28 @@ class Link:
         signature: str = "",
         body: Sequence[Any] = (),
         fds: Sequence[int] = (),
+        *,
+        again: bool = True,
     ) -> tuple[list[Any], list[OwnedFd]]:
         """Call any method of loopd; returns the body and the fds, which are the caller's then.
 
-        What the bus does not pass on, because of what others send, is sent again for a while.
+        What the bus does not pass on, because of what others send, is sent again for a while. What
+        a loopd that left has not answered is sent to the next one, once, if it can be done `again`.
         Raises the error that loopd answers, TimedOut, Unavailable, errors.BusError.
         """
-        for pause in _PAUSES:
+        pauses = iter(_PAUSES)
+        while True:
             try:
                 return await self._try(path, interface, member, signature, body, fds)
             except errors.RefusedByBus:
                 # loopd has not seen the call.
+                if (pause := next(pauses, None)) is None:
+                    raise
                 await asyncio.sleep(pause)
-        return await self._try(path, interface, member, signature, body, fds)
+            except Unanswered:
+                if not again:
+                    raise
+                again = False
 
     async def _try(
         self,
@@ -132,10 +162,12 @@ class Link:
             )
         except errors.PeerError as exc:
             if exc.dbus_name == _NO_REPLY:
-                raise Unavailable("loopd ended before it answered: its log may say why") from exc
+                raise Unanswered("loopd ended before it answered: its log may say why") from exc
             if _NOT_THERE.fullmatch(exc.dbus_name):
                 raise Unavailable(f"there is no loopd, is it installed? ({exc})") from exc
             raise
+        except errors.BusError as exc:
+            raise Disconnected(str(exc)) from exc
 
     def start_passing(
         self,
@@ -145,6 +177,8 @@ class Link:
         signature: str,
         body: Sequence[Any],
         fd: OwnedFd,
+        *,
+        again: bool = True,
     ) -> asyncio.Task[list[Any]]:
         """Begin a call that passes an fd, which it owns until the end.
 
@@ -155,7 +189,7 @@ class Link:
         async def call() -> list[Any]:
             with fd:
                 answer, fds = await self.call_with_fds(
-                    path, interface, member, signature, body, [fd.fileno()]
+                    path, interface, member, signature, body, [fd.fileno()], again=again
                 )
             for unexpected in fds:
                 unexpected.close()
@@ -198,6 +232,25 @@ def checked(key: str, kind: str, value: Any) -> Any:
         if "\0" in value:
             raise errors.InvalidArgs(f"{key}: contains a null character")
     return value
+
+
+async def _opened(address: str) -> tuple[wire.Connection, Watch, str]:
+    """A connection that has said hello, what it hears, and its name."""
+    sock = await _connected(address)
+    watch = Watch()
+    connection = wire.Connection(
+        sock,
+        max_message=_MAX_MESSAGE,
+        on_call=None,  # nobody has anything to ask of a client
+        on_signal=watch.on_signal,
+        on_lost=lambda why: watch.end_all(Ended.BUS_LOST),
+    )
+    try:
+        (name,) = await connection.call_bus("Hello", "", [])
+    except BaseException:
+        connection.close()
+        raise
+    return connection, watch, name
 
 
 async def _connected(address: str) -> socket.socket:

@@ -2,7 +2,7 @@
 """What a device is at one moment, as a client sees it: the properties of its object, typed."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 from ..codec import Variant
@@ -66,13 +66,35 @@ class Properties:
 
         Raises Failed if one is missing.
         """
-        values: dict[str, Any] = {
-            re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): variant.value
-            for name, variant in found.items()
-        }
+        values = _values(found)
         try:
-            values["backing_file"] = values["backing_file"].removesuffix(b"\0")
-            values["partitions"] = tuple(Partition(*each) for each in values["partitions"])
             return cls(**{field.name: values[field.name] for field in fields(cls)})
         except KeyError as exc:
             raise Failed(f"loopd does not tell the property {exc} of a device") from exc
+
+    def updated(self, changed: dict[str, Variant]) -> Self:
+        """As they are after a PropertiesChanged."""
+        known = {field.name for field in fields(self)}
+        values = _values(changed)
+        return replace(self, **{name: values[name] for name in known & values.keys()})
+
+    def differences(self, other: Self) -> tuple[str, ...]:
+        """The names of the fields in which two differ."""
+        return tuple(
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        )
+
+
+def _values(found: dict[str, Variant]) -> dict[str, Any]:
+    """The values of an a{sv} by the names that Python has for them."""
+    values: dict[str, Any] = {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): variant.value
+        for name, variant in found.items()
+    }
+    if "backing_file" in values:
+        values["backing_file"] = values["backing_file"].removesuffix(b"\0")
+    if "partitions" in values:
+        values["partitions"] = tuple(Partition(*each) for each in values["partitions"])
+    return values

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a client hears from the bus without asking: that a device has ended, and how.
+"""What a client hears from the bus without asking: of devices, and that one has ended, and how.
 
 It knows object paths only, and never calls loopd itself.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from enum import Enum
+from typing import Any, NamedTuple
 
 from .. import codec, errors, frame, wire
 
@@ -19,7 +20,7 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 
 _RULES = (
     f"type='signal',sender='{wire.BUS_NAME}',member='NameOwnerChanged',arg0='{NAME}'",
-    f"type='signal',sender='{NAME}',interface='{OBJECT_MANAGER}',member='InterfacesRemoved'",
+    f"type='signal',sender='{NAME}',interface='{OBJECT_MANAGER}'",
     f"type='signal',sender='{NAME}',interface='{PROPERTIES}',member='PropertiesChanged'",
 )
 
@@ -35,12 +36,21 @@ class Ended(Enum):
     """The connection is gone, and with it all that was attached over it."""
 
 
+class Heard(NamedTuple):
+    """A signal of loopd's, or of the bus about it."""
+
+    member: str
+    path: str
+    body: list[Any]
+
+
 class Watch:
     """The signals of one connection, for those who wait for the end of a device."""
 
     def __init__(self) -> None:
         self._owner = ""
         self._waiting: dict[str, set[asyncio.Future[Ended]]] = {}
+        self._listeners: list[Callable[[Heard | None], None]] = []
         self._subscribed = False
         self._subscribing = asyncio.Lock()
         self._lost = False
@@ -64,6 +74,15 @@ class Watch:
             waiting.discard(future)
             if not waiting:
                 self._waiting.pop(path, None)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[Heard | None], None]) -> Generator[None, None, None]:
+        """Have a function called with each signal, and with None when the bus is lost."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     async def subscribe(self, connection: wire.Connection) -> None:
         """Ask the bus for the signals; what came before has to be asked for.
@@ -93,17 +112,28 @@ class Watch:
                 if self._owner:
                     self.end_all(Ended.DAEMON_LEFT)
                 self._owner = owner
+            case False, "InterfacesAdded", [str(), dict()]:
+                pass
             case False, "InterfacesRemoved", [path, _]:
                 self._end(path, Ended.DETACHED)
             case False, "PropertiesChanged", [interface, changed, _] if interface == DEVICE:
                 if "State" in changed and changed["State"].value != "attached":
                     self._end(header.path, Ended.DETACHED)
+            case _:
+                return
+        self._tell(Heard(header.member, header.path, body))
 
     def end_all(self, how: Ended) -> None:
         """Tell all who wait that their device is out of reach, and who will, if the bus is."""
-        self._lost |= how is Ended.BUS_LOST
+        if how is Ended.BUS_LOST:
+            self._lost = True
+            self._tell(None)
         for path in list(self._waiting):
             self._end(path, how)
+
+    def _tell(self, heard: Heard | None) -> None:
+        for listener in [*self._listeners]:
+            listener(heard)
 
     def _end(self, path: str, how: Ended) -> None:
         for future in self._waiting.get(path, ()):

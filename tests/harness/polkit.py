@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The authority on a private bus: the real polkitd, or a double that does as it is told.
 
-RealPolkit sees our policy file and the rules it is given, and nothing of the host's; the host sees
-nothing of it.  PolkitDouble answers from a thread of the test, as programmed, and writes down every
-question and every cancellation.
+RealPolkit sees our policy file, the rules and the sessions it is given, and nothing of the host's;
+the host sees nothing of it.  PolkitDouble answers from a thread of the test, as programmed, and
+writes down every question and every cancellation.
 """
 
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from tests.harness.raw import BUS, DisconnectedError, RawClient
 POLKITD = Path("/usr/lib/polkit-1/polkitd")
 OUR_ACTIONS = CHECKOUT / "polkit" / "org.example.loop1.policy"
 STOCK_ACTIONS = Path("/usr/share/polkit-1/actions/org.freedesktop.policykit.policy")
+UDISKS_ACTIONS = Path("/usr/share/polkit-1/actions/org.freedesktop.UDisks2.policy")
 
 RULES_DENY_ALL = "polkit.addRule(function(action, subject) { return polkit.Result.NO; });\n"
 RULES_ALLOW_ALL = "polkit.addRule(function(action, subject) { return polkit.Result.YES; });\n"
@@ -60,10 +62,13 @@ class RealPolkit:
             actions, rules, none = (directory / each for each in ("actions", "rules", "none"))
             for each in (actions, rules, none):
                 each.mkdir()
-            for policy in (OUR_ACTIONS, STOCK_ACTIONS):
+            for policy in (OUR_ACTIONS, STOCK_ACTIONS, UDISKS_ACTIONS):
                 if policy.exists():
                     shutil.copyfile(policy, actions / policy.name)
             (rules / "50-test.rules").write_text(self._rules)
+            self._logind = directory / "systemd"
+            for kind in ("machines", "seats", "sessions", "users"):
+                (self._logind / kind).mkdir(parents=True)
             self.process = stack.enter_context(
                 Process(
                     [
@@ -91,6 +96,30 @@ class RealPolkit:
         """The process id of polkitd."""
         return self.process.pid
 
+    def log_in(self, process: Process) -> None:
+        """Have a process be of a local session of its user's, who is active from now on.
+
+        polkitd alone sees it so: it finds a session by the cgroup, and reads of it and of the user
+        what logind has written.
+        """
+        session = f"c{process.pid}"
+        uid = os.stat(f"/proc/{process.pid}").st_uid
+        (self._logind / "sessions" / session).write_text(
+            f"UID={uid}\nREMOTE=0\nTYPE=tty\nCLASS=user\nSEAT=seat0\n"
+        )
+        self.set_active(uid, active=True)
+        scope = f"/user.slice/user-{uid}.slice/session-{session}.scope"
+        cgroup = self._logind / f"{session}.cgroup"
+        cgroup.write_text(f"1:name=systemd:{scope}\n0::{scope}\n")
+        enter = ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt"]
+        mount = ["mount", "--bind", cgroup, f"/proc/{process.pid}/cgroup"]
+        subprocess.run([*enter, *mount], check=True, timeout=60)
+
+    def set_active(self, uid: int, *, active: bool) -> None:
+        """Say whether a user sits in front of one of those sessions."""
+        state = "active" if active else "online"
+        (self._logind / "users" / str(uid)).write_text(f"STATE={state}\n")
+
     def stop(self) -> None:
         """End polkitd; its name leaves the bus."""
         self.process.stop()
@@ -106,6 +135,7 @@ def _mount_and_run(directory: Path) -> str:
         "/run/polkit-1/rules.d": "none",
         "/usr/local/share/polkit-1/rules.d": "none",
         "/usr/local/share/polkit-1/actions": "none",
+        "/run/systemd": "systemd",
     }
     mounts = [
         f"mount --bind '{directory / source}' '{target}'"

@@ -163,3 +163,14 @@ def test_a_path_that_sysfs_cannot_show_loses_nobody_a_device(world: World) -> No
     assert world.device_count() == 1
     device.close()
     assert caller.detach(attached.path) is True
+
+
+def test_a_node_is_nobodys_while_a_user_has_the_device(world: World) -> None:
+    """So there is nothing of it that the next user of the number could find."""
+    caller = world.caller()
+    attached = caller.attach(world.image(), partition_scan=True)
+    caller.open_device(attached.path, "rw").close()
+    found = os.stat(attached.node)
+    assert (found.st_uid, found.st_mode & 0o007) == (0, 0)
+    assert found.st_gid != pwd.getpwnam(USER).pw_gid
+    assert os.listxattr(attached.node) == []

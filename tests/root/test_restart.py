@@ -317,7 +317,7 @@ def test_without_a_store_all_but_what_is_the_systems_goes_with_loopd(
     # The lock has gone with the fd.
     assert seen(unit)[label(lasting)] == before | {"Locked": "none"}
     with opened(lasting) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_unlocked(fd)
     assert caller.detach(lasting.path) is True
 
 
@@ -394,7 +394,7 @@ def test_on_another_bus_nobody_is_who_had_the_name(unit: Service) -> None:
     it = seen(unit)[label(held)]
     assert (it["Holder"], it["Locked"], it["Holds"]) == ("", "none", 1)
     with opened(held) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_unlocked(fd)
     os.close(holding)
     wait_seen(unit, of_user, of_system)
     again = unit.caller()
@@ -545,7 +545,7 @@ def test_what_was_attached_and_held_before_is_counted(new_unit: Callable[..., Se
     deadline = Deadline()
     while seen(unit)[label(first)]["Holds"]:
         assert deadline.remaining
-    os.close(hold(caller, second))
+    os.close(hold_at_last(caller, second))
     assert caller.detach(first.path) is True
     third = caller.attach(unit.image())
     for attached in (second, third):
@@ -573,7 +573,7 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         assert failure.value.name == LIMITS_EXCEEDED
         # What goes has to be out of it before what comes is put in.
         for kind in ("none", "exclusive") * 3:
-            caller.device(devices[0].path, "Lock", "sa{sv}", kind, {})
+            lock(caller, devices[0], kind)
         with unit.store.paused():
             os.close(holds.pop())
             deadline = Deadline()
@@ -586,7 +586,7 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         assert caller.detach(devices[0].path) is True
         wait_end(holds.pop(0))
         devices = [caller.attach(unit.image(), lock="shared"), devices[1]]
-        holds.insert(0, hold(caller, devices[0]))
+        holds.insert(0, hold_at_last(caller, devices[0]))
         before = seen(unit)
         assert unit.store.complaints == []
         assert len(unit.store.names()) == 6
@@ -596,6 +596,32 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         assert caller.detach(each.path) is True
     for fd in holds:
         wait_end(fd)
+
+
+def wait_unlocked(fd: int) -> None:
+    """Wait until nobody, be it udev for a look, has a lock on a device."""
+    deadline = Deadline()
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not deadline.remaining:
+                raise
+        else:
+            return
+
+
+def lock(caller: Caller, attached: Attached, kind: str) -> None:
+    """Lock a device once udev does not look at it: nothing waits for a lock."""
+    deadline = Deadline()
+    while True:
+        try:
+            caller.device(attached.path, "Lock", "sa{sv}", kind, {})
+        except CallError as exc:
+            if exc.name != DEVICE_BUSY or not deadline.remaining:
+                raise
+        else:
+            return
 
 
 def hold_at_last(caller: Caller, attached: Attached) -> int:
@@ -616,7 +642,7 @@ def test_a_lock_lasts_while_loopd_is_away(unit: Service) -> None:
     caller, other = unit.caller(), unit.caller()
     attached = caller.attach(unit.image(), lock="exclusive")
     shared = caller.attach(unit.image())
-    caller.device(shared.path, "Lock", "sa{sv}", "shared", {})
+    lock(caller, shared, "shared")
 
     def is_free(device: Attached, operation: int = fcntl.LOCK_EX) -> bool:
         with opened(device) as fd:
@@ -646,7 +672,7 @@ def test_a_lock_lasts_while_loopd_is_away(unit: Service) -> None:
     while not is_free(attached):  # udev may look at it
         assert deadline.remaining
     # And ends with the connection.
-    other.device(attached.path, "Lock", "sa{sv}", "exclusive", {})
+    lock(other, attached, "exclusive")
     unit.kill()
     other.kill()
     unit.start()
@@ -669,7 +695,7 @@ for _name, _unit in (("clock_gettime", 1), ("clock_gettime_ns", 10**9)):
 def test_the_time_of_an_exclusive_lock_does_not_begin_anew(unit: Service) -> None:
     caller, root = unit.caller(), unit.caller(None)
     attached, other = caller.attach(unit.image(), lock="exclusive"), root.attach(unit.image())
-    root.device(other.path, "Lock", "sa{sv}", "exclusive", {})
+    lock(root, other, "exclusive")
     unit.crash()
     assert seen(unit)[label(attached)]["Locked"] == "exclusive"
     unit.crash(prelude=LATER)
@@ -898,3 +924,15 @@ def test_an_attach_that_was_under_way_is_nobodys(unit: Service) -> None:
     with pytest.raises(CallError, match="NoReply"):
         call.end()
     wait_seen(unit)
+
+
+def test_what_stays_is_with_systemd_again_after_a_stop(unit: Service) -> None:
+    caller = unit.caller()
+    kept = caller.attach(unit.image(), lifetime="system")
+    unit.stop()
+    assert unit.store.fds() == []
+    unit.start()
+    lock(caller, kept, "exclusive")
+    unit.crash()
+    assert caller.get(kept.path, "Locked") == "exclusive"
+    caller.detach(kept.path)

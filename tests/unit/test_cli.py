@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from loopd import __version__, cli, errors
-from loopd.cli import output
+from loopd.cli import columns, output
 from loopd.cli.arguments import node_of, parse, parse_size
 from loopd.cli.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
 from loopd.cli.signals import Interrupted, Signals
@@ -74,11 +74,17 @@ def test_attach_takes_the_spellings_of_losetup() -> None:
         assert (found.direct_io, found.loop_ref, found.file) == ("off", "x", "f")
 
 
-def test_hold_takes_what_attach_takes() -> None:
-    options = "-r -o 1M -P --lock=shared --number 3 --in-memory --json -- f".split()
+def test_hold_takes_what_attach_takes_but_for_the_lifetime() -> None:
+    options = "-r -o 1M -P --number 3 --in-memory --json -- f".split()
     kept, held = (vars(parse([command, *options])) for command in ("attach", "hold"))
-    different = {key for key in kept if kept[key] != held[key]}
+    different = {key for key in kept if kept[key] != held.get(key)}
     assert different == {"command", "parser"}
+    assert kept.keys() - held.keys() == {"lifetime"}
+
+
+def test_a_lock_is_for_a_device_that_loopctl_stays_with() -> None:
+    assert parse("attach --lock=shared --lifetime=connection f".split()).lock == "shared"
+    assert parse("hold --lock=shared f".split()).lock == "shared"
 
 
 def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
@@ -103,10 +109,20 @@ def test_a_file_may_begin_with_a_dash() -> None:
     assert parse(["attach", "--", "--direct-io"]).file == "--direct-io"
 
 
-def test_run_leaves_the_options_of_its_command_alone() -> None:
-    found = parse("run -r disk.img -- mkfs -r --direct-io -- {}".split())
-    assert found.file == "disk.img"
+@pytest.mark.parametrize("command", ["run -r disk.img", "open -w loop3"])
+def test_the_options_of_a_command_to_run_are_left_alone(command: str) -> None:
+    found = parse([*command.split(), *"-- mkfs -r --direct-io -- {}".split()])
     assert found.run == ["mkfs", "-r", "--direct-io", "--", "{}"]
+
+
+def test_open_may_do_without_a_command() -> None:
+    assert parse(["open", "loop3"]).run is None
+
+
+def test_columns_are_named_as_by_losetup_or_added_to_the_usual_ones() -> None:
+    assert parse("list -O name,back-file".split()).output == ("NAME", "BACK-FILE")
+    assert parse("list --output +DIO".split()).output == (*columns.DEFAULT, "DIO")
+    assert parse(["list"]).output is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,18 @@ def test_run_leaves_the_options_of_its_command_alone() -> None:
         ("attach --number loop3 f", ExitCode.USAGE),
         ("attach --number -1 f", ExitCode.USAGE),
         ("attach --number 1_0 f", ExitCode.USAGE),
+        ("attach --lock shared f", ExitCode.USAGE),
+        ("attach --lifetime ever f", ExitCode.USAGE),
+        ("hold --lifetime user f", ExitCode.USAGE),
         ("detach", ExitCode.USAGE),
+        ("detach --all loop3", ExitCode.USAGE),
+        ("detach --all -j f", ExitCode.USAGE),
+        ("list -O SIZE,TASTE", ExitCode.USAGE),
+        ("set loop3", ExitCode.USAGE),
+        ("set --lifetime connection loop3", ExitCode.USAGE),
+        ("open", RunExitCode.FAILED),
+        ("open loop3 --", RunExitCode.FAILED),
+        ("open --partition x loop3", RunExitCode.FAILED),
         ("run f", RunExitCode.FAILED),
         ("run f --", RunExitCode.FAILED),
         ("run -- true", RunExitCode.FAILED),
@@ -235,25 +262,6 @@ def test_names_reach_a_terminal_as_text_only(raw: bytes, shown: str) -> None:
 )
 def test_sizes_are_shown_in_the_largest_unit(number: int, long: str, short: str) -> None:
     assert (output.size(number), output.short_size(number)) == (long, short)
-
-
-def test_a_list_for_a_terminal_is_aligned() -> None:
-    devices = [
-        device(),
-        device(node="/dev/loop11", size=1536, owner=FOREIGN, lifetime="", read_only=True),
-    ]
-    assert output.device_list(devices, for_terminal=True) == [
-        "NAME        SIZE OFFSET RO OWNER LIFETIME   STATE    BACK-FILE",
-        "/dev/loop3    4M      0 0  root  connection attached /tmp/disk.img",
-        "/dev/loop11 1.5K      0 1  -     -          attached /tmp/disk.img",
-    ]
-
-
-def test_a_list_for_a_pipe_is_in_bytes_between_tabs() -> None:
-    lines = output.device_list([device(backing_file=b"/a b\nc")], for_terminal=False)
-    assert lines[1].split("\t") == [
-        *("/dev/loop3", "4194304", "0", "0", "root", "connection", "attached", "/a b\\nc"),
-    ]
 
 
 def test_an_owner_without_a_name_is_a_number() -> None:
@@ -373,14 +381,20 @@ def test_without_a_bus_it_says_so(
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
     (tmp_path / "image").touch()
-    commands = (["list"], ["show", "loop3"], ["attach", f"{tmp_path}/image"], ["detach", "loop3"])
-    for arguments in commands:
-        assert cli.main(arguments) == ExitCode.UNAVAILABLE
+    image = f"{tmp_path}/image"
+    for arguments in (
+        f"attach {image}",
+        f"hold {image}",
+        *("list", "list -j /", "show loop3", "detach loop3", "detach --all", "resize loop3"),
+        *("set --direct-io loop3", "monitor"),
+    ):
+        assert cli.main(arguments.split()) == ExitCode.UNAVAILABLE
         out, err = capsys.readouterr()
         assert out == ""
         assert err.startswith("loopctl: cannot connect to the bus at ")
         assert err.count("\n") == 1
-    assert cli.main(["run", f"{tmp_path}/image", "--", "true"]) == RunExitCode.FAILED
+    for arguments in (f"run {image} -- true", "open loop3 -- true"):
+        assert cli.main(arguments.split()) == RunExitCode.FAILED
 
 
 def test_the_file_comes_before_the_bus(

@@ -266,9 +266,12 @@ def test_resizing_by_an_fd_leaves_none_behind(bus: Bus, front: blocking.Client, 
 
 @pytest.mark.parametrize("name", ["Client", "Device"])
 def test_both_fronts_have_the_same_methods_and_arguments(name: str) -> None:
-    def methods(cls: type) -> dict[str, list[inspect.Parameter]]:
+    def methods(cls: type) -> dict[str, list[tuple[object, ...]]]:
         return {
-            method: list(inspect.signature(function).parameters.values())
+            method: [
+                (each.name, each.kind, each.default)
+                for each in inspect.signature(function).parameters.values()
+            ]
             for method, function in inspect.getmembers(cls, inspect.isfunction)
             if not method.startswith("_") and method not in ("attach", "ensure_detached")
         }

@@ -200,18 +200,23 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
         f"usr/lib/loopd/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "loopd").rglob("*.py")
     }
     documentation = {name for name in files if name.startswith("usr/share/doc/loopd/")}
+    pages = list((CHECKOUT / "docs" / "man").glob("*.rst"))
     assert files - documentation == modules | {
         "usr/bin/loopctl",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
-        "usr/lib/systemd/system/loopd.service",
-        "usr/lib/udev/rules.d/62-loopd-unprivileged.rules",
+        "usr/lib/loopd/loopd/py.typed",
+        *(f"usr/lib/systemd/system/{name}" for name in ("loopd.service", "loop-attach@.service")),
+        *(f"usr/lib/udev/rules.d/{path.name}" for path in (CHECKOUT / "systemd").glob("*.rules")),
         "usr/sbin/loopd",
+        "usr/share/bash-completion/completions/loopctl",
         "usr/share/dbus-1/interfaces/org.example.Loop1.xml",
         "usr/share/dbus-1/system-services/org.example.Loop1.service",
         "usr/share/dbus-1/system.d/org.example.Loop1.conf",
-        "usr/share/man/man1/loopctl.1.gz",
-        "usr/share/man/man8/loopd.8.gz",
+        "usr/share/fish/vendor_completions.d/loopctl.fish",
+        *(f"usr/share/man/man{page.stem[-1]}/{page.stem}.gz" for page in pages),
         "usr/share/polkit-1/actions/org.example.loop1.policy",
+        "usr/share/polkit-1/rules.d/org.example.loop1.rules",
+        "usr/share/zsh/vendor-completions/_loopctl",
         # So that a new version of Python finds it compiled.
         "usr/share/python3/runtime.d/loopd.rtupdate",
     }

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopctl's commands that ask loopd and end: `detach`, `resize`, `list`, `show` and `set`."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+
+from ..client import Client, Device
+from ..errors import LoopError
+from . import columns, output
+from .connection import associated, connected, find
+from .outcome import ExitCode, about, exit_code
+from .stream import complain, say
+from .style import Style
+
+
+def detach(found: argparse.Namespace) -> int:
+    """`loopctl detach`; returns its exit status."""
+    return _run(_detach, found, asking=True)
+
+
+def resize(found: argparse.Namespace) -> int:
+    """`loopctl resize`; returns its exit status."""
+    return _run(_resize, found, asking=True)
+
+
+def list_devices(found: argparse.Namespace) -> int:
+    """`loopctl list`; returns its exit status."""
+    return _run(_list, found)
+
+
+def show(found: argparse.Namespace) -> int:
+    """`loopctl show`; returns its exit status."""
+    return _run(_show, found)
+
+
+def change(found: argparse.Namespace) -> int:
+    """`loopctl set`; returns its exit status."""
+    return _run(_set, found, asking=True)
+
+
+def _run(
+    command: Callable[[argparse.Namespace, Client], Awaitable[int]],
+    found: argparse.Namespace,
+    *,
+    asking: bool = False,
+) -> int:
+    async def run() -> int:
+        async with connected(found, asking=asking) as client:
+            return await command(found, client)
+
+    return asyncio.run(run())
+
+
+async def _detach(found: argparse.Namespace, client: Client) -> int:
+    status, results = ExitCode.OK, []
+    for target in found.targets or await _chosen(found, client):
+        try:
+            device = await find(client, target) if isinstance(target, str) else target
+            gone = await device.detach(lazy=found.lazy)
+        except (LoopError, OSError) as exc:
+            complain(about(target if isinstance(target, str) else target.node, exc))
+            status = status or exit_code(exc)
+            continue
+        results.append({"object": device.path, "node": device.node, "gone": gone})
+        if not gone:
+            say(output.farewell(device.node, gone=False))
+    if found.json:
+        print(output.as_json({"devices": results}))
+    return status
+
+
+async def _chosen(found: argparse.Namespace, client: Client) -> list[Device]:
+    """The devices that are not named one by one: the last one first, which may use another."""
+    if found.all:
+        uid = os.geteuid()
+        devices = [device for device, told in await client.devices() if told.owner == uid]
+    else:
+        devices = [device for device, _ in await associated(client, found.associated)]
+    return sorted(devices, key=lambda each: -each.diskseq)
+
+
+async def _resize(found: argparse.Namespace, client: Client) -> int:
+    device = await find(client, found.target)
+    size = await device.resize(offset=found.offset, size_limit=found.sizelimit, force=found.force)
+    if found.json:
+        print(output.as_json({"object": device.path, "node": device.node, "size": size}))
+    else:
+        print(f"{device.node}: {output.exact_size(size)}")
+    return ExitCode.OK
+
+
+async def _list(found: argparse.Namespace, client: Client) -> int:
+    named = found.associated is not None
+    pairs = await (associated(client, found.associated) if named else client.devices())
+    devices = [told for _, told in pairs]
+    names = tuple(columns.COLUMNS) if found.output_all else found.output or columns.DEFAULT
+    if found.json:
+        shown = [columns.for_json(each, names) for each in devices]
+        print(output.as_json({"loopdevices": shown}))
+        return ExitCode.OK
+    if not devices:
+        return ExitCode.OK
+    style, headings = Style(sys.stdout), not found.noheadings
+    in_bytes = found.bytes or not style.on_terminal
+    rows = columns.listed(devices, names, in_bytes=in_bytes, headings=headings)
+    if not style.on_terminal:
+        lines = ["\t".join(row) for row in rows]
+    else:
+        lines = columns.aligned(rows, names, style.width)
+        for index, each in enumerate(devices, start=len(lines) - len(devices)):
+            if each.state != "attached":
+                lines[index] = style.yellow(lines[index])
+        if headings:
+            lines[0] = style.bold(lines[0])
+    for line in lines:
+        print(line)
+    return ExitCode.OK
+
+
+async def _show(found: argparse.Namespace, client: Client) -> int:
+    device = await find(client, found.target)
+    properties = await device.properties()
+    if found.json:
+        print(output.as_json(output.properties_for_json(device.path, properties)))
+    else:
+        for line in output.properties(properties, Style(sys.stdout).bold):
+            print(line)
+    return ExitCode.OK
+
+
+async def _set(found: argparse.Namespace, client: Client) -> int:
+    device = await find(client, found.target)
+    if found.sector_size is not None:
+        await device.set_sector_size(found.sector_size)
+    if found.direct_io is not None:
+        wanted = found.direct_io == "on"
+        if await device.set_direct_io(wanted) is not wanted:
+            say(f"{device.node} does without direct I/O, which its file does not allow")
+    if found.loop_ref is not None:
+        await device.set_reference(found.loop_ref)
+    if found.lifetime is not None:
+        await device.set_lifetime(found.lifetime)
+    if found.autoclear is not None:  # which goes by the lifetime
+        await device.set_autoclear(found.autoclear == "on")
+    if found.json:
+        print(output.as_json(output.properties_for_json(device.path, await device.properties())))
+    return ExitCode.OK

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How loopctl's commands reach loopd and find the devices that people name."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from ..client import Client, Device
+from ..client.image import name_file
+from ..client.properties import Properties
+from .agent import agent
+from .arguments import node_of
+
+
+@contextlib.asynccontextmanager
+async def connected(found: argparse.Namespace, *, asking: bool = False) -> AsyncIterator[Client]:
+    """A client; with `asking`, questions for a password can be answered in the terminal."""
+    async with await Client.connect(interactive=found.interactive) as client:
+        async with agent(wanted=asking and found.interactive):
+            yield client
+
+
+async def find(client: Client, target: str) -> Device:
+    """The device that a DEVICE-OR-FILE names."""
+    if node := node_of(target):
+        return await client.device_by_node(node)
+    with name_file(target) as file:
+        return await client.device_by_fd(file)
+
+
+async def associated(client: Client, file: str) -> list[tuple[Device, Properties]]:
+    """All devices that have this file, or this block device, behind them."""
+    with name_file(file) as named:
+        status = os.fstat(named.fileno())
+    wanted = (status.st_dev, status.st_ino)
+    return [
+        (device, found)
+        for device, found in await client.devices()
+        if (found.backing_device, found.backing_inode) == wanted
+    ]

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopctl's `open`: a command that has a device open without any right to its node."""
+
+import argparse
+import asyncio
+import os
+
+from ..client import Client
+from ..fd import OwnedFd
+from .agent import agent
+from .child import run_command
+from .connection import find
+from .signals import Signals
+
+
+def open_device(found: argparse.Namespace) -> int:
+    """`loopctl open`; returns its exit status."""
+    # The lowest number that is free: dash, for one, has redirections for a single digit only.
+    with OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as slot:
+        return asyncio.run(_open(found, slot))
+
+
+async def _open(found: argparse.Namespace, slot: OwnedFd) -> int:
+    number = slot.fileno()
+    with Signals() as signals:
+        async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
+            device = await signals.unless(find(client, found.target))
+            async with agent(wanted=found.interactive):
+                opening = device.open("rw" if found.read_write else "r", partition=found.partition)
+                opened = await signals.unless(opening)
+            with opened:
+                os.dup2(opened.fileno(), number, inheritable=False)
+            command = found.run or [os.environ.get("SHELL") or "/bin/sh"]
+            return await run_command(
+                [argument.replace("{}", f"/dev/fd/{number}") for argument in command],
+                device,
+                signals,
+                variables={"LOOPDEV": device.node, "LOOPFD": str(number)},
+                fds=[number],
+            )

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""udisks2 beside loopd: who attached an image mounts it without a password, and nobody else does.
+
+The real udisksd, polkitd and udevd, with our rules for the latter two; the sessions are made up.
+"""
+
+import pwd
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness import udisks as harness
+from tests.harness.area import CHECKOUT, area
+from tests.harness.bus import OUR_POLICY, POLKIT, POLKIT_POLICY
+from tests.harness.caller import Attached, Caller
+from tests.harness.images import MIB, make_ext4, make_gpt
+from tests.harness.polkit import RealPolkit, rules_allowing
+from tests.harness.udev import Udev
+from tests.harness.udisks import UDISKSD, Udisks
+from tests.harness.wire import CallError, Variant
+from tests.harness.world import OTHER, USER, World, make_world
+
+RULES = (CHECKOUT / "polkit" / "org.example.loop1.rules").read_text()
+ATTACH = rules_allowing("org.example.loop1.attach", "org.example.loop1.manage-others")
+MOUNT = "org.freedesktop.udisks2.filesystem-mount"
+NOT_AUTHORIZED = "org.freedesktop.UDisks2.Error.NotAuthorized"
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Path]:
+    """Where loopd keeps its marks, and udev's rules look for them."""
+    with area("run") as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def udev(runtime: Path) -> Iterator[Udev]:
+    rules = {
+        path.name: path.read_text().replace("/run/loopd/", f"{runtime}/")
+        for path in (CHECKOUT / "systemd").glob("*.rules")
+    }
+    with Udev(rules) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared(runtime: Path, udev: Udev) -> Iterator[World]:
+    if not UDISKSD.exists():
+        pytest.skip("udisks2 is not installed")
+    with make_world(
+        authority=ATTACH + RULES,
+        policies=[OUR_POLICY, POLKIT_POLICY, harness.POLICY],
+        runtime_directory=runtime,
+    ) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def udisks(shared: World) -> Iterator[Udisks]:
+    with Udisks(shared.bus) as running:
+        yield running
+
+
+@pytest.fixture
+def world(shared: World, udisks: Udisks) -> Iterator[World]:
+    with shared.test() as testing:
+        yield testing
+
+
+def authority(world: World) -> RealPolkit:
+    assert isinstance(world.authority, RealPolkit)
+    return world.authority
+
+
+def log_in(world: World, user: str) -> Caller:
+    """A caller in a session of its own, in front of which the user sits."""
+    caller = world.caller(user)
+    authority(world).log_in(caller.process)
+    return caller
+
+
+def attach(world: World, udev: Udev, caller: Caller, image: Path | None = None) -> Attached:
+    """Attach a user's image, a filesystem if none is given, and let udev look at it."""
+    attached = caller.attach(image or make_ext4(world.new_path(), label="theirs", owner=USER))
+    udev.settle()
+    return attached
+
+
+@contextmanager
+def losetup(image: Path) -> Iterator[str]:
+    """A device that loopd has not made."""
+    done = subprocess.run(
+        ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
+    )
+    node = done.stdout.strip()
+    try:
+        yield node
+    finally:
+        subprocess.run(["losetup", "-d", node], check=True)
+
+
+def refused(udisks: Udisks, caller: Caller, node: str) -> bool:
+    """Whether somebody may not mount a device."""
+    udisks.wait_filesystem(caller, node)
+    try:
+        udisks.mount(caller, node)
+    except CallError as error:
+        if not error.name.startswith(NOT_AUTHORIZED):
+            raise
+        return True
+    udisks.unmount(caller, node)
+    return False
+
+
+def test_who_attached_it_mounts_and_unmounts_it(world: World, udev: Udev, udisks: Udisks) -> None:
+    user = log_in(world, USER)
+    attached = attach(world, udev, user)
+    udisks.wait_filesystem(user, attached.node)
+    where = udisks.mount(user, attached.node)
+    mounts = udisks.mounts()
+    assert mounts[attached.node][0] == where
+    assert {"nosuid", "nodev"} <= mounts[attached.node][1]
+    with pytest.raises(CallError, match="DeviceBusy"):
+        user.detach(attached.path)
+    udisks.unmount(user, attached.node)
+    assert attached.node not in udisks.mounts()
+    user.detach(attached.path)
+
+
+def test_a_partition_is_whose_the_disk_is(world: World, udev: Udev, udisks: Udisks) -> None:
+    image = make_gpt(world.new_path(), owner=USER)
+    with image.open("r+b") as file:
+        file.seek(MIB)
+        file.write(make_ext4(world.new_path(), size=MIB).read_bytes())
+    user = log_in(world, USER)
+    attached = user.attach(image, partition_scan=True)
+    udev.settle()
+    node = f"{attached.node}p1"
+    assert not refused(udisks, user, node)
+    assert refused(udisks, log_in(world, OTHER), node)
+    user.detach(attached.path)
+
+
+def test_nobody_else_does(world: World, udev: Udev, udisks: Udisks) -> None:
+    owner = log_in(world, USER)
+    attached = attach(world, udev, owner)
+    assert refused(udisks, log_in(world, OTHER), attached.node)
+    # Nor the owner from elsewhere, such as by ssh, or while another user is at the screen.
+    assert refused(udisks, world.caller(USER), attached.node)
+    uid = pwd.getpwnam(USER).pw_uid
+    authority(world).set_active(uid, active=False)
+    assert refused(udisks, owner, attached.node)
+    authority(world).set_active(uid, active=True)
+    assert not refused(udisks, owner, attached.node)
+    owner.detach(attached.path)
+
+
+def allows(world: World, caller: Caller, device: str, action: str = f"{MOUNT}-system") -> bool:
+    """Whether polkit says yes to what udisksd might ask."""
+    subject = ("system-bus-name", {"name": Variant("s", caller.unique_name)})
+    with world.bus.connect() as client:
+        reply = client.call(
+            "/org/freedesktop/PolicyKit1/Authority",
+            f"{POLKIT}.Authority",
+            "CheckAuthorization",
+            "(sa{sv})sa{ss}us",
+            [subject, action, {"device": device}, 0, ""],
+            destination=POLKIT,
+        )
+    return bool(reply.body[0][0])
+
+
+def test_a_number_that_has_become_another_users_is_not_the_first_ones(world: World) -> None:
+    """At once, whatever udev and udisksd have heard of it."""
+    first, second = log_in(world, USER), log_in(world, OTHER)
+    attached = first.attach(world.image())
+    assert allows(world, first, attached.node)
+    assert not allows(world, second, attached.node)
+    first.detach(attached.path)
+    assert not allows(world, first, attached.node)
+    again = second.attach(world.image(owner=OTHER), number=attached.number)
+    assert again.node == attached.node
+    assert not allows(world, first, attached.node)
+    assert allows(world, second, attached.node)
+    second.detach(again.path)
+
+
+def test_nothing_but_a_mount_of_that_device_is_allowed(world: World) -> None:
+    user = log_in(world, USER)
+    attached = user.attach(world.image())
+    node = attached.node
+    assert allows(world, user, node, f"{MOUNT}-other-seat")
+    actions = ("filesystem-fstab", "modify-device-system", "encrypted-unlock-system")
+    assert not any(allows(world, user, node, f"org.freedesktop.udisks2.{a}") for a in actions)
+    names = ("", "loop", node[5:], f"{node}p", f"/dev/disk/../{node[5:]}", f"{node}\n", "/dev/sda1")
+    assert not any(allows(world, user, name) for name in names)
+    user.detach(attached.path)
+
+
+def test_what_loopd_did_not_attach_for_a_user_is_left_to_udisks(
+    world: World, udev: Udev, udisks: Udisks
+) -> None:
+    user = log_in(world, USER)
+    assert refused(udisks, user, attach(world, udev, world.caller(None)).node)
+    with losetup(make_ext4(world.new_path(), owner=USER)) as node:
+        udev.settle()
+        assert refused(udisks, user, node)
+
+
+def test_nothing_of_it_shows_on_desktops(world: World, udev: Udev, udisks: Udisks) -> None:
+    user = log_in(world, USER)
+    attached = attach(world, udev, user)
+    found = udisks.wait_filesystem(user, attached.node)
+    assert (found["HintIgnore"], found["HintAuto"], found["HintSystem"]) == (True, False, True)
+    # What root attaches does.
+    root = world.caller(None)
+    attached = attach(world, udev, root)
+    found = udisks.wait_filesystem(user, attached.node)
+    assert (found["HintIgnore"], found["HintAuto"], found["HintSystem"]) == (False, False, True)
