@@ -39,7 +39,7 @@ demo: .venv/run | demo-deps
 	$(SUDO) .venv/bin/python -m tests.demo
 
 check: .venv/check
-	$(SUDO) .venv/bin/python -m pytest
+	$(SUDO) .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/check
 	.venv/bin/python -m pytest -m lint

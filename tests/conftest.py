@@ -20,7 +20,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.harness import leaks, process, requirement
+from tests.harness import company, leaks, process, requirement
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import TEMPLATE, Caller, template_of_callers
@@ -54,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its category, and skip those of root without root."""
     for item in items:
         category = requirement.category_of(item.path)
+        # What has a process of its own under `pytest -n 2 --dist loadgroup`.
+        item.add_marker(pytest.mark.xdist_group(category or "rest"))
         if category in ("bus", "root", "machine"):
             item.add_marker(category)
         if category in ("root", "machine") and os.getuid() != 0:
@@ -95,8 +97,19 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def _company(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests run beside others that can; tests/machine is alone for as long as it takes."""
+    if requirement.category_of(request.path) not in ("bus", "root") or os.getuid() != 0:
+        yield
+        return
+    is_alone = request.node.get_closest_marker("alone") is not None
+    with company.alone() if is_alone else company.together():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _no_leaks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    _company: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """Fail a test of tests/bus, tests/root or tests/machine that leaves something behind."""
     process.logs.clear()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import package, roots
+from tests.harness import company, package, roots
 from tests.harness.area import CHECKOUT
 from tests.harness.booted import Machine
 from tests.harness.caller import Caller
@@ -70,8 +70,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     return report
 
 
+@pytest.fixture(scope="session")
+def _alone() -> Iterator[None]:
+    """Have no other tests run meanwhile: a machine's udevd looks at every device."""
+    with company.alone():
+        yield
+
+
 @pytest.fixture(scope="session", params=roots.RELEASES.values(), ids=list(roots.RELEASES))
-def release(request: pytest.FixtureRequest) -> roots.Release:
+def release(_alone: None, request: pytest.FixtureRequest) -> roots.Release:
     """A release of Debian."""
     chosen: roots.Release = request.param
     return chosen
