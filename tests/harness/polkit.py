@@ -140,9 +140,10 @@ def _mount_and_run(directory: Path) -> str:
     mounts = [
         f"mount --bind '{directory / source}' '{target}'"
         for target, source in covers.items()
-        if os.path.isdir(target)
+        if os.path.isdir(target) or source == "systemd"
     ]
-    return "\n".join([*mounts, f"exec {POLKITD} --no-debug"])
+    # Which systemd has made everywhere but on the barest of systems.
+    return "\n".join(["mkdir -p /run/systemd", *mounts, f"exec {POLKITD} --no-debug"])
 
 
 class Answer(Enum):

@@ -4,6 +4,7 @@
 The real udisksd, polkitd and udevd, with our rules for the latter two; the sessions are made up.
 """
 
+import os
 import pwd
 import subprocess
 from collections.abc import Iterator
@@ -176,12 +177,14 @@ def allows(world: World, caller: Caller, device: str, action: str = f"{MOUNT}-sy
 def test_a_number_that_has_become_another_users_is_not_the_first_ones(world: World) -> None:
     """At once, whatever udev and udisksd have heard of it."""
     first, second = log_in(world, USER), log_in(world, OTHER)
-    attached = first.attach(world.image())
+    # Which nobody else on this machine is given meanwhile.
+    number = 400_000 + os.getpid() % 50_000
+    attached = first.attach(world.image(), number=number)
     assert allows(world, first, attached.node)
     assert not allows(world, second, attached.node)
     first.detach(attached.path)
     assert not allows(world, first, attached.node)
-    again = second.attach(world.image(owner=OTHER), number=attached.number)
+    again = second.attach(world.image(owner=OTHER), number=number)
     assert again.node == attached.node
     assert not allows(world, first, attached.node)
     assert allows(world, second, attached.node)
