@@ -273,6 +273,7 @@ def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
     assert device.number != locked[0]
 
 
+@pytest.mark.alone
 def test_the_64th_attempt_is_the_last(lab: Lab) -> None:
     """A8."""
     lab.script.fail("loop_configure", errno.EBUSY, times=attachment.ATTEMPTS)

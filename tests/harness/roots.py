@@ -27,7 +27,7 @@ USERS = {"root": 0, "alice": 1000, "bob": 1001, "carol": 1002}
 
 _PACKAGES = (
     "systemd systemd-sysv udev polkitd libpam-systemd dbus-user-session kmod mount util-linux "
-    "fdisk e2fsprogs python3 python3-dbus-next python3-gi python3-pyudev python3-rich "
+    "fdisk e2fsprogs udisks2 python3 python3-dbus-next python3-gi python3-pyudev python3-rich "
     "python3-systemd"
 ).split()
 
@@ -59,6 +59,8 @@ _CUSTOMIZE = (
     'mkdir -p "$1/etc/systemd/logind.conf.d"',
     'printf "[Login]\\nUserStopDelaySec=0\\n" >"$1/etc/systemd/logind.conf.d/tests.conf"',
     f'for unit in {_MASKED}; do ln -sf /dev/null "$1/etc/systemd/system/$unit"; done',
+    # Started before udevd it would hear nothing from it; the bus starts it when it is needed.
+    'rm "$1/etc/systemd/system/graphical.target.wants/udisks2.service"',
     ': >"$1/etc/machine-id"',
 )
 

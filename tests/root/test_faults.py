@@ -327,6 +327,7 @@ ROUNDS = 20
 ANSWERS = ("NoSuchDevice", "DeviceBusy", "UnknownObject", "InvalidArgs", "System.Error.")
 
 
+@pytest.mark.alone
 def test_somebody_who_races_loopd_for_its_devices_costs_nobody_but_an_error(world: World) -> None:
     callers = [world.caller(), world.caller()]
     images = [make_gpt(world.new_path(), owner=USER) for _ in callers]

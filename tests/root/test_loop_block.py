@@ -185,6 +185,7 @@ def test_five_threads_attach_what_is_mounted_from_one_fd(image: Path) -> None:
         os.close(file)
 
 
+@pytest.mark.alone
 def test_five_processes_attach_through_loopd_while_losetup_races(world: World, image: Path) -> None:
     owner = world.caller(None)
     attached = owner.attach(image, partition_scan=True, lock="exclusive")
@@ -221,6 +222,7 @@ def test_five_processes_attach_through_loopd_while_losetup_races(world: World, i
 CLIENTS, EACH, AT_ONCE = 16, 16, 4
 
 
+@pytest.mark.alone
 def test_256_devices_of_16_clients_while_losetup_races(world: World) -> None:
     callers = [world.caller(None) for _ in range(CLIENTS)]
     images = [make_sparse(world.new_path(), MIB) for _ in range(EACH)]
