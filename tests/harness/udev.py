@@ -25,6 +25,8 @@ RULES = Path("/run/udev/rules.d")
 
 # Holds the pid of the udevd that a test run started.
 _SHARED = Path("/run/loopd-tests-udevd.pid")
+_FAREWELL = 2.0
+"""Seconds in which udevd may end in good order."""
 # Locked by every run that uses udevd, and by one that starts or stops it.
 _USING = Path("/run/loopd-tests-udevd.using")
 _CHANGING = Path("/run/loopd-tests-udevd.changing")
@@ -209,8 +211,12 @@ def _stop(pid: int) -> None:
             return  # the pid has come to mean another
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        # It finishes what it has begun, and writes all of that to a disk where /run is on one.
-        Deadline(60).wait_readable([pidfd], "the end of udevd")
+        try:
+            Deadline(_FAREWELL).wait_readable([pidfd], "the end of udevd")
+        except TimeoutError:
+            # It tries for long to look at a device that somebody has locked.
+            os.killpg(pid, signal.SIGKILL)
+            Deadline().wait_readable([pidfd], "the end of udevd")
         with suppress(ChildProcessError):
             os.waitpid(pid, 0)
     finally:
