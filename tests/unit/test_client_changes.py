@@ -102,12 +102,18 @@ def test_what_happens_is_told_in_order(late: bool) -> None:
 
 
 def test_what_is_no_news_is_not_told() -> None:
+    other = ("org.example.Other", {"Size": Variant("t", 1)}, [])
+    of_another_interface = signal_from(
+        LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "sa{sv}as", *other
+    )
+
     async def told() -> list[Any]:
         return await Told().by(
             added(OBJECT),
             changed(Size=Variant("t", 4096)),
             changed(sender=":1.66", Size=Variant("t", 1)),
             changed(OBJECT + "7", Size=Variant("t", 1)),
+            of_another_interface,
             removed(path=OBJECT + "7"),
             changed(Novelty=Variant("s", "of a newer loopd")),
         )
@@ -196,6 +202,20 @@ def test_the_changes_of_a_device_that_goes_with_loopd_end(monkeypatch: pytest.Mo
         return await Told().by(LEFT, only=True)
 
     assert run_async(told()) == [("detached", OBJECT), "end"]
+
+
+def test_a_device_is_the_same_object_wherever_it_comes_from() -> None:
+    async def look() -> None:
+        told = Told()
+        told.bus.answers["GetDeviceByNode"] = lambda: [OBJECT]
+        told.bus.answers["GetAll"] = lambda: [properties()]
+        ((device, _),) = await told.client.devices()
+        assert await told.client.device_by_node("loop3") is device
+        async with told.client.changes() as iterator:
+            told.watch.on_signal(removed())
+            assert (await anext(iterator)).device is device
+
+    run_async(look())
 
 
 def test_the_blocking_front_iterates_too() -> None:
