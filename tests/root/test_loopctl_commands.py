@@ -166,7 +166,7 @@ def test_the_devices_of_a_file_are_listed_and_detached(
 ) -> None:
     node, image = attached
     second = loopctl.json("attach", "--allow-overlap", image)["node"]
-    world.image()
+    other = loopctl.json("attach", world.image())["node"]
     listed = loopctl.json("list", "-j", image)["loopdevices"]
     assert {each["name"] for each in listed} == {node, second}
     status, out, err = loopctl.run("detach", image)  # which of them?
@@ -174,15 +174,18 @@ def test_the_devices_of_a_file_are_listed_and_detached(
     assert one_sentence(err)
     assert loopctl.run("detach", "-j", image) == (0, "", "")
     assert loopctl.run("list", "-j", image) == (0, "", "")
+    assert loopctl.run("detach", other) == (0, "", "")
 
 
 # --- list ---------------------------------------------------------------------------------------
 
 
 def test_a_list_says_what_losetup_says(
-    world: World, loopctl: Loopctl, attached: tuple[str, Path]
+    world: World, logind: LogindDouble, loopctl: Loopctl
 ) -> None:
-    node, image = attached
+    image = world.image()
+    options = "-r -o 64K --sizelimit 128K -b 1024 --direct-io=off --json".split()
+    node = loopctl.json("attach", *options, image)["node"]
     names = "NAME,AUTOCLEAR,BACK-FILE,BACK-INO,BACK-MAJ:MIN,MAJ:MIN,OFFSET,PARTSCAN,RO,SIZELIMIT,"
     names += "DIO,LOG-SEC"
     losetup = ["losetup", "--json", "--list", "--output", names, node]
