@@ -319,7 +319,7 @@ def reconnecting(monkeypatch: pytest.MonkeyPatch) -> tuple[client.Client, Bus]:
 
     async def opened(address: str) -> tuple[Any, Watch, str]:
         assert address == "unix:path=/x"
-        return new, Watch(), ":1.30"
+        return new, link.Watch(), ":1.30"  # type: ignore[attr-defined]
 
     monkeypatch.setattr(link, "_opened", opened)
     made = Link(lost, Watch(), interactive=False, address="unix:path=/x")  # type: ignore[arg-type]
@@ -336,9 +336,13 @@ def test_a_lost_connection_is_told_as_such(reconnecting: tuple[client.Client, Bu
     run_async(ask())
 
 
-def test_reconnecting_tells_what_is_left(reconnecting: tuple[client.Client, Bus]) -> None:
+def test_reconnecting_tells_what_is_left(
+    reconnecting: tuple[client.Client, Bus], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def reconnect() -> None:
         connected, bus = reconnecting
+        watch = Watch()
+        monkeypatch.setattr(link, "Watch", lambda: watch)
         devices = [await connected.attach("/dev/null") for _ in range(6)]
         leased, kept, held, detaching, vanished, detached = devices
         await detached.detach()
@@ -358,6 +362,11 @@ def test_reconnecting_tells_what_is_left(reconnecting: tuple[client.Client, Bus]
         # The objects go on, over the new connection.
         await kept.properties()
         assert bus.calls[-1] == (kept.path, "GetAll")
+        # So do signals.
+        async with connected.changes() as iterator:
+            watch.on_signal(removed(path=kept.path))
+            change = await asyncio.wait_for(anext(iterator), 10)
+            assert (change.kind, change.device) == ("detached", kept)
         # And what has been told once is not told again.
         assert (await connected.reconnect()).gone == ()
 
