@@ -59,6 +59,8 @@ def _main(arguments: Sequence[str]) -> int:
         return SIGNALLED + signal.SIGINT
     except _EXPECTED as exc:
         complain(_about(found, exc))
+        if isinstance(exc, OSError) and exc.filename is None:
+            give_up_stdout()  # it would be told once more
         return failed or exit_code(exc)
 
 

@@ -7,6 +7,7 @@ Where losetup has an option for the same thing, its spelling is taken. Nothing i
 import argparse
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -205,8 +206,11 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=parse_columns,
         metavar="COLUMNS",
-        help=f"separated by commas, and beside the usual ones after a +: {', '.join(COLUMNS)}",
+        help="which, separated by commas; after a plus sign, beside the usual ones",
     )
+    listing.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = f"The columns are {', '.join(COLUMNS)}."
+    listing.epilog = textwrap.fill(names, 80, break_on_hyphens=False)
     listing.add_argument("--output-all", action="store_true", help="all columns")
     listing.add_argument("-n", "--noheadings", action="store_true", help="no line of headings")
     listing.add_argument(
@@ -345,6 +349,6 @@ def _epilog() -> str:
     codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in MEANINGS.items())
     return (
         f"exit status:\n{codes}\n  {SIGNALLED}+N  ended by signal N\n"
-        "'run' and 'open' have their command's, and others for themselves: see their --help.\n\n"
-        "Sizes are in bytes, or have a suffix: K, M, G (of 1024, as KiB), KB, MB, GB (of 1000)."
+        "'run' and 'open' have their command's, and others for themselves: see their\n--help.\n\n"
+        "Sizes are in bytes, or have a suffix: K, M, G (of 1024, as KiB), or KB, MB, GB\n(of 1000)."
     )

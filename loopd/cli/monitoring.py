@@ -26,9 +26,8 @@ async def _monitor(found: argparse.Namespace) -> int:
     with Signals() as signals:
         try:
             async with connected(found) as client, client.changes() as changes:
-                if style.on_terminal and not found.json:
-                    count = len(changes.devices) or "no"
-                    say(f"there are {count} devices now; press Ctrl-C to stop")
+                if Style(sys.stderr).on_terminal:
+                    say(f"devices now: {len(changes.devices)}; press Ctrl-C to stop")
                 while True:
                     change = await signals.unless(changes.__anext__())
                     print(as_json(change) if found.json else as_line(change, style), flush=True)

@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl as ordinary users run it: the real daemon, real loop devices, a real polkitd.
-
-The package is copied to where every uid can read it, and run by Debian's Python, as an installed
-one would be.
-"""
+"""loopctl as ordinary users run it: the real daemon, real loop devices, a real polkitd."""
 
 import fcntl
 import json
 import os
-import pty
 import pwd
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +19,7 @@ import pytest
 from loopd.client import blocking
 from loopd.client.watch import Ended
 from loopd.errors import NotSupported
-from tests.harness.area import CHECKOUT, TOKEN
+from tests.harness.area import TOKEN
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import Caller
@@ -34,6 +27,16 @@ from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_gpt, make_plain, pattern
+from tests.harness.loopctl import (
+    PYTHON,
+    Loopctl,
+    Running,
+    copy_package,
+    number_of,
+    one_sentence,
+    read_until,
+    terminal,
+)
 from tests.harness.loops import (
     BoundLoop,
     bound_loops,
@@ -49,110 +52,12 @@ from tests.harness.udev import Udev
 OWNER = "nobody"
 OTHER = "daemon"
 
-_PYTHON = getattr(sys, "_base_executable", sys.executable)
-_MAIN = "import sys; sys.path.insert(0, {!r}); from loopd.cli import main; sys.exit(main())"
-
-
-class Running:
-    """A loopctl under way; killed with its `with` block at the latest."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        self._unread = b""
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def line(self) -> str:
-        """Wait for the next line on stdout."""
-        deadline, stdout = Deadline(), self.process.stdout
-        assert stdout is not None
-        while b"\n" not in self._unread:
-            deadline.wait_readable([stdout.fileno()], "a line of loopctl")
-            data = os.read(stdout.fileno(), 4096)
-            assert data, f"loopctl ended: {self.end()}"
-            self._unread += data
-        line, self._unread = self._unread.split(b"\n", 1)
-        return line.decode()
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for its end; returns the exit status, the rest of stdout, and stderr."""
-        out, err = self.process.communicate(timeout=30)
-        return (
-            self.process.returncode,
-            (self._unread + (out or b"")).decode(),
-            (err or b"").decode(),
-        )
-
-
-class Loopctl:
-    """The program on one bus."""
-
-    def __init__(self, bus: PrivateBus, package: Path, directory: Path) -> None:
-        self._address = bus.address
-        self._program = [_PYTHON, "-I", "-c", _MAIN.format(str(package))]
-        self._directory = directory
-
-    @contextmanager
-    def start(
-        self,
-        *arguments: str | Path,
-        user: str = OWNER,
-        environment: Mapping[str, str] | None = None,
-        before: tuple[str, ...] = (),
-        **how: Any,
-    ) -> Iterator[Running]:
-        """Run loopctl as `user` in the test's directory; `before` is a program to start it."""
-        account = pwd.getpwnam(user)
-        streams: dict[str, Any] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-        }
-        process = subprocess.Popen(
-            [*before, *self._program, *map(str, arguments)],
-            env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "LANG": "C.UTF-8",
-                "DBUS_SYSTEM_BUS_ADDRESS": self._address,
-                **(environment or {}),
-            },
-            cwd=self._directory,
-            user=account.pw_uid,
-            group=account.pw_gid,
-            extra_groups=[],
-            **(streams | how),
-        )
-        with process:
-            try:
-                yield Running(process)
-            finally:
-                process.kill()
-
-    def run(self, *arguments: str | Path, **how: Any) -> tuple[int, str, str]:
-        """Run loopctl to its end; returns exit status, stdout, stderr."""
-        with self.start(*arguments, **how) as running:
-            return running.end()
-
-    def json(self, *arguments: str | Path, **how: Any) -> Any:
-        """Run loopctl, which must succeed; returns what it tells as JSON."""
-        status, out, err = self.run(*arguments, "--json", **how)
-        assert (status, err) == (0, "")
-        return json.loads(out)
-
 
 @pytest.fixture(scope="module")
 def package() -> Iterator[Path]:
     """A directory with the package that every uid can read."""
     with make_area("package") as directory:
-        shutil.copytree(
-            CHECKOUT / "loopd", directory / "loopd", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        yield directory
+        yield copy_package(directory)
 
 
 @pytest.fixture
@@ -170,7 +75,7 @@ def image(area: Path) -> Path:
 @pytest.fixture
 def attached(daemon: Daemon, loopctl: Loopctl, image: Path) -> Iterator[tuple[Running, int]]:
     """A loopctl that has attached `image`, and the device's number."""
-    with loopctl.start("attach", image) as running:
+    with loopctl.start("hold", image) as running:
         yield running, number_of(running.line())
 
 
@@ -179,21 +84,10 @@ def is_attached(image: Path) -> bool:
     return any(loop.backing_file == str(image) for loop in bound_loops().values())
 
 
-def number_of(node: str) -> int:
-    match = re.fullmatch(r"/dev/loop(\d+)", node)
-    assert match, node
-    return int(match[1])
+# --- hold ---------------------------------------------------------------------------------------
 
 
-def one_sentence(text: str) -> bool:
-    """Whether this is how loopctl tells a problem."""
-    return text.startswith("loopctl: ") and text.count("\n") == 1 and text.endswith("\n")
-
-
-# --- attach -------------------------------------------------------------------------------------
-
-
-def test_attach_holds_the_device_until_it_is_told_to_end(
+def test_hold_keeps_the_device_until_it_is_told_to_end(
     attached: tuple[Running, int], image: Path
 ) -> None:
     running, number = attached
@@ -231,9 +125,10 @@ def test_others_see_what_is_attached(
     attached: tuple[Running, int], loopctl: Loopctl, image: Path
 ) -> None:
     _, number = attached
-    devices = loopctl.json("list", user=OTHER)["devices"]
-    (device,) = [each for each in devices if each["number"] == number]
-    assert device == loopctl.json("show", f"/dev/loop{number}", user=OTHER)
+    listed = loopctl.json("list", user=OTHER)["loopdevices"]
+    (line,) = [each for each in listed if each["name"] == f"/dev/loop{number}"]
+    device = loopctl.json("show", f"/dev/loop{number}", user=OTHER)
+    assert (line["back-file"], line["size"]) == (str(image), MIB)
     assert device == loopctl.json("show", f"loop{number}")
     assert device == loopctl.json("show", image.name)
     assert device["node"] == f"/dev/loop{number}"
@@ -248,7 +143,7 @@ def test_others_see_what_is_attached(
 
 def test_options_reach_the_device(daemon: Daemon, loopctl: Loopctl, image: Path) -> None:
     options = "-r -o 4K --sizelimit 0x10000 -b 4096 --direct-io=off --loop-ref name".split()
-    with loopctl.start("attach", *options, image, "--json") as running:
+    with loopctl.start("hold", *options, image, "--json") as running:
         told = json.loads(running.line())
         device = loopctl.json("show", told["node"])
         running.signal(signal.SIGTERM)
@@ -265,13 +160,13 @@ def test_a_file_that_may_not_be_written_is_attached_read_only(
     daemon: Daemon, loopctl: Loopctl, area: Path
 ) -> None:
     make_plain(area / "roots.img", owner="root", mode=0o644)
-    with loopctl.start("attach", "roots.img") as running:
+    with loopctl.start("hold", "roots.img") as running:
         assert loopctl.json("show", running.line())["read_only"] is True
         running.signal(signal.SIGTERM)
         assert "read-only" in running.end()[2]
 
 
-def test_attach_tells_when_somebody_else_detaches(
+def test_hold_tells_when_somebody_else_detaches(
     attached: tuple[Running, int], loopctl: Loopctl
 ) -> None:
     running, number = attached
@@ -281,7 +176,7 @@ def test_attach_tells_when_somebody_else_detaches(
     assert err.endswith(f"loopctl: somebody has detached /dev/loop{number}\n")
 
 
-def test_attach_tells_when_the_daemon_dies(attached: tuple[Running, int], daemon: Daemon) -> None:
+def test_hold_tells_when_the_daemon_dies(attached: tuple[Running, int], daemon: Daemon) -> None:
     running, number = attached
     loop = look_at(number)
     assert loop is not None
@@ -292,11 +187,11 @@ def test_attach_tells_when_the_daemon_dies(attached: tuple[Running, int], daemon
     wait_unbound(number, loop.diskseq)
 
 
-def test_attach_tells_when_the_bus_dies(
+def test_hold_tells_when_the_bus_dies(
     bus: PrivateBus, loopctl: Loopctl, image: Path, polkit: PolkitDouble
 ) -> None:
     with Daemon(bus, complaints=True) as daemon:
-        with loopctl.start("attach", image) as running:
+        with loopctl.start("hold", image) as running:
             number = number_of(running.line())
             loop = look_at(number)
             assert loop is not None
@@ -314,7 +209,7 @@ def test_a_signal_takes_back_a_question_that_is_open(
 ) -> None:
     make_daemon()
     polkit.on("org.example.loop1.attach", Answer.HANG)
-    with loopctl.start("attach", image) as running:
+    with loopctl.start("hold", image) as running:
         question = polkit.wait_question()
         assert question.interactive
         running.signal(signal.SIGTERM)
@@ -327,13 +222,10 @@ def test_nobody_is_asked_when_that_is_not_wanted(
 ) -> None:
     make_daemon()
     polkit.on("org.example.loop1.attach", Answer.CHALLENGE)
-    status, out, err = loopctl.run("attach", "--no-ask-password", image)
+    status, out, err = loopctl.run("hold", "--no-ask-password", image)
     assert (status, out) == (4, "")
     assert "--no-ask-password" in err
     assert not polkit.wait_question().interactive
-
-
-# --- hold ---------------------------------------------------------------------------------------
 
 
 def test_hold_as_the_body_of_a_unit(
@@ -406,8 +298,8 @@ def test_the_command_finds_the_partitions(daemon: Daemon, loopctl: Loopctl, disk
     assert partitions(number) == ()
 
 
-def test_attach_tells_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
-    with loopctl.start("attach", "--partscan", disk) as running:
+def test_hold_tells_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
+    with loopctl.start("hold", "--partscan", disk) as running:
         node = running.line()
         told = loopctl.json("show", node)["partitions"]
         running.signal(signal.SIGTERM)
@@ -420,8 +312,8 @@ def test_attach_tells_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Pat
     ]
 
 
-def test_attach_tells_the_partitions_as_json(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
-    with loopctl.start("attach", "-P", "--json", disk) as running:
+def test_hold_tells_the_partitions_as_json(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
+    with loopctl.start("hold", "-P", "--json", disk) as running:
         told = json.loads(running.line())
         assert told["partitions"] == loopctl.json("show", told["node"])["partitions"]
         assert len(told["partitions"]) == 2
@@ -433,7 +325,7 @@ def test_a_sector_size_of_0_is_that_of_the_partition_table(
     daemon: Daemon, loopctl: Loopctl, area: Path
 ) -> None:
     disk = make_gpt(area / "gpt.img", ((256, 256),), sector_size=4096, owner=OWNER)
-    with loopctl.start("attach", "-P", "-b", "0", disk) as running:
+    with loopctl.start("hold", "-P", "-b", "0", disk) as running:
         shown = loopctl.json("show", running.line())
         running.signal(signal.SIGTERM)
         assert running.end()[0] == 0
@@ -447,7 +339,7 @@ def test_a_sector_size_of_0_is_that_of_the_partition_table(
 def test_a_lock_is_there_from_the_start(
     daemon: Daemon, loopctl: Loopctl, image: Path, kind: str, refused: int
 ) -> None:
-    with loopctl.start("attach", "--lock", kind, image) as running:
+    with loopctl.start("hold", "--lock", kind, image) as running:
         node = running.line()
         assert loopctl.json("show", node)["locked"] == kind
         assert re.search(f"^Lock: +{kind}$", loopctl.run("show", node)[1], re.MULTILINE)
@@ -481,7 +373,7 @@ def test_a_number_takes_the_right_to_manage_the_devices_of_others(
 ) -> None:
     make_polkit(rules_allowing("org.example.loop1.attach", users=(OWNER,)))
     make_daemon()
-    status, out, err = loopctl.run("attach", "--number", "3", image)
+    status, out, err = loopctl.run("hold", "--number", "3", image)
     assert (status, out) == (4, "")
     assert one_sentence(err)
     assert not is_attached(image)
@@ -501,7 +393,7 @@ def test_a_copy_in_memory_is_writable_and_its_file_stays_as_it_is(
     daemon: Daemon, loopctl: Loopctl, source: Path, options: list[str]
 ) -> None:
     """A19"""
-    with loopctl.start("attach", "--in-memory", *options, source) as running:
+    with loopctl.start("hold", "--in-memory", *options, source) as running:
         node = running.line()
         shown = loopctl.json("show", node)
         assert shown["backing_file"] == f"/memfd:{source.name} (deleted)"
@@ -580,21 +472,12 @@ def hanging() -> Iterator[tuple[str, Fuse]]:
                 fuse.process.signal(signal.SIGCONT)
 
 
-def read_until(terminal_fd: int, pattern: str) -> str:
-    """Read what a program writes to its terminal until it has written this."""
-    seen, deadline = b"", Deadline()
-    while not re.search(pattern, seen.decode(errors="replace")):
-        deadline.wait_readable([terminal_fd], f"{pattern} after {seen!r}")
-        seen += os.read(terminal_fd, 65536)
-    return seen.decode()
-
-
 def test_a_copy_shows_its_progress_on_a_terminal(
     daemon: Daemon, loopctl: Loopctl, hanging: tuple[str, Fuse]
 ) -> None:
     """A19"""
     node, fuse = hanging
-    command = ("attach", "--in-memory", node)
+    command = ("hold", "--in-memory", node)
     with terminal() as (keyboard, screen):
         with loopctl.start(*command, user="root", stderr=screen) as running:
             read_until(keyboard, rf"copying {os.path.basename(node)} .+ \d+%")
@@ -747,7 +630,7 @@ while True:
 def test_run_passes_signals_on_and_waits_for_the_command(
     daemon: Daemon, loopctl: Loopctl, image: Path
 ) -> None:
-    with loopctl.start("run", image, "--", _PYTHON, "-c", _WAITING) as running:
+    with loopctl.start("run", image, "--", PYTHON, "-c", _WAITING) as running:
         assert number_of(running.line()) >= 0
         for each in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
             running.signal(each)
@@ -761,7 +644,7 @@ def test_a_key_of_the_terminal_reaches_the_command_once(
 ) -> None:
     with terminal() as (keyboard, screen):
         streams: dict[str, Any] = {"stdin": screen, "stderr": screen}
-        arguments = ("run", image, "--", _PYTHON, "-c", _WAITING)
+        arguments = ("run", image, "--", PYTHON, "-c", _WAITING)
         with loopctl.start(*arguments, before=("setsid", "--ctty", "--wait"), **streams) as running:
             running.line()
             # Whatever loopctl makes of the key comes later than the key itself, and in order.
@@ -812,19 +695,19 @@ def odd_files(area: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ("attach missing", 7),
-        ("attach directory", 7),
-        ("attach -r directory", 7),
-        ("attach fifo", 7),
-        ("attach secret", 7),
-        ("attach /proc/version", 7),
-        ("attach -o 3 disk.img", 2),
-        ("attach -o 2M disk.img", 2),
-        ("attach --number 1048576 disk.img", 2),
-        ("attach --in-memory missing", 7),
-        ("attach --in-memory directory", 7),
-        ("attach --in-memory fifo", 7),
-        ("attach --in-memory secret", 7),
+        ("hold missing", 7),
+        ("hold directory", 7),
+        ("hold -r directory", 7),
+        ("hold fifo", 7),
+        ("hold secret", 7),
+        ("hold /proc/version", 7),
+        ("hold -o 3 disk.img", 2),
+        ("hold -o 2M disk.img", 2),
+        ("hold --number 1048576 disk.img", 2),
+        ("hold --in-memory missing", 7),
+        ("hold --in-memory directory", 7),
+        ("hold --in-memory fifo", 7),
+        ("hold --in-memory secret", 7),
         ("detach disk.img", 5),
         ("detach directory", 5),
         ("resize disk.img", 5),
@@ -861,9 +744,9 @@ def test_a_device_of_another_user(
 ) -> None:
     make_polkit(rules_allowing("org.example.loop1.attach", users=(OWNER,)))
     make_daemon()
-    with loopctl.start("attach", image) as running:
+    with loopctl.start("hold", image) as running:
         node = running.line()
-        for arguments in (["detach", node], ["resize", node], ["attach", image]):
+        for arguments in (["detach", node], ["resize", node], ["hold", image]):
             status, out, err = loopctl.run(*arguments, user=OTHER)
             assert (status, out) == (4, "")
             assert one_sentence(err)
@@ -872,10 +755,10 @@ def test_a_device_of_another_user(
 
 
 def test_the_same_bytes_twice(attached: tuple[Running, int], loopctl: Loopctl, image: Path) -> None:
-    status, out, err = loopctl.run("attach", image)
+    status, out, err = loopctl.run("hold", image)
     assert (status, out) == (6, "")
     assert one_sentence(err)
-    with loopctl.start("attach", "--allow-overlap", image) as second:
+    with loopctl.start("hold", "--allow-overlap", image) as second:
         second.line()
         status, out, err = loopctl.run("show", image)
         assert (status, out) == (5, "")
@@ -893,9 +776,9 @@ def test_a_limit(
 ) -> None:
     make_daemon(config="[limits]\ndevices_per_user = 1\n")
     make_plain(area / "second.img", owner=OWNER)
-    with loopctl.start("attach", image) as running:
+    with loopctl.start("hold", image) as running:
         running.line()
-        status, out, err = loopctl.run("attach", "second.img")
+        status, out, err = loopctl.run("hold", "second.img")
         assert (status, out) == (8, "")
         assert one_sentence(err)
         running.signal(signal.SIGTERM)
@@ -905,21 +788,11 @@ def test_a_limit(
 # --- how it looks -------------------------------------------------------------------------------
 
 
-@contextmanager
-def terminal() -> Iterator[tuple[int, int]]:
-    """A terminal: the ends of who types and reads, and of the program."""
-    with ExitStack() as stack:
-        keyboard, screen = pty.openpty()
-        stack.callback(os.close, keyboard)
-        stack.callback(os.close, screen)
-        yield keyboard, screen
-
-
 def test_a_name_of_any_bytes_is_harmless_in_a_list(
     daemon: Daemon, loopctl: Loopctl, area: Path
 ) -> None:
     image = make_plain(Path(os.fsdecode(os.fsencode(area) + b"/\x1b[31m\xff\n")), owner=OWNER)
-    with loopctl.start("attach", image) as running:
+    with loopctl.start("hold", image) as running:
         node = running.line()
         _, out, _ = loopctl.run("list")
         (line,) = [each for each in out.splitlines() if each.startswith(f"{node}\t")]

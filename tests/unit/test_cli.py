@@ -163,6 +163,7 @@ def test_wrong_usage_is_one_sentence(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("loopctl: ")
+    assert err.endswith("--help' tells more\n")
     assert err.count("\n") == 1
 
 

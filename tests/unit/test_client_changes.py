@@ -102,12 +102,18 @@ def test_what_happens_is_told_in_order(late: bool) -> None:
 
 
 def test_what_is_no_news_is_not_told() -> None:
+    other = ("org.example.Other", {"Size": Variant("t", 1)}, [])
+    of_another_interface = signal_from(
+        LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "sa{sv}as", *other
+    )
+
     async def told() -> list[Any]:
         return await Told().by(
             added(OBJECT),
             changed(Size=Variant("t", 4096)),
             changed(sender=":1.66", Size=Variant("t", 1)),
             changed(OBJECT + "7", Size=Variant("t", 1)),
+            of_another_interface,
             removed(path=OBJECT + "7"),
             changed(Novelty=Variant("s", "of a newer loopd")),
         )
@@ -196,6 +202,20 @@ def test_the_changes_of_a_device_that_goes_with_loopd_end(monkeypatch: pytest.Mo
         return await Told().by(LEFT, only=True)
 
     assert run_async(told()) == [("detached", OBJECT), "end"]
+
+
+def test_a_device_is_the_same_object_wherever_it_comes_from() -> None:
+    async def look() -> None:
+        told = Told()
+        told.bus.answers["GetDeviceByNode"] = lambda: [OBJECT]
+        told.bus.answers["GetAll"] = lambda: [properties()]
+        ((device, _),) = await told.client.devices()
+        assert await told.client.device_by_node("loop3") is device
+        async with told.client.changes() as iterator:
+            told.watch.on_signal(removed())
+            assert (await anext(iterator)).device is device
+
+    run_async(look())
 
 
 def test_the_blocking_front_iterates_too() -> None:
@@ -299,7 +319,7 @@ def reconnecting(monkeypatch: pytest.MonkeyPatch) -> tuple[client.Client, Bus]:
 
     async def opened(address: str) -> tuple[Any, Watch, str]:
         assert address == "unix:path=/x"
-        return new, Watch(), ":1.30"
+        return new, link.Watch(), ":1.30"  # type: ignore[attr-defined]
 
     monkeypatch.setattr(link, "_opened", opened)
     made = Link(lost, Watch(), interactive=False, address="unix:path=/x")  # type: ignore[arg-type]
@@ -316,9 +336,13 @@ def test_a_lost_connection_is_told_as_such(reconnecting: tuple[client.Client, Bu
     run_async(ask())
 
 
-def test_reconnecting_tells_what_is_left(reconnecting: tuple[client.Client, Bus]) -> None:
+def test_reconnecting_tells_what_is_left(
+    reconnecting: tuple[client.Client, Bus], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def reconnect() -> None:
         connected, bus = reconnecting
+        watch = Watch()
+        monkeypatch.setattr(link, "Watch", lambda: watch)
         devices = [await connected.attach("/dev/null") for _ in range(6)]
         leased, kept, held, detaching, vanished, detached = devices
         await detached.detach()
@@ -338,6 +362,11 @@ def test_reconnecting_tells_what_is_left(reconnecting: tuple[client.Client, Bus]
         # The objects go on, over the new connection.
         await kept.properties()
         assert bus.calls[-1] == (kept.path, "GetAll")
+        # So do signals.
+        async with connected.changes() as iterator:
+            watch.on_signal(removed(path=kept.path))
+            change = await asyncio.wait_for(anext(iterator), 10)
+            assert (change.kind, change.device) == ("detached", kept)
         # And what has been told once is not told again.
         assert (await connected.reconnect()).gone == ()
 

@@ -112,7 +112,7 @@ def test_short_options_are_offered_too(files: Path) -> None:
         ("loopctl attach --lifetime=", {"connection", "user", "system"}),
         ("loopctl attach --lifetime ", {"connection", "user", "system"}),
         ("loopctl set --lifetime=s", {"system"}),
-        ("loopctl hold --lock sh", {"shared"}),
+        ("loopctl hold --lock ", {"shared", "exclusive"}),
         ("loopctl set --autoclear ", {"on", "off"}),
         ("loopctl attach --direct-io=of", {"off"}),
         ("loopctl list -O SIZE,OWN", {"SIZE,OWNER"}),
@@ -143,6 +143,7 @@ def test_the_command_to_run_is_completed_as_a_command(shell: Shell, files: Path)
     assert {each.rstrip() for each in shell("loopctl run disk.img -- sha256su", files)} == {
         "sha256sum"
     }
+    assert "disk.img" not in shell("loopctl run disk.img -- dis", files)
     assert "disk.img" in shell("loopctl open loop3 -- cat ", files)
     assert "--read-only" not in shell("loopctl run disk.img -- cat --", files)
 
