@@ -195,6 +195,8 @@ class Restoring:
             if fd is None and not record.may_hang:
                 name = label(record.name, record.diskseq)
                 loop.fd = self._store.keep(name, loop.fd)
+                if status.partition_scan:
+                    status = _rescanned(loop)
         except BaseException:
             loop.close()
             raise
@@ -218,6 +220,18 @@ class Restoring:
 
     def _close(self, uid: int, close: Callable[[], None]) -> None:
         self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
+
+
+def _rescanned(loop: loopdev.LoopDevice) -> loopinfo.Status:
+    """Make the partitions again that udev has removed when nobody had the device open.
+
+    It tells the kernel to read the table then, and a kernel without a parser finds none.
+    """
+    try:
+        loopops.rescan_partitions(loop)
+    except (LoopError, OSError) as exc:
+        log.info("%s has the partitions that it has: %s", loop.node, exc)
+    return loopinfo.status(loop.number)
 
 
 def _lock(record: Record, kept: _Kept) -> OwnedFd | None:

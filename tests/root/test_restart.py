@@ -936,3 +936,22 @@ def test_what_stays_is_with_systemd_again_after_a_stop(unit: Service) -> None:
     unit.crash()
     assert caller.get(kept.path, "Locked") == "exclusive"
     caller.detach(kept.path)
+
+
+def test_partitions_that_went_while_nobody_had_the_device_open_are_there_again(
+    unit: Service,
+) -> None:
+    """udev has the kernel read the table then, and not every kernel can."""
+    caller = unit.caller()
+    kept = caller.attach(unit.gpt(), lifetime="system", partition_scan=True)
+    before = caller.get(kept.path, "Partitions")
+    unit.stop()
+    with opened(kept) as fd:
+        for number, *_ in before:
+            with suppress(OSError):  # udev was faster
+                kernel.blkpg_del_partition(fd, number)
+    assert loops.partitions(kept.number) == ()
+    unit.start()
+    wait_seen(unit, kept)
+    assert caller.get(kept.path, "Partitions") == before != []
+    caller.detach(kept.path)
