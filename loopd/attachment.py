@@ -95,7 +95,7 @@ def attach(
                 log.debug("attach: %s; trying again", exc)
                 if isinstance(exc, StaleLimit):
                     loopdev.try_remove(control_fd.fileno(), exc.number)
-                if request.number is not None and kernel.loop_bound(request.number):
+                if request.number is not None and attempt.is_anothers(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
                 # A device that someone keeps locked is offered by GET_FREE again and again.
                 attempt.fresh = True
@@ -128,6 +128,12 @@ class _Attempt:
     driver: Driver
     fresh: bool
     """Whether a new device is to be made instead of taking one that is there."""
+    half_made: int | None = None
+    """The last binding of ours, which udev may have open yet when it has been cleared."""
+
+    def is_anothers(self, number: int) -> bool:
+        """Whether a device has a file of somebody else's."""
+        return kernel.loop_binding(number) not in (None, self.half_made)
 
     def bind(self) -> LoopDevice:
         """Take a device and bind the file to it, or raise and leave nothing."""
@@ -211,7 +217,7 @@ class _Attempt:
                 undo.callback(loop_fd.close)
                 undo.callback(loopdev.clear_half_made, number, loop_fd.fileno())
                 undo.callback(lock_fd.close)
-                which = kernel.loop_binding(number)
+                which = self.half_made = kernel.loop_binding(number)
 
             try:
                 self.driver.bind(number, loop_fd.fileno(), self.file_fd.fileno(), request, bound)

@@ -14,6 +14,7 @@ import pytest
 from loopd import blockdev, kernel, loopdev, loopinfo, loopops, uapi
 from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, NotSupported
+from loopd.fd import OwnedFd
 from loopd.kernel import PartitionExtent
 from tests.harness.behaviours import GPT, status
 from tests.harness.images import MIB
@@ -255,6 +256,22 @@ def test_direct_io_that_does_not_take_is_done_without(on: MakeLab, configure: bo
     assert counted(lab, "loop_clr_fd") == 1
     assert counted(lab, binding) == 2
     assert not loopops.set_direct_io(device, enable=True)
+
+
+def test_udev_at_what_was_half_made_does_not_make_a_wanted_number_busy(on: MakeLab) -> None:
+    lab = on(Traits(direct_io=False))
+    looking: list[OwnedFd] = []
+
+    def look() -> None:
+        looking.append(lab.open(number))
+
+    with blockdev.opened(kernel.open_loop_control()) as control:
+        number = kernel.loop_ctl_add(control.fileno(), -1)
+    lab.script.after("loop_configure", look)
+    lab.script.before("loop_ctl_add", lambda: looking.pop().close(), skip=3)
+    device = lab.attach(lab.image(), direct_io=True, number=number)
+    assert device.number == number
+    assert looking == []
 
 
 def test_a_file_open_for_direct_io_is_not_used_so_unless_asked_for(on: MakeLab) -> None:
