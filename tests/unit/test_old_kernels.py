@@ -14,7 +14,6 @@ import pytest
 from loopd import blockdev, kernel, loopdev, loopinfo, loopops, uapi
 from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, NotSupported
-from loopd.fd import OwnedFd
 from loopd.kernel import PartitionExtent
 from tests.harness.behaviours import GPT, status
 from tests.harness.images import MIB
@@ -260,7 +259,7 @@ def test_direct_io_that_does_not_take_is_done_without(on: MakeLab, configure: bo
 
 def test_udev_at_what_was_half_made_does_not_make_a_wanted_number_busy(on: MakeLab) -> None:
     lab = on(Traits(direct_io=False))
-    looking: list[OwnedFd] = []
+    looking: list[Any] = []
 
     def look() -> None:
         looking.append(lab.open(number))
