@@ -158,7 +158,10 @@ class Restoring:
     def _client(self, record: Record, name: str) -> Client | None:
         """A connection of the owner's that still is there."""
         client = self._clients.get(name) if record.bus == self._records.bus else None
-        return client if client and client.uid == record.owner else None
+        # It may have left since it was found, when it had nothing yet that would have ended.
+        if client is None or client.gone or client.uid != record.owner:
+            return None
+        return client
 
     def _reopen(self, record: Record, kept: _Kept) -> Device:
         """Open a device, or find it open; raises NoSuchDevice if it is another one now."""

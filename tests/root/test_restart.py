@@ -21,6 +21,7 @@ import pytest
 from loopd import kernel
 from loopd.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
+from tests.harness.bus import LOOPD
 from tests.harness.caller import Attached, Caller
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
@@ -343,6 +344,56 @@ def test_what_a_client_had_that_died_meanwhile_goes(unit: Service) -> None:
     os.close(holding)
     wait_seen(unit, others)
     assert other.detach(others.path) is True
+
+
+SLOW = """
+import os, threading
+from loopd import loopops, manager
+
+_left = threading.Event()
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    os.close(os.open({fifo!r}, os.O_WRONLY))
+    assert _left.wait(20)
+    return _is(*args, **named)
+
+def _client_left(self, client, _is=manager.Manager.client_left):
+    _is(self, client)
+    _left.set()
+
+loopops.take_back, manager.Manager.client_left = _take_back, _client_left
+"""
+"""A device is not taken back before a client has left."""
+
+
+def test_what_a_client_had_that_dies_while_it_is_taken_back_goes(unit: Service) -> None:
+    caller = unit.caller()
+    lost = caller.attach(unit.image())
+    fifo = unit.new_path()
+    os.mkfifo(fifo)
+    unit.kill()
+    unit.start(prelude=SLOW.format(fifo=str(fifo)), wait_ready=False)
+    with fifo.open("rb"):
+        caller.kill()
+    unit.bus.wait_owned(LOOPD)
+    wait_seen(unit)
+    assert not is_bound(lost)
+
+
+def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(unit: Service) -> None:
+    caller = unit.caller()
+    kept = caller.attach(unit.image(), lifetime="user", lock="shared")
+    fifo = unit.new_path()
+    os.mkfifo(fifo)
+    unit.kill()
+    unit.start(prelude=SLOW.format(fifo=str(fifo)), wait_ready=False)
+    with fifo.open("rb"):
+        caller.kill()
+    unit.bus.wait_owned(LOOPD)
+    deadline = Deadline()
+    while seen(unit)[label(kept)]["Locked"] != "none":
+        assert deadline.remaining
+    assert unit.caller().detach(kept.path) is True
 
 
 def test_a_hold_that_ended_meanwhile_ends_nothing_else(unit: Service) -> None:
