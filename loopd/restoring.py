@@ -114,7 +114,7 @@ class Restoring:
             self._close(ROOT, partial(_give_up, name, left))
 
     async def _take_back(self, record: Record, all_kept: dict[str, _Kept]) -> None:
-        name = label(record.name, record.diskseq, record.which)
+        name = record.label
         kept = all_kept.pop(name, _Kept())
         try:
             device = await self._threads.run_in_turn(

@@ -869,6 +869,7 @@ GARBAGE = {
     "of the future": {"format": 99},
     "with wrong values": {"number": "seven", "binding": [], "owner": None},
     "with huge values": {"number": 1 << 80, "binding": -1, "owner": 1 << 70},
+    "with a number that is none": {"file_block": -1},
 }
 
 
