@@ -165,12 +165,12 @@ class Restoring:
 
     def _reopen(self, record: Record, kept: _Kept) -> Device:
         """Open a device, or find it open; raises NoSuchDevice if it is another one now."""
-        fd, kept.device = kept.device, None
         file = FileIdentity(
             device=record.file_device,
             inode=record.file_inode,
             block=_block(record.file_block) if record.file_block else None,
         )
+        fd, kept.device = kept.device, None
         device = partial(
             Device,
             name=record.name,
@@ -285,9 +285,10 @@ def _give_up(name: str, kept: _Kept) -> None:
 
 
 def _close(device: Device) -> None:
-    """Close a device that was opened too late; it is another loopd's again."""
+    """Close a device that was opened too late: its number is its next user's then."""
     if device.loop:
         device.loop.close()
+        device.loop.release(device.loop.binding)
     if device.held:
         device.held.close()
 

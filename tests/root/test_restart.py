@@ -396,6 +396,39 @@ def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(unit: Servic
     assert unit.caller().detach(kept.path) is True
 
 
+LATE = """
+import os
+from loopd import loopops, restoring
+
+restoring._TIMEOUT = 0.1
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    found = _is(*args, **named)
+    os.close(os.open({fifo!r}, os.O_RDONLY))
+    return found
+
+loopops.take_back = _take_back
+"""
+"""A device does not answer before a fifo is opened for writing."""
+
+
+def test_the_number_of_a_device_that_answered_too_late_is_free_again(unit: Service) -> None:
+    caller = unit.caller()
+    attached = caller.attach(unit.image())
+    fifo = unit.new_path()
+    os.mkfifo(fifo)
+    unit.kill()
+    unit.start(prelude=LATE.format(fifo=str(fifo)))
+    assert f"unprivileged/loop{attached.number}" in unit.marks()
+    with fifo.open("wb"):
+        loops.wait_unbound(attached.number, attached.diskseq)
+    deadline = Deadline()
+    while f"unprivileged/loop{attached.number}" in unit.marks():
+        assert deadline.remaining
+        seen(unit)
+    unit.crash()
+
+
 def test_a_hold_that_ended_meanwhile_ends_nothing_else(unit: Service) -> None:
     caller = unit.caller()
     attached = caller.attach(unit.image())
@@ -777,6 +810,31 @@ def test_a_medium_that_is_changed_meanwhile_is_nobodys(unit: Service) -> None:
         wait_seen(unit)
         with pytest.raises(CallError):
             caller.detach(attached.path)
+
+
+UNREADABLE = """
+from loopd import backing
+
+def _block(major, minor):
+    raise OSError(19, "the disk is just being removed")
+
+backing.block = _block
+"""
+
+
+def test_a_block_device_that_cannot_be_looked_at_is_let_go(unit: Service) -> None:
+    caller = unit.caller()
+    with foreign(unit) as disk:
+        os.chown(disk.node, UID, -1)
+        try:
+            first, second = caller.attach(disk.node), caller.attach(disk.node, offset=4096)
+        finally:
+            os.chown(disk.node, 0, -1)
+        unit.crash(prelude=UNREADABLE)
+        wait_seen(unit)
+        assert not is_bound(second)
+        with pytest.raises(CallError):
+            caller.detach(first.path)
 
 
 # Garbage
