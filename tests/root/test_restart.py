@@ -837,6 +837,23 @@ def test_a_block_device_that_cannot_be_looked_at_is_let_go(unit: Service) -> Non
             caller.detach(first.path)
 
 
+def test_somebody_elses_over_a_disk_that_cannot_be_looked_at_harms_nobody(unit: Service) -> None:
+    caller = unit.caller(None)
+    unit.stop()
+    with foreign(unit) as disk:
+        node = subprocess.run(
+            ["losetup", "--find", "--show", "--offset", "4096", disk.node],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        try:
+            unit.start(prelude=UNREADABLE)
+            assert caller.manager("GetDeviceByNode", "s", node)
+        finally:
+            subprocess.run(["losetup", "--detach", node], check=True)
+
+
 # Garbage
 
 
