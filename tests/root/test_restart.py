@@ -682,6 +682,43 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         wait_end(fd)
 
 
+TAKES_OUT_SLOWLY = """
+import threading
+from loopd import fdstore
+
+_kept = threading.Event()
+
+def _keep(self, name, fd, _is=fdstore.FdStore.keep):
+    found = _is(self, name, fd)
+    if name.endswith(".lock2"):
+        _kept.set()
+    return found
+
+def _take_out(self, name, _is=fdstore.FdStore._take_out):
+    if name.endswith(".lock1"):
+        _kept.wait(0.1)
+    _is(self, name)
+
+fdstore.FdStore.keep, fdstore.FdStore._take_out = _keep, _take_out
+"""
+"""The first lock is taken out after the second one was put in, if that is not waited for."""
+
+
+def test_a_lock_is_out_of_the_store_before_the_next_one_is_in(
+    new_unit: Callable[..., Service],
+) -> None:
+    unit = new_unit(maximum=2)
+    unit.prelude = TAKES_OUT_SLOWLY
+    unit.start()
+    caller = unit.caller()
+    attached = caller.attach(unit.image(), lock="exclusive")
+    for kind in ("none", "exclusive"):
+        caller.device(attached.path, "Lock", "sa{sv}", kind, {})
+    assert len(unit.store.names()) == 2
+    assert unit.store.complaints == []
+    assert caller.detach(attached.path) is True
+
+
 def hold_at_last(caller: Caller, attached: Attached) -> int:
     """Hold a device once there is room, which loopd has to notice first."""
     deadline = Deadline()
