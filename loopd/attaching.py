@@ -161,8 +161,11 @@ class Attaching:
             # Closed as what it is: no filesystem has a say in it.
             held = OwnedFd(fd.release(), kernel.close)
             failed.enter_context(held)
-            kept = await self._threads.run(
-                partial(self._store.keep, device.label, held), late=OwnedFd.close
+            kept = await self._threads.run_in_turn(
+                caller.uid,
+                Work.OPERATION,
+                partial(self._store.keep, device.label, held),
+                late=OwnedFd.close,
             )
             failed.callback(self._close, caller.uid, kept)
             caller.client.require_present()

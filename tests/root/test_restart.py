@@ -22,7 +22,7 @@ from loopd import kernel
 from loopd.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.bus import LOOPD
-from tests.harness.caller import Attached, Caller
+from tests.harness.caller import DEVICE, Attached, Caller
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_ext4, pattern
@@ -680,6 +680,90 @@ def test_a_store_is_never_asked_for_more_than_it_takes(
         assert caller.detach(each.path) is True
     for fd in holds:
         wait_end(fd)
+
+
+def fill(unit: Service) -> None:
+    """Send systemd, which does not read, what goes in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(BlockingIOError):
+        sender.setblocking(False)
+        while True:
+            sender.sendto(b"X_FILL=1", unit.environment["NOTIFY_SOCKET"])
+
+
+def test_a_systemd_that_does_not_read_stops_nobodys_calls(unit: Service) -> None:
+    unit.stop()
+    unit.environment["WATCHDOG_USEC"] = "2000"
+    unit.start()
+    caller = unit.caller()
+    with unit.store.paused():
+        fill(unit)
+        for _ in range(50):
+            caller.managed_objects()
+
+
+def test_holds_that_systemd_does_not_read_of_are_in_nobodys_way(unit: Service) -> None:
+    callers, other = [unit.caller() for _ in range(4)], unit.caller("games")
+    attached, others = callers[0].attach(unit.image()), other.attach(unit.image(owner="games"))
+    with unit.store.paused():
+        fill(unit)
+        calls = [
+            caller.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
+            for caller in callers
+            for _ in range(16)
+        ]
+        other.device(others.path, "Sync", "a{sv}", {})
+    for call in calls:
+        call.end()[0].close()
+    assert other.detach(others.path) is True
+    assert callers[0].detach(attached.path) is True
+
+
+HOLDS_SLOWLY = """
+import os, threading
+from loopd import fdstore, manager
+
+_left = threading.Event()
+
+def _keep(self, name, fd, _is=fdstore.FdStore.keep):
+    if name.endswith(".hold1"):
+        assert _left.wait(20)
+    return _is(self, name, fd)
+
+def _take_out(self, name, _is=fdstore.FdStore._take_out):
+    if name.endswith(".hold1"):
+        os.close(os.open({fifo!r}, os.O_WRONLY))
+        os.close(os.open({fifo!r}, os.O_RDONLY))
+    _is(self, name)
+
+def _client_left(self, client, _is=manager.Manager.client_left):
+    _is(self, client)
+    _left.set()
+
+fdstore.FdStore.keep, fdstore.FdStore._take_out = _keep, _take_out
+manager.Manager.client_left = _client_left
+"""
+"""The first Hold is kept when a client has left, and taken out when a fifo was opened twice."""
+
+
+def test_a_hold_of_nobody_is_counted_until_it_is_out_of_the_store(
+    new_unit: Callable[..., Service],
+) -> None:
+    unit = new_unit()
+    fifo = unit.new_path()
+    os.mkfifo(fifo)
+    unit.prelude = HOLDS_SLOWLY.format(fifo=str(fifo))
+    unit.start(config="[limits]\nholds_per_user = 1\n")
+    caller, leaving = unit.caller(), unit.caller()
+    attached = caller.attach(unit.image())
+    leaving.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
+    unit.bus.wait_owned(LOOPD)
+    leaving.kill()
+    with fifo.open("rb"), pytest.raises(CallError) as failure:
+        hold(caller, attached)
+    assert failure.value.name == LIMITS_EXCEEDED
+    with fifo.open("wb"):
+        os.close(hold_at_last(caller, attached))
+    assert caller.detach(attached.path) is True
 
 
 TAKES_OUT_SLOWLY = """
