@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from .access import ROOT, Client
 from .backing import FileIdentity
 from .blockdev import Lock
 from .device import Device, label
-from .errors import LoopError, NoSuchDevice
+from .errors import LoopError, NoSuchDevice, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore, number_in
 from .leases import SYSTEM, Lease, Quota
@@ -90,6 +91,8 @@ class Restoring:
         self._rejoin = rejoin
         self._let_go = let_go
         self._clients: dict[str, Client] = {}
+        self._ended: Counter[int] = Counter()
+        """How many devices of a user have been looked at."""
         self._tasks = Tasks()
 
     async def restore(self) -> None:
@@ -117,12 +120,9 @@ class Restoring:
         name = record.label
         kept = all_kept.pop(name, _Kept())
         try:
-            device = await self._threads.run_in_turn(
-                record.owner,
-                Work.OPERATION,
-                partial(self._reopen, record, kept),
-                timeout=_TIMEOUT,
-                late=_close,
+            give_back = await self._turn(record.owner)
+            device = await self._threads.run(
+                partial(self._reopen, record, kept), timeout=_TIMEOUT, late=_close, ended=give_back
             )
         except (LoopError, OSError) as exc:
             log.info("%s is not taken back: %s", name, exc)
@@ -154,6 +154,25 @@ class Restoring:
             self._let_go(device)
         elif record.holder and not self._client(record, record.holder):
             self._lifetimes.holder_is_gone(device)
+
+    async def _turn(self, uid: int) -> Callable[[], None]:
+        """Wait for a user's turn for as long as it goes on: there may be a thousand devices.
+
+        Raises TimedOut.
+        """
+        while True:
+            before = self._ended[uid]
+            try:
+                give_back = await self._threads.turn(uid, Work.OPERATION, _TIMEOUT)
+            except TimedOut:
+                if self._ended[uid] == before:
+                    raise
+            else:
+                return partial(self._end_turn, uid, give_back)
+
+    def _end_turn(self, uid: int, give_back: Callable[[], None]) -> None:
+        self._ended[uid] += 1
+        give_back()
 
     def _client(self, record: Record, name: str) -> Client | None:
         """A connection of the owner's that still is there."""

@@ -429,6 +429,31 @@ def test_the_number_of_a_device_that_answered_too_late_is_free_again(unit: Servi
     unit.crash()
 
 
+SLOW_KERNEL = """
+import time
+from loopd import loopops, restoring
+
+restoring._TIMEOUT = 0.1
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    time.sleep(0.05)
+    return _is(*args, **named)
+
+loopops.take_back = _take_back
+"""
+"""All devices of a user take longer than one of them may."""
+
+
+def test_a_user_with_many_devices_keeps_them(unit: Service) -> None:
+    caller = unit.caller()
+    attached = [caller.attach(unit.image()) for _ in range(20)]
+    before = seen(unit)
+    unit.crash(prelude=SLOW_KERNEL)
+    assert seen(unit) == before
+    for each in attached:
+        assert caller.detach(each.path) is True
+
+
 def test_a_hold_that_ended_meanwhile_ends_nothing_else(unit: Service) -> None:
     caller = unit.caller()
     attached = caller.attach(unit.image())
