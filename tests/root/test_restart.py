@@ -142,6 +142,49 @@ def foreign(unit: Service) -> Iterator[loops.BoundLoop]:
         path.unlink()
 
 
+class Gate:
+    """A place in loopd where it waits for the test; a prelude calls `_at_gate()` there."""
+
+    def __init__(self, path: Path) -> None:
+        for name in ("here", "on"):
+            os.mkfifo(f"{path}.{name}")
+        self._here, self._on = (os.open(f"{path}.{name}", os.O_RDWR) for name in ("here", "on"))
+        self.prelude = f"""
+import os
+
+def _at_gate():
+    for name, flags, step in (
+        ("here", os.O_WRONLY, lambda fd: os.write(fd, b"x")),
+        ("on", os.O_RDONLY, lambda fd: os.read(fd, 1)),
+    ):
+        fd = os.open("{path}." + name, flags)
+        step(fd)
+        os.close(fd)
+"""
+
+    def wait(self) -> None:
+        """Wait until loopd is there."""
+        Deadline().wait_readable([self._here], "loopd at the gate")
+        os.read(self._here, 1)
+
+    def open(self) -> None:
+        """Let it go on."""
+        os.write(self._on, b"x")
+
+    def close(self) -> None:
+        os.close(self._here)
+        os.close(self._on)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 # A restart of either kind is seen by nobody
 
 
@@ -347,13 +390,13 @@ def test_what_a_client_had_that_died_meanwhile_goes(unit: Service) -> None:
 
 
 SLOW = """
-import os, threading
+import threading
 from loopd import loopops, manager
 
 _left = threading.Event()
 
 def _take_back(*args, _is=loopops.take_back, **named):
-    os.close(os.open({fifo!r}, os.O_WRONLY))
+    _at_gate()
     assert _left.wait(20)
     return _is(*args, **named)
 
@@ -366,29 +409,29 @@ loopops.take_back, manager.Manager.client_left = _take_back, _client_left
 """A device is not taken back before a client has left."""
 
 
-def test_what_a_client_had_that_dies_while_it_is_taken_back_goes(unit: Service) -> None:
+def test_what_a_client_had_that_dies_while_it_is_taken_back_goes(unit: Service, gate: Gate) -> None:
     caller = unit.caller()
     lost = caller.attach(unit.image())
-    fifo = unit.new_path()
-    os.mkfifo(fifo)
     unit.kill()
-    unit.start(prelude=SLOW.format(fifo=str(fifo)), wait_ready=False)
-    with fifo.open("rb"):
-        caller.kill()
+    unit.start(prelude=gate.prelude + SLOW, wait_ready=False)
+    gate.wait()
+    caller.kill()
+    gate.open()
     unit.bus.wait_owned(LOOPD)
     wait_seen(unit)
     assert not is_bound(lost)
 
 
-def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(unit: Service) -> None:
+def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(
+    unit: Service, gate: Gate
+) -> None:
     caller = unit.caller()
     kept = caller.attach(unit.image(), lifetime="user", lock="shared")
-    fifo = unit.new_path()
-    os.mkfifo(fifo)
     unit.kill()
-    unit.start(prelude=SLOW.format(fifo=str(fifo)), wait_ready=False)
-    with fifo.open("rb"):
-        caller.kill()
+    unit.start(prelude=gate.prelude + SLOW, wait_ready=False)
+    gate.wait()
+    caller.kill()
+    gate.open()
     unit.bus.wait_owned(LOOPD)
     deadline = Deadline()
     while seen(unit)[label(kept)]["Locked"] != "none":
@@ -397,31 +440,30 @@ def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(unit: Servic
 
 
 LATE = """
-import os
 from loopd import loopops, restoring
 
 restoring._TIMEOUT = 0.1
 
 def _take_back(*args, _is=loopops.take_back, **named):
     found = _is(*args, **named)
-    os.close(os.open({fifo!r}, os.O_RDONLY))
+    _at_gate()
     return found
 
 loopops.take_back = _take_back
 """
-"""A device does not answer before a fifo is opened for writing."""
+"""A device does not answer in time."""
 
 
-def test_the_number_of_a_device_that_answered_too_late_is_free_again(unit: Service) -> None:
+def test_the_number_of_a_device_that_answered_too_late_is_free_again(
+    unit: Service, gate: Gate
+) -> None:
     caller = unit.caller()
     attached = caller.attach(unit.image())
-    fifo = unit.new_path()
-    os.mkfifo(fifo)
     unit.kill()
-    unit.start(prelude=LATE.format(fifo=str(fifo)))
+    unit.start(prelude=gate.prelude + LATE)
     assert f"unprivileged/loop{attached.number}" in unit.marks()
-    with fifo.open("wb"):
-        loops.wait_unbound(attached.number, attached.diskseq)
+    gate.open()
+    loops.wait_unbound(attached.number, attached.diskseq)
     deadline = Deadline()
     while f"unprivileged/loop{attached.number}" in unit.marks():
         assert deadline.remaining
@@ -744,20 +786,20 @@ def test_holds_that_systemd_does_not_read_of_are_in_nobodys_way(unit: Service) -
 
 
 HOLDS_SLOWLY = """
-import os, threading
+import threading
 from loopd import fdstore, manager
 
 _left = threading.Event()
 
 def _keep(self, name, fd, _is=fdstore.FdStore.keep):
     if name.endswith(".hold1"):
+        _at_gate()
         assert _left.wait(20)
     return _is(self, name, fd)
 
 def _take_out(self, name, _is=fdstore.FdStore._take_out):
     if name.endswith(".hold1"):
-        os.close(os.open({fifo!r}, os.O_WRONLY))
-        os.close(os.open({fifo!r}, os.O_RDONLY))
+        _at_gate()
     _is(self, name)
 
 def _client_left(self, client, _is=manager.Manager.client_left):
@@ -767,27 +809,29 @@ def _client_left(self, client, _is=manager.Manager.client_left):
 fdstore.FdStore.keep, fdstore.FdStore._take_out = _keep, _take_out
 manager.Manager.client_left = _client_left
 """
-"""The first Hold is kept when a client has left, and taken out when a fifo was opened twice."""
+"""The first Hold is kept when a client has left; there are gates before that and at its end."""
 
 
 def test_a_hold_of_nobody_is_counted_until_it_is_out_of_the_store(
-    new_unit: Callable[..., Service],
+    new_unit: Callable[..., Service], gate: Gate
 ) -> None:
     unit = new_unit()
-    fifo = unit.new_path()
-    os.mkfifo(fifo)
-    unit.prelude = HOLDS_SLOWLY.format(fifo=str(fifo))
+    unit.prelude = gate.prelude + HOLDS_SLOWLY
     unit.start(config="[limits]\nholds_per_user = 1\n")
     caller, leaving = unit.caller(), unit.caller()
     attached = caller.attach(unit.image())
     leaving.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
-    unit.bus.wait_owned(LOOPD)
+    gate.wait()
+    gate.open()
     leaving.kill()
-    with fifo.open("rb"), pytest.raises(CallError) as failure:
-        hold(caller, attached)
+    gate.wait()
+    try:
+        with pytest.raises(CallError) as failure:
+            hold(caller, attached)
+    finally:
+        gate.open()
     assert failure.value.name == LIMITS_EXCEEDED
-    with fifo.open("wb"):
-        os.close(hold_at_last(caller, attached))
+    os.close(hold_at_last(caller, attached))
     assert caller.detach(attached.path) is True
 
 
