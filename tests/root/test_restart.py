@@ -778,7 +778,8 @@ def test_holds_that_systemd_does_not_read_of_are_in_nobodys_way(unit: Service) -
             for caller in callers
             for _ in range(16)
         ]
-        other.device(others.path, "Sync", "a{sv}", {})
+        for _ in range(100):  # until all of them wait
+            other.device(others.path, "Sync", "a{sv}", {})
     for call in calls:
         call.end()[0].close()
     assert other.detach(others.path) is True
