@@ -18,7 +18,7 @@ from . import access, attachment, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, NotSupported, TimedOut
+from .errors import Failed, LimitsExceeded, NotSupported, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -161,8 +161,11 @@ class Attaching:
             # Closed as what it is: no filesystem has a say in it.
             held = OwnedFd(fd.release(), kernel.close)
             failed.enter_context(held)
-            kept = await self._threads.run(
-                partial(self._store.keep, device.label, held), late=OwnedFd.close
+            kept = await self._threads.run_in_turn(
+                caller.uid,
+                Work.OPERATION,
+                partial(self._store.keep, device.label, held),
+                late=OwnedFd.close,
             )
             failed.callback(self._close, caller.uid, kept)
             caller.client.require_present()
@@ -215,17 +218,22 @@ class Attaching:
                 admitted.callback(await self._threads.turn(caller.uid, work, None))
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
-            loop, status = await self._threads.run(
-                partial(
-                    _attach,
-                    fd.move(),
-                    proposal,
-                    partial(self._claim, caller.uid),
-                    partial(self._publish, caller.uid, proposal),
-                    self._store,
-                ),
-                late=lambda attached: _undo(attached[0]),
+            passed = fd.move()
+            attach = partial(
+                _attach,
+                passed,
+                proposal,
+                partial(self._claim, caller.uid),
+                partial(self._publish, caller.uid, proposal),
+                self._store,
             )
+            try:
+                loop, status = await self._threads.run(
+                    attach, late=lambda attached: _undo(attached[0])
+                )
+            except LimitsExceeded:
+                passed.close()  # if there was no thread for it
+                raise
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
@@ -277,7 +285,10 @@ class Attaching:
         try:
             async with device.operating:
                 await self._threads.run(keep)
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, LimitsExceeded):  # there was no thread for it
+                end = self._threads.run_in_turn(device.owner, Work.ENDING, borrowed.close)
+                self._tasks.start(end)
             self._let_go(device)
             raise
         await self._registry.refresh(device)

@@ -109,13 +109,20 @@ class Bus:
         )
 
     async def rejoin(self, name: str) -> Client | None:
-        """Take up a connection that a former loopd has served; None if it has left."""
+        """Take up a connection that a former loopd has served; None if it has left.
+
+        Raises BusError if the bus does not say.
+        """
         session = self._session(name)
-        if session.client is None:
+        (is_there,) = await self.connection.call_bus("NameHasOwner", "s", [name])
+        if is_there and session.client is None:
             await self._identify(session)
-        if session.client is None:
+        if session.left.done() or not is_there:
             self._sessions.pop(name, None)
-        return None if session.left.done() else session.client
+            return None
+        if session.client is None:
+            raise BusError(f"the bus does not say who {name} is")
+        return session.client
 
     async def id(self) -> str:
         """The id of this bus, which another one has not."""

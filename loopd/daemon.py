@@ -289,7 +289,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         supervisor.tell("READY=1")
         if interval := supervisor.watchdog_interval():
             look = partial(_compare, store, unit)
-            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping, look))
+            tell = partial(_tell, threads)
+            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping, look, tell))
         idle.touch()
 
         status = await ended
@@ -311,6 +312,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
             monitor.close()
         if alive:
             alive.cancel()
+
+
+async def _tell(threads: Threads, state: str) -> None:
+    # Where nothing else waits for systemd, or for files.
+    await threads.look(partial(supervisor.tell, state))
 
 
 async def _compare(store: FdStore, unit: supervisor.Unit) -> None:

@@ -178,19 +178,24 @@ class Lifetimes:
             failed.enter_context(reading)
             failed.enter_context(writing)
             name = self._store.name(device.label, "hold")
-            # Only with its device, or it would last a little longer than that.
+            # Only with its device, or it would last a little longer than that. In turn: systemd may
+            # not read for a while, and many Holds must not take all threads.
             if self._store.keeps(device.label):
-                write_end = await self._threads.run(
-                    partial(self._store.keep, name, writing), late=OwnedFd.close
+                write_end = await self._threads.run_in_turn(
+                    client.uid,
+                    Work.OPERATION,
+                    partial(self._store.keep, name, writing),
+                    late=OwnedFd.close,
                 )
             else:
                 write_end = writing.move()
-            failed.callback(self._close_write_end, client.uid, write_end)
+            hold = _Hold(name, device, client.uid, write_end, place.keep())
+            failed.callback(self._start_end, hold)
             client.require_present()
             if not self._registry.knows(device) or device.state != ATTACHED:
                 raise NoSuchDevice(f"{device.node} is gone")
             failed.pop_all()
-            self._watch(_Hold(name, device, client.uid, write_end, place.keep()))
+            self._watch(hold)
         return reading
 
     def _watch(self, hold: _Hold) -> None:
@@ -210,25 +215,24 @@ class Lifetimes:
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())
-        if self._store.keeps(hold.name):
-            self._tasks.start(self._end(hold))
-        else:
-            hold.write_end.close()
-            hold.place.free()
+        self._start_end(hold)
         holds = self._holds[hold.device.path]
         holds.discard(hold)
         if not holds:
             del self._holds[hold.device.path]
         self._count(hold.device)
 
+    def _start_end(self, hold: _Hold) -> None:
+        if self._store.keeps(hold.name):
+            self._tasks.start(self._end(hold))
+        else:
+            hold.write_end.close()
+            hold.place.free()
+
     async def _end(self, hold: _Hold) -> None:
         """Close a Hold, whose place is free when the store has room again."""
         with hold.place:
             await self._threads.run_in_turn(hold.uid, Work.ENDING, hold.write_end.close)
-
-    def _close_write_end(self, uid: int, write_end: OwnedFd) -> None:
-        close = write_end.move().close
-        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, close))
 
     def _count(self, device: Device) -> None:
         device.holds = {hold.name: hold.uid for hold in self._holds.get(device.path, ())}

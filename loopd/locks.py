@@ -10,15 +10,20 @@ import fcntl
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from . import kernel
 from .access import ROOT, Client
 from .blockdev import Lock
 from .device import Device
+from .errors import DeviceBusy
 from .tasks import Tasks
 from .threads import Threads, Work
 
 log = logging.getLogger(__name__)
+
+# How long a new lock waits for the end of the last one, which systemd may have to take note of.
+_END_TIMEOUT = 10.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,6 +44,8 @@ class Locks:
         self._changed = changed
         self._exclusive_for = exclusive_for
         self._held: dict[str, _Held] = {}
+        self._ends: dict[str, asyncio.Task[None]] = {}
+        """Locks that are being closed, by their devices."""
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -86,7 +93,23 @@ class Locks:
                 kernel.flock(lock.fileno(), fcntl.LOCK_UN)
             except OSError as exc:
                 log.debug("cannot unlock %s: %s", device.node, exc.strerror)
-            self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, lock.close))
+            end = self._threads.run_in_turn(device.owner, Work.ENDING, lock.close)
+            self._ends[device.path] = task = self._tasks.start(end)
+            task.add_done_callback(partial(self._ended, device.path))
+
+    def _ended(self, path: str, task: asyncio.Task[None]) -> None:
+        if self._ends.get(path) is task:
+            del self._ends[path]
+
+    async def settle(self, device: Device) -> None:
+        """Wait until the lock that was dropped last is closed, and out of systemd's store.
+
+        Else who locks and unlocks over and over would fill that. Raises DeviceBusy.
+        """
+        if end := self._ends.get(device.path):
+            await asyncio.wait([end], timeout=_END_TIMEOUT)
+            if not end.done():
+                raise DeviceBusy(f"the last lock on {device.node} is not closed yet: try again")
 
     def client_left(self, client: Client) -> None:
         """Drop all that a connection held."""

@@ -163,18 +163,19 @@ def binding(number: int, which: int) -> Binding:
             info = kernel.loop_get_status64(loop_fd.fileno())
             sector_size = kernel.blksszget(loop_fd.fileno())
             still = kernel.loop_binding(number)
+        # Kernels that say st_dev where a file has no st_rdev are not to be taken for block devices.
+        is_block = info.lo_rdevice not in (0, info.lo_device)
+        rdevice = os.major(info.lo_rdevice), os.minor(info.lo_rdevice)
+        block = backing.block(*rdevice) if is_block else None
     except OSError as exc:
-        raise NoSuchDevice(f"loop{number} has no file attached") from exc
+        raise NoSuchDevice(f"loop{number} does not say what is attached") from exc
     if still != which:
         raise NoSuchDevice(f"loop{number} is another device now")
-    # Kernels that say st_dev where a file has no st_rdev are not to be taken for block devices.
-    is_block = info.lo_rdevice not in (0, info.lo_device)
-    rdevice = os.major(info.lo_rdevice), os.minor(info.lo_rdevice)
     return Binding(
         file=FileIdentity(
             device=info.lo_device,
             inode=info.lo_inode,
-            block=backing.block(*rdevice) if is_block else None,
+            block=block,
         ),
         reference=info.lo_file_name,
         sector_size=sector_size,

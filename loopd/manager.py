@@ -22,6 +22,7 @@ from .errors import (
     Ambiguous,
     DeviceBusy,
     InvalidArgs,
+    LimitsExceeded,
     LoopError,
     NoSuchDevice,
     NotSupported,
@@ -96,9 +97,14 @@ class Manager:
         file it is: the caller's own come first. Takes the fd over.
         Raises NoSuchDevice, Ambiguous.
         """
-        named = await self._threads.run(
-            partial(loopinfo.named_by, fd.move()), timeout=self._config.deadlines.operation
-        )
+        fd = fd.move()
+        try:
+            named = await self._threads.run(
+                partial(loopinfo.named_by, fd), timeout=self._config.deadlines.operation
+            )
+        except LimitsExceeded:
+            fd.close()  # if there was no thread for it
+            raise
         if named.number is not None:
             # A loop device may also be the backing file of another, but it is itself first.
             return self.device_by_node(f"loop{named.number}"), named.partition
@@ -186,7 +192,15 @@ class Manager:
                         raise NoSuchDevice(f"{device.node} is gone") from exc
                     raise
 
-        return await self._threads.run(operate, timeout=remaining(deadline), late=late, ended=ended)
+        try:
+            return await self._threads.run(
+                operate, timeout=remaining(deadline), late=late, ended=ended
+            )
+        except LimitsExceeded:
+            # There was no thread for it; else that has closed it.
+            if borrowed:
+                self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, borrowed.close))
+            raise
 
     @staticmethod
     async def _take(device: Device, timeout: float | None) -> None:

@@ -267,6 +267,7 @@ class Operations:
         if kind is Lock.NONE:
             self._locks.drop(device)
             return
+        await self._locks.settle(device)
         own, held = None, Lock.NONE
 
         def admit(over: ExitStack) -> None:

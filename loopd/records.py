@@ -9,20 +9,27 @@ memory, and waits for nobody.
 import dataclasses
 import json
 import logging
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Self, get_origin
 
+from .access import NOBODY
 from .blockdev import Lock
-from .device import Device
+from .device import Device, label
 from .leases import LIFETIMES, Lease
+from .uapi import LO_NAME_SIZE
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _NEW = ".new"
+_MAX_NUMBER = (1 << 64) - 1
+# A unique name on the bus, or none.
+_HOLDER = re.compile(r"(?::[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +102,35 @@ class Record:
             kind = kinds.get(key, object)
             if not isinstance(value, get_origin(kind) if isinstance(kind, GenericAlias) else kind):
                 raise TypeError(f"{key} has another type")
+            if isinstance(value, dict) and not all(type(each) is int for each in value.values()):
+                raise TypeError(f"{key} has values of another type")
         record = cls(**{key: value for key, value in told.items() if key in kinds})
-        if record.lock not in tuple(Lock) or record.lifetime not in (*LIFETIMES, ""):
-            raise ValueError("it has another lock or lifetime")
+        record._check()
         return record
+
+    @property
+    def label(self) -> str:
+        """What its device is called, and its file."""
+        return label(self.name, self.diskseq, self.which)
+
+    def _check(self) -> None:
+        """Raise ValueError for what no device of ours is like."""
+        if self.lock not in tuple(Lock) or self.lifetime not in (*LIFETIMES, ""):
+            raise ValueError("it has another lock or lifetime")
+        numbers = [value for value in vars(self).values() if isinstance(value, int)]
+        if not all(0 <= number <= _MAX_NUMBER for number in (*numbers, *self.holds.values())):
+            raise ValueError("it has a number that none of ours is")
+        if not all(0 <= uid < NOBODY for uid in (self.owner, *self.holds.values())):
+            raise ValueError("it has an owner that is no user")
+        if self.lock_expires is not None and not math.isfinite(self.lock_expires):
+            raise ValueError("it has a lock that ends at no time")
+        if not all(_HOLDER.fullmatch(name) for name in (self.holder, self.lock_holder)):
+            raise ValueError("it has a holder that is no connection")
+        # Or UnicodeEncodeError, which is a ValueError.
+        if len(self.reference.encode(errors="surrogateescape")) >= LO_NAME_SIZE:
+            raise ValueError("it has too long a reference")
+        if self.name != f"loop{self.number}" and (self.number is not None or self.which is None):
+            raise ValueError("it has another device's name")
 
 
 class Records:
@@ -118,10 +150,13 @@ class Records:
             try:
                 if path.name.endswith(_NEW):
                     raise ValueError("it was not finished")
-                found.append(Record.parse(path.read_text()))
+                record = Record.parse(path.read_text())
+                if record.label != path.name:
+                    raise ValueError("it is of another device")
+                found.append(record)
             except (ValueError, TypeError, RecursionError) as exc:
                 log.warning("dropping the record %s: %s", path.name, exc)
-                path.unlink(missing_ok=True)
+                self.remove(path.name)
             except OSError as exc:
                 log.warning("cannot read the record %s: %s", path.name, exc.strerror)
         return found

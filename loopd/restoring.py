@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from .access import ROOT, Client
 from .backing import FileIdentity
 from .blockdev import Lock
 from .device import Device, label
-from .errors import LoopError, NoSuchDevice
+from .errors import LoopError, NoSuchDevice, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore, number_in
 from .leases import SYSTEM, Lease, Quota
@@ -90,6 +91,8 @@ class Restoring:
         self._rejoin = rejoin
         self._let_go = let_go
         self._clients: dict[str, Client] = {}
+        self._ended: Counter[int] = Counter()
+        """How many devices of a user have been looked at."""
         self._tasks = Tasks()
 
     async def restore(self) -> None:
@@ -114,15 +117,12 @@ class Restoring:
             self._close(ROOT, partial(_give_up, name, left))
 
     async def _take_back(self, record: Record, all_kept: dict[str, _Kept]) -> None:
-        name = label(record.name, record.diskseq, record.which)
+        name = record.label
         kept = all_kept.pop(name, _Kept())
         try:
-            device = await self._threads.run_in_turn(
-                record.owner,
-                Work.OPERATION,
-                partial(self._reopen, record, kept),
-                timeout=_TIMEOUT,
-                late=_close,
+            give_back = await self._turn(record.owner)
+            device = await self._threads.run(
+                partial(self._reopen, record, kept), timeout=_TIMEOUT, late=_close, ended=give_back
             )
         except (LoopError, OSError) as exc:
             log.info("%s is not taken back: %s", name, exc)
@@ -155,19 +155,41 @@ class Restoring:
         elif record.holder and not self._client(record, record.holder):
             self._lifetimes.holder_is_gone(device)
 
+    async def _turn(self, uid: int) -> Callable[[], None]:
+        """Wait for a user's turn for as long as it goes on: there may be a thousand devices.
+
+        Raises TimedOut.
+        """
+        while True:
+            before = self._ended[uid]
+            try:
+                give_back = await self._threads.turn(uid, Work.OPERATION, _TIMEOUT)
+            except TimedOut:
+                if self._ended[uid] == before:
+                    raise
+            else:
+                return partial(self._end_turn, uid, give_back)
+
+    def _end_turn(self, uid: int, give_back: Callable[[], None]) -> None:
+        self._ended[uid] += 1
+        give_back()
+
     def _client(self, record: Record, name: str) -> Client | None:
         """A connection of the owner's that still is there."""
         client = self._clients.get(name) if record.bus == self._records.bus else None
-        return client if client and client.uid == record.owner else None
+        # It may have left since it was found, when it had nothing yet that would have ended.
+        if client is None or client.gone or client.uid != record.owner:
+            return None
+        return client
 
     def _reopen(self, record: Record, kept: _Kept) -> Device:
         """Open a device, or find it open; raises NoSuchDevice if it is another one now."""
-        fd, kept.device = kept.device, None
         file = FileIdentity(
             device=record.file_device,
             inode=record.file_inode,
             block=_block(record.file_block) if record.file_block else None,
         )
+        fd, kept.device = kept.device, None
         device = partial(
             Device,
             name=record.name,
@@ -300,9 +322,10 @@ def _give_up(name: str, kept: _Kept) -> None:
 
 
 def _close(device: Device) -> None:
-    """Close a device that was opened too late; it is another loopd's again."""
+    """Close a device that was opened too late: its number is its next user's then."""
     if device.loop:
         device.loop.close()
+        device.loop.release(device.loop.binding)
     if device.held:
         device.held.close()
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd is told of us, and asked about us: ready, alive, stopping, and whether for good."""
 
+import array
 import asyncio
+import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -25,17 +28,22 @@ def present() -> bool:
 
 
 def tell(state: str, fds: Sequence[int] = ()) -> bool:
-    """Tell systemd, if it started us and its library is installed; whether that was done.
+    """Tell systemd, if it started us; whether that was done. After sd_notify(3).
 
-    It may have to wait until systemd reads.
+    It may have to wait until systemd reads, which the library's own would do with all threads: it
+    keeps the interpreter's lock meanwhile.
     """
     if not present():
         return False
+    address = os.environ["NOTIFY_SOCKET"]
+    if address.startswith("@"):
+        address = f"\0{address[1:]}"
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
-        from systemd.daemon import notify
-
-        notify(state, fds=[*fds])
-    except (ImportError, OSError) as exc:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(address)
+            sender.sendmsg([state.encode()], rights)
+    except OSError as exc:
         log.warning("cannot notify systemd: %s", exc)
         return False
     return True
@@ -69,11 +77,12 @@ async def stay_alive(
     interval: float,
     ask_bus: Callable[[], Awaitable[object]],
     look: Callable[[], Awaitable[object]],
+    tell: Callable[[str], Awaitable[object]],
 ) -> None:
     """Tell systemd over and over that we serve, which is when an answer of the bus reaches us.
 
     Whoever hears no more of it starts us anew: a loopd whom nobody can call is of no use. Each
-    time, `look` looks after what else is to be.
+    time, `look` looks after what else is to be. `tell` may wait until systemd reads.
     """
     while True:
         try:
@@ -81,7 +90,7 @@ async def stay_alive(
         except (LoopError, BusError) as exc:
             log.warning("the bus does not answer: %s", exc)
         else:
-            tell("WATCHDOG=1")
+            await tell("WATCHDOG=1")
         await look()
         await asyncio.sleep(interval / 2)
 
@@ -110,7 +119,8 @@ class Unit:
 
     async def fds_at_most(self) -> int:
         """How many fds systemd would keep for us; 0 if it does not say."""
-        if not present():
+        # Without the library nothing could be taken back.
+        if not present() or importlib.util.find_spec("systemd") is None:
             return 0
         try:
             return int(await self._get(_OWN_UNIT, "Service", "FileDescriptorStoreMax"))

@@ -21,7 +21,8 @@ import pytest
 from loopd import kernel
 from loopd.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
-from tests.harness.caller import Attached, Caller
+from tests.harness.bus import LOOPD
+from tests.harness.caller import DEVICE, Attached, Caller
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_ext4, pattern
@@ -139,6 +140,49 @@ def foreign(unit: Service) -> Iterator[loops.BoundLoop]:
             loops.wait_unbound(found.number, found.diskseq)
     finally:
         path.unlink()
+
+
+class Gate:
+    """A place in loopd where it waits for the test; a prelude calls `_at_gate()` there."""
+
+    def __init__(self, path: Path) -> None:
+        for name in ("here", "on"):
+            os.mkfifo(f"{path}.{name}")
+        self._here, self._on = (os.open(f"{path}.{name}", os.O_RDWR) for name in ("here", "on"))
+        self.prelude = f"""
+import os
+
+def _at_gate():
+    for name, flags, step in (
+        ("here", os.O_WRONLY, lambda fd: os.write(fd, b"x")),
+        ("on", os.O_RDONLY, lambda fd: os.read(fd, 1)),
+    ):
+        fd = os.open("{path}." + name, flags)
+        step(fd)
+        os.close(fd)
+"""
+
+    def wait(self) -> None:
+        """Wait until loopd is there."""
+        Deadline().wait_readable([self._here], "loopd at the gate")
+        os.read(self._here, 1)
+
+    def open(self) -> None:
+        """Let it go on."""
+        os.write(self._on, b"x")
+
+    def close(self) -> None:
+        os.close(self._here)
+        os.close(self._on)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 # A restart of either kind is seen by nobody
@@ -343,6 +387,113 @@ def test_what_a_client_had_that_died_meanwhile_goes(unit: Service) -> None:
     os.close(holding)
     wait_seen(unit, others)
     assert other.detach(others.path) is True
+
+
+SLOW = """
+import threading
+from loopd import loopops, manager
+
+_left = threading.Event()
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    _at_gate()
+    assert _left.wait(20)
+    return _is(*args, **named)
+
+def _client_left(self, client, _is=manager.Manager.client_left):
+    _is(self, client)
+    _left.set()
+
+loopops.take_back, manager.Manager.client_left = _take_back, _client_left
+"""
+"""A device is not taken back before a client has left."""
+
+
+def test_what_a_client_had_that_dies_while_it_is_taken_back_goes(unit: Service, gate: Gate) -> None:
+    caller = unit.caller()
+    lost = caller.attach(unit.image())
+    unit.kill()
+    unit.start(prelude=gate.prelude + SLOW, wait_ready=False)
+    gate.wait()
+    caller.kill()
+    gate.open()
+    unit.bus.wait_owned(LOOPD)
+    wait_seen(unit)
+    assert not is_bound(lost)
+
+
+def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(
+    unit: Service, gate: Gate
+) -> None:
+    caller = unit.caller()
+    kept = caller.attach(unit.image(), lifetime="user", lock="shared")
+    unit.kill()
+    unit.start(prelude=gate.prelude + SLOW, wait_ready=False)
+    gate.wait()
+    caller.kill()
+    gate.open()
+    unit.bus.wait_owned(LOOPD)
+    deadline = Deadline()
+    while seen(unit)[label(kept)]["Locked"] != "none":
+        assert deadline.remaining
+    assert unit.caller().detach(kept.path) is True
+
+
+LATE = """
+from loopd import loopops, restoring
+
+restoring._TIMEOUT = 0.1
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    found = _is(*args, **named)
+    _at_gate()
+    return found
+
+loopops.take_back = _take_back
+"""
+"""A device does not answer in time."""
+
+
+def test_the_number_of_a_device_that_answered_too_late_is_free_again(
+    unit: Service, gate: Gate
+) -> None:
+    caller = unit.caller()
+    attached = caller.attach(unit.image())
+    unit.kill()
+    unit.start(prelude=gate.prelude + LATE)
+    assert f"unprivileged/loop{attached.number}" in unit.marks()
+    gate.open()
+    loops.wait_unbound(attached.number, attached.diskseq)
+    deadline = Deadline()
+    while f"unprivileged/loop{attached.number}" in unit.marks():
+        assert deadline.remaining
+        seen(unit)
+    unit.crash()
+
+
+SLOW_KERNEL = """
+import time
+from loopd import loopops, restoring
+
+restoring._TIMEOUT = 0.1
+
+def _take_back(*args, _is=loopops.take_back, **named):
+    time.sleep(0.05)
+    return _is(*args, **named)
+
+loopops.take_back = _take_back
+"""
+"""All devices of a user take longer than one of them may."""
+
+
+def test_a_user_with_many_devices_keeps_them(unit: Service) -> None:
+    caller = unit.caller()
+    attached = [caller.attach(unit.image()) for _ in range(20)]
+    before = seen(unit)
+    unit.crash(prelude=SLOW_KERNEL)
+    assert seen(unit) == before
+    for each in attached:
+        assert caller.detach(each.path) is True
 
 
 def test_a_hold_that_ended_meanwhile_ends_nothing_else(unit: Service) -> None:
@@ -624,6 +775,130 @@ def lock(caller: Caller, attached: Attached, kind: str) -> None:
             return
 
 
+def fill(unit: Service) -> None:
+    """Send systemd, which does not read, what goes in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(BlockingIOError):
+        sender.setblocking(False)
+        while True:
+            sender.sendto(b"X_FILL=1", unit.environment["NOTIFY_SOCKET"])
+
+
+def test_a_systemd_that_does_not_read_stops_nobodys_calls(unit: Service) -> None:
+    unit.stop()
+    unit.environment["WATCHDOG_USEC"] = "2000"
+    unit.start()
+    caller = unit.caller()
+    with unit.store.paused():
+        fill(unit)
+        for _ in range(50):
+            caller.managed_objects()
+
+
+def test_holds_that_systemd_does_not_read_of_are_in_nobodys_way(unit: Service) -> None:
+    callers, other = [unit.caller() for _ in range(4)], unit.caller("games")
+    attached, others = callers[0].attach(unit.image()), other.attach(unit.image(owner="games"))
+    with unit.store.paused():
+        fill(unit)
+        calls = [
+            caller.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
+            for caller in callers
+            for _ in range(16)
+        ]
+        for _ in range(100):  # until all of them wait
+            other.device(others.path, "Sync", "a{sv}", {})
+    for call in calls:
+        call.end()[0].close()
+    assert other.detach(others.path) is True
+    assert callers[0].detach(attached.path) is True
+
+
+HOLDS_SLOWLY = """
+import threading
+from loopd import fdstore, manager
+
+_left = threading.Event()
+
+def _keep(self, name, fd, _is=fdstore.FdStore.keep):
+    if name.endswith(".hold1"):
+        _at_gate()
+        assert _left.wait(20)
+    return _is(self, name, fd)
+
+def _take_out(self, name, _is=fdstore.FdStore._take_out):
+    if name.endswith(".hold1"):
+        _at_gate()
+    _is(self, name)
+
+def _client_left(self, client, _is=manager.Manager.client_left):
+    _is(self, client)
+    _left.set()
+
+fdstore.FdStore.keep, fdstore.FdStore._take_out = _keep, _take_out
+manager.Manager.client_left = _client_left
+"""
+"""The first Hold is kept when a client has left; there are gates before that and at its end."""
+
+
+def test_a_hold_of_nobody_is_counted_until_it_is_out_of_the_store(
+    new_unit: Callable[..., Service], gate: Gate
+) -> None:
+    unit = new_unit()
+    unit.prelude = gate.prelude + HOLDS_SLOWLY
+    unit.start(config="[limits]\nholds_per_user = 1\n")
+    caller, leaving = unit.caller(), unit.caller()
+    attached = caller.attach(unit.image())
+    leaving.call_begin(attached.path, DEVICE, "Hold", "a{sv}", {})
+    gate.wait()
+    gate.open()
+    leaving.kill()
+    gate.wait()
+    try:
+        with pytest.raises(CallError) as failure:
+            hold(caller, attached)
+    finally:
+        gate.open()
+    assert failure.value.name == LIMITS_EXCEEDED
+    os.close(hold_at_last(caller, attached))
+    assert caller.detach(attached.path) is True
+
+
+TAKES_OUT_SLOWLY = """
+import threading
+from loopd import fdstore
+
+_kept = threading.Event()
+
+def _keep(self, name, fd, _is=fdstore.FdStore.keep):
+    found = _is(self, name, fd)
+    if name.endswith(".lock2"):
+        _kept.set()
+    return found
+
+def _take_out(self, name, _is=fdstore.FdStore._take_out):
+    if name.endswith(".lock1"):
+        _kept.wait(0.1)
+    _is(self, name)
+
+fdstore.FdStore.keep, fdstore.FdStore._take_out = _keep, _take_out
+"""
+"""The first lock is taken out after the second one was put in, if that is not waited for."""
+
+
+def test_a_lock_is_out_of_the_store_before_the_next_one_is_in(
+    new_unit: Callable[..., Service],
+) -> None:
+    unit = new_unit(maximum=2)
+    unit.prelude = TAKES_OUT_SLOWLY
+    unit.start()
+    caller = unit.caller()
+    attached = caller.attach(unit.image(), lock="exclusive")
+    for kind in ("none", "exclusive"):
+        caller.device(attached.path, "Lock", "sa{sv}", kind, {})
+    assert len(unit.store.names()) == 2
+    assert unit.store.complaints == []
+    assert caller.detach(attached.path) is True
+
+
 def hold_at_last(caller: Caller, attached: Attached) -> int:
     """Hold a device once there is room, which loopd has to notice first."""
     deadline = Deadline()
@@ -754,6 +1029,48 @@ def test_a_medium_that_is_changed_meanwhile_is_nobodys(unit: Service) -> None:
             caller.detach(attached.path)
 
 
+UNREADABLE = """
+from loopd import backing
+
+def _block(major, minor):
+    raise OSError(19, "the disk is just being removed")
+
+backing.block = _block
+"""
+
+
+def test_a_block_device_that_cannot_be_looked_at_is_let_go(unit: Service) -> None:
+    caller = unit.caller()
+    with foreign(unit) as disk:
+        os.chown(disk.node, UID, -1)
+        try:
+            first, second = caller.attach(disk.node), caller.attach(disk.node, offset=4096)
+        finally:
+            os.chown(disk.node, 0, -1)
+        unit.crash(prelude=UNREADABLE)
+        wait_seen(unit)
+        assert not is_bound(second)
+        with pytest.raises(CallError):
+            caller.detach(first.path)
+
+
+def test_somebody_elses_over_a_disk_that_cannot_be_looked_at_harms_nobody(unit: Service) -> None:
+    caller = unit.caller(None)
+    unit.stop()
+    with foreign(unit) as disk:
+        node = subprocess.run(
+            ["losetup", "--find", "--show", "--offset", "4096", disk.node],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        try:
+            unit.start(prelude=UNREADABLE)
+            assert caller.manager("GetDeviceByNode", "s", node)
+        finally:
+            subprocess.run(["losetup", "--detach", node], check=True)
+
+
 # Garbage
 
 
@@ -844,6 +1161,7 @@ GARBAGE = {
     "of the future": {"format": 99},
     "with wrong values": {"number": "seven", "binding": [], "owner": None},
     "with huge values": {"number": 1 << 80, "binding": -1, "owner": 1 << 70},
+    "with a number that is none": {"file_block": -1},
 }
 
 
