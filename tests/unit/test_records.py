@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
     "lock": "exclusive",
     "lock_holder": ":1.5",
     "lock_expires": 12.5,
+    "may_hang": False,
     "bus": "0123",
     "format": 1,
 }
