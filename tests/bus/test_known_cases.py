@@ -112,6 +112,7 @@ def file_of(kind: str, world: World) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.alone
 def test_each_combination_of_options_asks_for_what_it_does(world: World, kind: str) -> None:
     """CVE-2013-4288, CVE-2019-6133, CVE-2026-7867: no combination of options gets past a question,
     and none asks for less.
@@ -140,6 +141,7 @@ def test_each_combination_of_options_asks_for_what_it_does(world: World, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.alone
 def test_root_is_asked_for_nothing_with_any_options(world: World, kind: str) -> None:
     """CVE-2026-7867: what root does is root's own, with any options."""
     world.polkit.reset(Answer.DENY)

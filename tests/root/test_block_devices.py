@@ -688,6 +688,7 @@ def test_what_a_block_device_does_not_offer_makes_a_loop_device_over_it(
     assert (above(disk.node), is_bound(disk)) == ([], True)
 
 
+@pytest.mark.alone
 def test_who_may_manage_others_has_one_of_a_number_over_it(
     world: World, owner: Caller, disk: loops.BoundLoop
 ) -> None:

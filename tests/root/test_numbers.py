@@ -21,6 +21,9 @@ from tests.harness.raw import BUS
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World, make_world
 
+# A number that is free may be taken by anybody.
+pytestmark = pytest.mark.alone
+
 DEVICE_BUSY = f"{MANAGER}.Error.DeviceBusy"
 INVALID_ARGS = f"{BUS}.Error.InvalidArgs"
 SIZE = 64 * 1024
@@ -148,7 +151,6 @@ def test_a_number_comes_with_every_other_option(world: World, root: Caller, numb
     assert content(attached) == pattern(4096, 8192)
 
 
-@pytest.mark.alone
 def test_a_number_is_free_again_once_it_is_detached(
     world: World, root: Caller, number: int
 ) -> None:
@@ -256,7 +258,6 @@ def test_of_many_who_want_one_number_exactly_one_gets_it(
         assert root.detach(winner.path) is True
 
 
-@pytest.mark.alone
 def test_those_who_want_any_are_not_disturbed_by_those_who_want_one(
     world: World, root: Caller, number: int
 ) -> None:

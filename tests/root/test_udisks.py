@@ -174,6 +174,7 @@ def allows(world: World, caller: Caller, device: str, action: str = f"{MOUNT}-sy
     return bool(reply.body[0][0])
 
 
+@pytest.mark.alone
 def test_a_number_that_has_become_another_users_is_not_the_first_ones(world: World) -> None:
     """At once, whatever udev and udisksd have heard of it."""
     first, second = log_in(world, USER), log_in(world, OTHER)
