@@ -41,7 +41,7 @@ def measure() -> Result:
             with raw.opened(image) as (control, file):
                 number, loop = raw.attach(control, file)
                 bound = raw.Bound.now(number)
-                listener = Child(partial(listen, bus, number))
+                listener = Child(partial(listen, bus, number, loop))
                 changing = Child(partial(change, file, loop))
                 before = rig.cpu_seconds(daemon.pid)
                 lists = as_victim(lambda: list_devices(bus, SECONDS))
@@ -76,8 +76,9 @@ def change(file: int, loop: int, ready: Callable[[], None]) -> list[tuple[float,
     return changes
 
 
-def listen(bus: PrivateBus, number: int, ready: Callable[[], None]) -> dict[str, Any]:
+def listen(bus: PrivateBus, number: int, loop: int, ready: Callable[[], None]) -> dict[str, Any]:
     """Write down when a client hears of which size, until the device is gone."""
+    os.close(loop)  # our copy, which would keep it
     changes = []
     with blocking.Client.connect(bus.address) as client, client.changes() as heard:
         ready()

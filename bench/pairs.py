@@ -119,13 +119,13 @@ def summary(times: dict[str, Times]) -> Result:
         above = root - medians[RAW]
         result.targets += [
             Target(what=f"{library}: root above raw", measured=above, limit=1.5, unit=" ms"),
-            Target(what=f"{library}: a user / losetup", measured=user / medians[LOSETUP], limit=0.7),
+            Target(
+                what=f"{library}: a user / losetup", measured=user / medians[LOSETUP], limit=0.7
+            ),
         ]
         if other := medians.get("udisks2, a user"):
             what = f"{library}: udisks2 / loopd, a user"
-            result.targets.append(
-                Target(what=what, measured=other / user, limit=10, at_least=True)
-            )
+            result.targets.append(Target(what=what, measured=other / user, limit=10, at_least=True))
     return result
 
 

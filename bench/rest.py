@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`python -m bench.rest`: what loopd takes while it has nothing to do, and what it keeps after work.
+"""`python -m bench.rest`: what loopd takes at rest, and what it keeps after work.
 
 Memory idle, with 512 devices, and after 100,000 calls; processor time and wake-ups in half a minute
 with 512 devices. The watchdog, which is systemd's, does not run here.
@@ -12,8 +12,8 @@ import time
 
 from bench import raw, rig
 from bench.results import Result, Target, alone
-from tests.harness.daemon import LIBRARIES
 from tests.harness.caller import MANAGER, MANAGER_PATH
+from tests.harness.daemon import LIBRARIES
 
 DEVICES = 512
 CALLS = 100_000
@@ -45,7 +45,9 @@ def measure() -> Result:
         result.rows[library] = [idle / MIB, full / MIB, worked / MIB, cpu * 1000, woken, events]
         result.targets += [
             Target(what=f"{library}: idle", measured=idle / MIB, limit=32, unit=" MiB"),
-            Target(what=f"{library}: wake-ups of its own", measured=max(woken - events, 0), limit=0),
+            Target(
+                what=f"{library}: wake-ups of its own", measured=max(woken - events, 0), limit=0
+            ),
         ]
     return result
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a module of bench has found: a table for people, JSON for machines, and targets, met or not."""
+"""What a module of bench has found: a table for people, JSON for machines, targets met or not."""
 
 import dataclasses
 import json

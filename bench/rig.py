@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,11 +137,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def switches(pid: int) -> int:
-    """How often the threads of a process have gone to sleep so far, which is how often they woke."""
+    """How often threads of a process have gone to sleep so far, and so have woken up."""
     found = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         for line in (task / "status").read_text().splitlines():
             if line.startswith("voluntary_ctxt_switches:"):
                 found += int(line.split()[1])
     return found
-

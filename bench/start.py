@@ -88,9 +88,9 @@ def activating(library: str) -> Iterator[PrivateBus]:
         compileall.compile_dir(directory / "loopd", quiet=1)
         (directory / "loopd.toml").touch()
         wanted = importlib.util.find_spec(library)
-        assert wanted and wanted.origin, f"{library} is not installed"
+        assert wanted, f"{library} is not installed"
         # That of the package index is not where Debian's Python looks.
-        (directory / library).symlink_to(Path(wanted.origin).parent)
+        (directory / library).symlink_to(Path(wanted.origin or "").parent)
         hidden = [each for each in LIBRARIES if each != library]
         program = directory / "program"
         program.write_text(

@@ -50,7 +50,7 @@ def measure() -> Result:
                 found: dict[str, list[tuple[float, float]]] = {theirs: [], ours: []}
                 for count in range(ROUNDS):
                     for node in (theirs, ours) if count % 2 else (ours, theirs):
-                        found[node].append(fio(node, *job))
+                        found[node].append(fio(directory, node, *job))
                 rates = [statistics.median(each[0] for each in found[n]) for n in (theirs, ours)]
                 waits = [statistics.median(each[1] for each in found[n]) for n in (theirs, ours)]
                 ratios = rates[1] / rates[0], waits[1] / waits[0]
@@ -77,7 +77,7 @@ def losetup(image: Path) -> Iterator[str]:
         subprocess.run(["losetup", "-d", node], check=True)
 
 
-def fio(node: str, how: str, size: str, depth: int) -> tuple[float, float]:
+def fio(where: Path, node: str, how: str, size: str, depth: int) -> tuple[float, float]:
     """MiB a second, and the mean latency in microseconds."""
     options = {
         "name": "bench",
@@ -93,8 +93,8 @@ def fio(node: str, how: str, size: str, depth: int) -> tuple[float, float]:
         "output-format": "json",
     }
     command = ["fio", *(f"--{name}={value}" for name, value in options.items())]
-    # It writes where it runs.
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/tmp")
+    # It writes into the directory where it runs.
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=where)
     (job,) = json.loads(done.stdout)["jobs"]
     told = job["write" if "write" in how else "read"]
     return told["bw_bytes"] / (1 << 20), told["lat_ns"]["mean"] / 1000
