@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from bench.raw import Bound
 from tests.harness import images, wire
-from tests.harness.area import area
+from tests.harness.area import TOKEN, area
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import MANAGER, MANAGER_PATH, PROPERTIES
 from tests.harness.daemon import Daemon
@@ -25,9 +26,12 @@ USER = "nobody"
 ATTACH = "org.example.loop1.attach"
 ROOM = "[limits]\ndevices_per_user = 600\nquestions_per_user = 16\n"
 """Settings for a user who has many, from many programs at a time."""
+AS_THE_UNIT = ("chrt", "--reset-on-fork", "--other", "0", "nice", "--adjustment=-10")
+"""The priority that loopd.service gives to the event loop alone."""
 PARALLEL = 16
 """Calls that a connection may have under way."""
 
+_MEMORY = "/dev/shm"
 _WORKER = Path(__file__).with_name("worker_program.py")
 # An ordinary user may not be able to enter the checkout; Debian's Python has all it needs.
 PYTHON = getattr(sys, "_base_executable", sys.executable)
@@ -46,9 +50,19 @@ def running(library: str, config: str = "") -> Iterator[tuple[PrivateBus, Daemon
     with (
         PrivateBus() as bus,
         RealPolkit(bus, rules_allowing(ATTACH, users=(USER,))),
-        Daemon(bus, library=library, config=config) as daemon,
+        runtime_directory() as directory,
+        Daemon(
+            bus, library=library, config=config, runtime_directory=directory, within=AS_THE_UNIT
+        ) as daemon,
     ):
         yield bus, daemon
+
+
+@contextmanager
+def runtime_directory() -> Iterator[Path]:
+    """A directory in memory, as /run is on a system."""
+    with tempfile.TemporaryDirectory(prefix=TOKEN, dir=_MEMORY) as directory:
+        yield Path(directory) / "run"
 
 
 class Worker:
