@@ -31,7 +31,7 @@ AS_THE_UNIT = ("chrt", "--reset-on-fork", "--other", "0", "nice", "--adjustment=
 PARALLEL = 16
 """Calls that a connection may have under way."""
 
-_MEMORY = "/dev/shm"
+_MEMORY = "/dev/shm"  # noqa: S108 - only root makes anything of what is there
 _WORKER = Path(__file__).with_name("worker_program.py")
 # An ordinary user may not be able to enter the checkout; Debian's Python has all it needs.
 PYTHON = getattr(sys, "_base_executable", sys.executable)
