@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.results import Result, dumped
 from loopd import codec
 
-MODULES = ("pairs", "clients", "killed", "many", "changes", "start", "rest", "throughput")
+MODULES = ("pairs", "steps", "clients", "killed", "many", "changes", "start", "rest", "throughput")
 
 
 def main() -> None:
