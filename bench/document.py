@@ -11,6 +11,7 @@ from bench.results import Result, loaded
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 PICTURE = DOCS / "performance.svg"
+CAPTION = "Attach and detach: the median, and up to the 99th percentile"
 _PLACE = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -32,7 +33,8 @@ def filled(page: str, results: dict[str, Result], machine: dict[str, str]) -> st
             return f"{begin}{text[0].upper()}{text[1:]}.\n{end}"
         if name not in results:
             return place[0]
-        return f"{begin}{results[name].title}:\n\n{results[name].markdown()}\n{end}"
+        drawing = f"![{CAPTION}]({PICTURE.name})\n\n" if name == "pairs" else ""
+        return f"{begin}{drawing}{results[name].title}:\n\n{results[name].markdown()}\n{end}"
 
     return _PLACE.sub(fill, page)
 
@@ -43,7 +45,7 @@ def picture(pairs: Result) -> str:
     times = {
         name: (float(row[median] or 0), float(row[worst] or 0)) for name, row in pairs.rows.items()
     }
-    return drawn("Attach and detach: median, and up to the 99th percentile", times, "loopd,")
+    return drawn(CAPTION, times, "loopd,")
 
 
 if __name__ == "__main__":
