@@ -17,12 +17,16 @@ from pathlib import Path
 from bench import raw, rig
 from bench.raw import Bound
 from bench.results import Result, Target, alone
+from loopd import attachment, backing, loopdev
+from loopd.fd import OwnedFd
+from loopd.request import AttachRequest
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import LIBRARIES
 
 ROUNDS = 3
 DEVICES = 256
 RAW = "raw ioctls"
+LIBRARY = "loopd.loopdev"
 
 
 def measure() -> Result:
@@ -32,6 +36,7 @@ def measure() -> Result:
         for _ in range(ROUNDS):
             alone_ = raw.many(image, DEVICES)
             times.setdefault(RAW, []).append((alone_.unbind, alone_.remove))
+            times.setdefault(LIBRARY, []).append(by_itself(image))
             for library in LIBRARIES:
                 with rig.running(library, rig.ROOM) as (bus, _):
                     times.setdefault(f"loopd, {library}", []).append(kill(bus, image))
@@ -46,12 +51,30 @@ def measure() -> Result:
     for name, (unbound, gone) in medians.items():
         ratios = [unbound / medians[RAW][0], gone / medians[RAW][1]]
         result.rows[name] = [unbound, ratios[0], gone, ratios[1]]
-        if name != RAW:
+        if name.startswith("loopd,"):
             result.targets += [
                 Target(what=f"{name}: unbound / raw", measured=ratios[0], limit=5),
                 Target(what=f"{name}: gone / raw removal", measured=ratios[1], limit=2),
             ]
     return result
+
+
+def by_itself(image: Path) -> tuple[float, float]:
+    """What loopd does to the kernel, one device after the other, without the bus."""
+    devices = []
+    for _ in range(DEVICES):
+        with OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC)) as file:
+            examined = backing.examine(file.fileno())
+            devices.append(attachment.attach(file, examined, AttachRequest()))
+    bound = [Bound.now(each.number) for each in devices]
+    begun = time.perf_counter()
+    for each in devices:
+        if not loopdev.detach(each):
+            each.close()  # udev looks at it
+    raw.wait_unbound(bound)
+    unbound = time.perf_counter() - begun
+    raw.remove_all(bound)
+    return unbound, time.perf_counter() - begun
 
 
 def kill(bus: PrivateBus, image: Path) -> tuple[float, float]:
