@@ -11,7 +11,7 @@ from bench.results import Result, loaded
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 PICTURE = DOCS / "performance.svg"
-CAPTION = "Attach and detach: the median, and up to the 99th percentile"
+CAPTION = "Attach and detach: dots and numbers are medians, lines lead to the 99th percentile"
 _PLACE = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
