@@ -18,7 +18,7 @@ from loopd.client import blocking
 from tests.harness.area import area
 from tests.harness.daemon import LIBRARIES
 
-ROUNDS = 5
+ROUNDS = 9
 SECONDS = 1
 SIZE = 256 << 20
 JOBS = {
