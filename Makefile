@@ -3,6 +3,7 @@
 #   make          .venv, with .venv/bin/loopd and .venv/bin/loopctl run from this checkout
 #   make demo     the main job on a private bus, with real loop devices and polkit
 #   make check    all tests and linters
+#   make bench    what it costs, beside losetup and udisks2
 #   make install  onto this system, or below DESTDIR
 #   make man      the manual pages, in build/man
 #   make deb      build/loopd_VERSION_all.deb, a package for Debian 12 and newer
@@ -25,13 +26,15 @@ EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
                     lintian groff-base udisks2 fdisk zsh fish mmdebstrap gpg debian-archive-keyring \
                     systemd-container $(EXAMPLE_PACKAGES)
+# Beside those.
+BENCH_PACKAGES   := fio
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
 .PHONY: all demo check lint bench install install-files uninstall man picture deb clean \
-        deps run-deps install-deps demo-deps deb-deps check-deps
+        deps run-deps install-deps demo-deps deb-deps check-deps bench-deps
 
 all: .venv/run
 
@@ -44,8 +47,9 @@ check: .venv/check
 lint: .venv/check
 	.venv/bin/python -m pytest -m lint
 
-bench: .venv/check
-	$(SUDO) .venv/bin/python -m bench
+# In the end: .venv/bin/python -m bench.document build/bench.json
+bench: .venv/check | bench-deps
+	$(SUDO) .venv/bin/python -m bench -o build/bench.json
 
 # The two stamps: after the first, the program runs; after the second, its tests do.
 
@@ -69,6 +73,7 @@ install-deps: ; $(call need,$(INSTALL_PACKAGES))
 demo-deps:    ; $(call need,$(DEMO_PACKAGES))
 deb-deps:     ; $(call need,$(DEB_PACKAGES))
 check-deps:   ; $(call need,$(CHECK_PACKAGES))
+bench-deps:   ; $(call need,$(BENCH_PACKAGES))
 
 define need
 @command -v dpkg-query >/dev/null || { echo 'make: not Debian; going on without looking for: $(1)'; exit 0; }; \

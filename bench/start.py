@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`python -m bench.start`: from a call that makes the bus start loopd to its answer.
+
+As it is installed: compiled, and with Debian's Python. Beside it `python3 -c 'import asyncio'`.
+Under the unit's sandbox where systemd runs, with loopd installed.
+"""
+
+import compileall
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from bench import rig
+from bench.results import Result, Target, alone, median, percentile
+from tests.harness.area import CHECKOUT, area
+from tests.harness.bus import LOOPD, PrivateBus
+from tests.harness.caller import MANAGER, MANAGER_PATH
+from tests.harness.daemon import LIBRARIES
+
+STARTS = 25
+ASYNCIO = "python3 -c 'import asyncio'"
+UNIT = "loopd.service"
+PROGRAM = """#!{python} -I
+import sys
+sys.path.insert(0, "{directory}")
+{library}
+sys.argv[1:] = ["--config", "{directory}/loopd.toml", "--runtime-directory", "{directory}/run"]
+from loopd.daemon import main
+sys.exit(main())
+"""
+SERVICE = f"""[D-BUS Service]
+Name={LOOPD}
+Exec={{directory}}/program
+"""
+
+
+def measure() -> Result:
+    """Start each in turns."""
+    times: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        starts: dict[str, Callable[[], float]] = {ASYNCIO: bare}
+        for library in LIBRARIES:
+            bus = stack.enter_context(activating(library))
+            starts[f"loopd, {library}"] = lambda bus=bus: activated(bus)
+        if booted():
+            starts["loopd, its unit"] = unit
+        for count in range(STARTS + 1):
+            for name, start in starts.items():
+                taken = start()
+                if count:  # the first one reads from disk
+                    times.setdefault(name, []).append(taken)
+    result = Result(
+        title="Cold start by activation, from the call to the answer, ms", columns=["median", "p90"]
+    )
+    for name, found in times.items():
+        result.rows[name] = [median(found), percentile(found, 90)]
+        if name != ASYNCIO:
+            limit = 250 if name.endswith("unit") else 150
+            what = f"{name}: 90th percentile"
+            target = Target(what=what, measured=percentile(found, 90), limit=limit, unit=" ms")
+            result.targets.append(target)
+    if not booted():
+        result.notes.append(
+            "Not measured under the unit's sandbox: here is no systemd with loopd installed."
+        )
+    return result
+
+
+def bare() -> float:
+    """Python itself, with what loopd needs at least."""
+    begun = time.perf_counter()
+    subprocess.run([rig.PYTHON, "-I", "-c", "import asyncio"], check=True)
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def activating(library: str) -> Iterator[PrivateBus]:
+    """A bus that starts loopd."""
+    with area("start") as directory:
+        shutil.copytree(CHECKOUT / "loopd", directory / "loopd")
+        shutil.copy(CHECKOUT / "dbus" / f"{LOOPD}.xml", directory / "loopd")
+        compileall.compile_dir(directory / "loopd", quiet=1)
+        (directory / "loopd.toml").touch()
+        wanted = importlib.util.find_spec(library)
+        assert wanted, f"{library} is not installed"
+        # That of the package index is not where Debian's Python looks.
+        (directory / library).symlink_to(Path(wanted.origin or "").parent)
+        hidden = [each for each in LIBRARIES if each != library]
+        program = directory / "program"
+        program.write_text(
+            PROGRAM.format(
+                python=rig.PYTHON,
+                directory=directory,
+                library="\n".join(f"sys.modules[{each!r}] = None" for each in hidden),
+            )
+        )
+        program.chmod(0o755)
+        (directory / f"{LOOPD}.service").write_text(SERVICE.format(directory=directory))
+        with PrivateBus(servicedirs=[directory]) as bus:
+            yield bus
+
+
+def activated(bus: PrivateBus) -> float:
+    """Have it started, and ended."""
+    with bus.connect() as client:
+        begun = time.perf_counter()
+        client.call(MANAGER_PATH, MANAGER, "ListDevices")
+        taken = time.perf_counter() - begun
+        (pid,) = client.call_bus("GetConnectionUnixProcessID", "s", [LOOPD])
+    os.kill(pid, signal.SIGTERM)
+    bus.wait_released(LOOPD)
+    while os.path.exists(f"/proc/{pid}/exe"):  # the next one would wait for its end
+        time.sleep(0.001)
+    return taken
+
+
+def booted() -> bool:
+    """Whether systemd can start loopd here."""
+    if not os.path.isdir("/run/systemd/system"):
+        return False
+    return subprocess.run(["systemctl", "--quiet", "cat", UNIT], check=False).returncode == 0
+
+
+def unit() -> float:
+    """Have systemd start it on the system's own bus; nothing is done if somebody uses it."""
+    begun = time.perf_counter()
+    call = ["busctl", "call", LOOPD, MANAGER_PATH, MANAGER, "ListDevices"]
+    subprocess.run(call, check=True, capture_output=True)
+    taken = time.perf_counter() - begun
+    # What a busctl costs is no part of it.
+    begun = time.perf_counter()
+    again = subprocess.run(call, check=True, capture_output=True)
+    taken -= time.perf_counter() - begun
+    assert again.stdout.split()[1:2] == [b"0"], "loopd has devices here, and is left alone"
+    subprocess.run(["systemctl", "stop", UNIT], check=True)
+    return taken
+
+
+if __name__ == "__main__":
+    alone(measure)

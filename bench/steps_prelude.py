@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run in loopd's interpreter before loopd: counts its steps, and tells the sums at the end."""
+
+import atexit
+import json
+import os
+from collections import Counter
+from functools import wraps
+from pathlib import Path
+
+import pyudev
+
+from loopd import records, registry, threads, wire
+
+counts = Counter()
+
+
+def counted(owner, name, what):
+    """Have calls of a method counted, as what the call itself says it is."""
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def count(*args, **kwargs):
+        counts[what(*args, **kwargs)] += 1
+        return method(*args, **kwargs)
+
+    setattr(owner, name, count)
+
+
+def pool_name(pools, pool, *_, **__):
+    """What the threads of a pool are for."""
+    names = {id(each): name for name, each in vars(pools).items()}
+    return f"handed to a thread: {names[id(pool)].strip('_')}"
+
+
+def polled(poll):
+    """Count the events of loop devices that are heard."""
+
+    @wraps(poll)
+    def count(*args, **kwargs):
+        event = poll(*args, **kwargs)
+        if event is not None and "/block/loop" in event.device_path:
+            counts[f"event of the kernel: {event.action}"] += 1
+        return event
+
+    return count
+
+
+pyudev.Monitor.poll = polled(pyudev.Monitor.poll)
+counted(registry, "_sight", lambda *_: "look at sysfs")
+counted(threads.Threads, "_submit", pool_name)
+counted(wire.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}")
+counted(
+    wire.Connection,
+    "call",
+    lambda _, to, path, interface, member, *__, **___: f"question: {member}",
+)
+counted(records.Path, "write_text", lambda *_, **__: "file written")
+atexit.register(lambda: Path(os.environ["STEPS"]).write_text(json.dumps(counts)))
