@@ -46,8 +46,9 @@ from .uapi import (
 )
 
 _DEV = Path("/dev")
-_SYS_BLOCK = Path("/sys/block")
-_SYS_DEV_BLOCK = Path("/sys/dev/block")
+_SYS_BLOCK = "/sys/block"
+_SYS_DEV_BLOCK = "/sys/dev/block"
+_ATTRIBUTE_SIZE = 1 << 13  # a page, and what tells that there is no more
 
 
 class PartitionExtent(NamedTuple):
@@ -247,7 +248,16 @@ def _get_u64(fd: int, request: int) -> int:
 
 def loop_attribute(number: int, attribute: str) -> bytes:
     """A sysfs attribute such as "size" or "loop/backing_file", without its final newline."""
-    return (_SYS_BLOCK / f"loop{number}" / attribute).read_bytes().removesuffix(b"\n")
+    return _read(f"{_SYS_BLOCK}/loop{number}/{attribute}")
+
+
+def _read(path: str) -> bytes:
+    # Half the time of pathlib's, and a look at a device reads a dozen.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _ATTRIBUTE_SIZE).removesuffix(b"\n")
+    finally:
+        os.close(fd)
 
 
 def loop_binding(number: int) -> int | None:
@@ -257,7 +267,7 @@ def loop_binding(number: int) -> int | None:
     the diskseq it stays the same over LOOP_CHANGE_FD, and no two bindings have the same.
     """
     try:
-        return (_SYS_BLOCK / f"loop{number}" / "loop").stat().st_ino
+        return os.stat(f"{_SYS_BLOCK}/loop{number}/loop").st_ino
     except FileNotFoundError:
         return None
 
@@ -269,26 +279,26 @@ def loop_bound(number: int) -> bool:
 
 def set_loop_attribute(number: int, attribute: str, value: bytes) -> None:
     """Write a sysfs attribute such as "queue/discard_max_bytes"."""
-    (_SYS_BLOCK / f"loop{number}" / attribute).write_bytes(value)
+    Path(_SYS_BLOCK, f"loop{number}", attribute).write_bytes(value)
 
 
 def loop_partitions(number: int) -> list[PartitionExtent]:
     """The partition devices of a loop device, by number, whatever is bound to it."""
-    return _partitions(_SYS_BLOCK / f"loop{number}")
+    return _partitions(_SYS_BLOCK, f"loop{number}")
 
 
-def _partitions(disk: Path) -> list[PartitionExtent]:
+def _partitions(directory: str, disk: str) -> list[PartitionExtent]:
     found = []
     try:
-        names = os.listdir(disk)
+        names = os.listdir(f"{directory}/{disk}")
     except FileNotFoundError:
         return []
     for name in names:
-        if not name.startswith(disk.name):
+        if not name.startswith(disk):
             continue
         try:
             number, start, size = (
-                int((disk / name / attribute).read_bytes())
+                int(_read(f"{directory}/{disk}/{name}/{attribute}"))
                 for attribute in ("partition", "start", "size")
             )
         except OSError as exc:
@@ -302,9 +312,10 @@ def _partitions(disk: Path) -> list[PartitionExtent]:
 
 def loop_of_block_device(major: int, minor: int) -> int | None:
     """The number of the loop device that a block device is, or is a partition of."""
-    if major != LOOP_MAJOR and not (_SYS_DEV_BLOCK / f"{major}:{minor}" / "partition").exists():
+    path = Path(_SYS_DEV_BLOCK, f"{major}:{minor}")
+    if major != LOOP_MAJOR and not (path / "partition").exists():
         return None
-    path = (_SYS_DEV_BLOCK / f"{major}:{minor}").resolve()
+    path = path.resolve()
     name = path.parent.name if (path / "partition").exists() else path.name
     number = name.removeprefix("loop")
     return int(number) if name.startswith("loop") and number.isdecimal() else None
@@ -312,17 +323,18 @@ def loop_of_block_device(major: int, minor: int) -> int | None:
 
 def block_name(major: int, minor: int) -> str:
     """The kernel's name of a block device, such as sda1."""
-    return (_SYS_DEV_BLOCK / f"{major}:{minor}").resolve(strict=True).name
+    return Path(_SYS_DEV_BLOCK, f"{major}:{minor}").resolve(strict=True).name
 
 
 def block_attribute(major: int, minor: int, attribute: str) -> bytes:
     """A sysfs attribute of a block device such as "size" or "../dev", as `loop_attribute`."""
-    return (_SYS_DEV_BLOCK / f"{major}:{minor}" / attribute).read_bytes().removesuffix(b"\n")
+    return _read(f"{_SYS_DEV_BLOCK}/{major}:{minor}/{attribute}")
 
 
 def block_partitions(major: int, minor: int) -> list[PartitionExtent]:
     """The partition devices of a block device, by number."""
-    return _partitions((_SYS_DEV_BLOCK / f"{major}:{minor}").resolve())
+    disk = Path(_SYS_DEV_BLOCK, f"{major}:{minor}").resolve()
+    return _partitions(str(disk.parent), disk.name)
 
 
 def release() -> tuple[int, int]:
