@@ -188,12 +188,9 @@ class Attaching:
         size = request.size_limit or max(file.size - request.offset, 0)
         mapping = Mapping.of(file.identity, request.offset, size, writable=not request.read_only)
         if not proposal.options.allow_overlap:
-            self._claims.require_none(
-                mapping,
-                bound=(
-                    (device.node, device.mapping) for device in self._registry if device.mapping
-                ),
-            )
+            others = self._registry.over(mapping)
+            bound = ((other.node, other.mapping) for other in others if other.mapping)
+            self._claims.require_none(mapping, bound)
         abandoned = asyncio.Event()
         place = self._quota.take(caller.uid)
         unclaim = self._claims.claim(mapping)

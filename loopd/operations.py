@@ -113,7 +113,7 @@ class Operations:
         limit = device.status.size_limit if options.size_limit is None else options.size_limit
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
-        others = (other for other in self._registry if other is not device)
+        others = (other for other in self._registry.over(now) if other is not device)
         self._claims.require_none(
             then,
             bound=(

@@ -32,10 +32,15 @@ class Mapping:
             device, inode, start = file.block.disk, 0, file.block.start + offset
         return cls(device, inode, start, start + size, writable)
 
+    @property
+    def file(self) -> tuple[int, int]:
+        """What it shares with all mappings that it could conflict with."""
+        return self.device, self.inode
+
     def conflicts_with(self, other: "Mapping") -> bool:
         """Whether both reach the same bytes and one could change them."""
         return (
-            (self.device, self.inode) == (other.device, other.inode)
+            self.file == other.file
             and self.start < other.end
             and other.start < self.end
             and (self.writable or other.writable)

@@ -8,6 +8,7 @@ and decides nothing: it tells its listeners what came, changed, went.
 import asyncio
 import errno
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from .access import NOBODY
 from .device import Device
 from .errors import LoopError, NoSuchDevice
 from .marker import Markers
+from .overlap import Mapping
 from .tasks import Tasks
 from .threads import Threads, Work
 
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 _FOREIGN_TIMEOUT = 2.0
 # When a device is looked at again that could not be seen, for want of memory or fds.
 _LOOK_AGAIN = 1.0
+# Attach and detach make three events and more, and know themselves what they do: looking at each
+# was a fifth of a pair.
+_SETTLE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +59,12 @@ class Registry:
         self._listeners = listeners
         self._devices: dict[str, Device] = {}
         self._by_number: dict[int, Device] = {}
+        self._by_file: defaultdict[tuple[int, int], set[Device]] = defaultdict(set)
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
+        self._soon: set[int] = set()
+        """Those that will be looked at when their events have settled."""
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
         self._tasks = Tasks()
@@ -77,6 +85,10 @@ class Registry:
         """The device with this loop number."""
         return self._by_number.get(number)
 
+    def over(self, mapping: Mapping) -> list[Device]:
+        """The devices over the same file."""
+        return [*self._by_file.get(mapping.file, ())]
+
     def knows(self, device: Device) -> bool:
         """Whether the device is still there."""
         return self._devices.get(device.path) is device
@@ -89,6 +101,8 @@ class Registry:
             self._by_number[device.number] = device
         self._managed += device.managed
         self._devices[device.path] = device
+        if device.mapping:
+            self._by_file[device.mapping.file].add(device)
         self._listeners.added(device)
 
     @property
@@ -112,6 +126,11 @@ class Registry:
             return
         self._managed -= device.managed
         del self._devices[device.path]
+        if device.mapping:
+            over_file = self._by_file[device.mapping.file]
+            over_file.discard(device)
+            if not over_file:
+                del self._by_file[device.mapping.file]
         if device.number is not None and self._by_number.get(device.number) is device:
             del self._by_number[device.number]
         device.gone.set()
@@ -140,6 +159,18 @@ class Registry:
     def look_at(self, number: int | None) -> None:
         """Look at a device that may have changed; None means at all of them."""
         self._tasks.start(self.look_at_all() if number is None else self._look(number))
+
+    def look_soon(self, number: int | None) -> None:
+        """The same because of an event of the kernel's, of which several come in a row."""
+        if number is None:
+            self.look_at(None)
+        elif number not in self._soon:
+            self._soon.add(number)
+            self._loop.call_later(_SETTLE, self._look_now, number)
+
+    def _look_now(self, number: int) -> None:
+        self._soon.discard(number)
+        self.look_at(number)
 
     def look_at_private(self) -> None:
         """Look at the block devices that are held without a loop device."""
