@@ -182,6 +182,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     manager: Manager
 
     def added(device: Device) -> None:
+        manager.device_came(device)
         records.note(device)
         announcer.added(device)
 
@@ -281,7 +282,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         records.bus = await bus.id()
         await restoring.restore()
         # Listening before looking, so that nothing falls between.
-        monitor = Monitor(registry.look_at, registry.look_at_private)
+        monitor = Monitor(registry.look_soon, registry.look_at_private)
         await registry.look_at_all()
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)

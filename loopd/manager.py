@@ -34,6 +34,7 @@ from .lifetimes import Lifetimes
 from .locks import Locks
 from .polkit import Authority
 from .registry import Registry
+from .spares import Spares
 from .tasks import Tasks
 from .threads import Threads, Work, remaining
 
@@ -68,6 +69,7 @@ class Manager:
         self._registry = registry
         self._lifetimes = lifetimes
         self._locks = locks
+        self._spares = Spares(threads)
         self._tasks = Tasks()
 
     # --- finding --------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ class Manager:
             _, late = await asyncio.wait(waits, timeout=timeout)
             for wait in late:
                 wait.cancel()
+        self._spares.remove_all()
 
     def let_go(self, device: Device) -> None:
         """Begin to detach; nothing to do if that has begun."""
@@ -318,6 +321,11 @@ class Manager:
         # kernel tells when it is unbound; it may just have.
         self._registry.look_at(loop.number)
 
+    def device_came(self, device: Device) -> None:
+        """Note that a device has been bound, by whomever."""
+        if device.number is not None:
+            self._spares.take(device.number)
+
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""
         self._lifetimes.gone(device)
@@ -329,7 +337,7 @@ class Manager:
             self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, hold.close))
         if device.loop:
             device.loop.release(None)
-            self._threads.remove(loopdev.remove, device.loop.number)
+            self._spares.keep(device.loop.number)
             log.info("%s is gone", device.node, extra={"UID": device.owner, **device.fields})
 
 

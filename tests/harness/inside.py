@@ -138,6 +138,7 @@ class Inside:
         scripted.uevent = self._uevent
 
     def _added(self, device: Device) -> None:
+        self.manager.device_came(device)
         self.records.note(device)
         self.told.append(("added", device.path))
 

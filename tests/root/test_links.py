@@ -162,6 +162,7 @@ def test_roots_device_has_no_mark(world: World, udev: Udev) -> None:
     root.detach(attached.path)
 
 
+@pytest.mark.alone
 def test_marks_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path) -> None:
     # Not in /run/loopd: the loopd of the other tests would not leave them there so long.
     """Killed at any point."""
@@ -175,6 +176,7 @@ def test_marks_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path
         assert not mark.exists()
 
 
+@pytest.mark.alone
 def test_partitions_that_a_killed_loopd_left_are_gone_after_its_next_start(area: Path) -> None:
     """Such as root makes them on a device that is not scanned: the kernel keeps them for ever."""
     with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
