@@ -311,6 +311,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         asking.close()
         if monitor:
             monitor.close()
+        registry.stop()
         if alive:
             alive.cancel()
 

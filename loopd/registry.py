@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from . import loopinfo
+from . import kernel, loopinfo
 from .access import NOBODY
 from .device import Device
 from .errors import LoopError, NoSuchDevice
@@ -63,7 +63,7 @@ class Registry:
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
-        self._soon: set[int] = set()
+        self._soon: dict[int, asyncio.TimerHandle] = {}
         """Those that will be looked at when their events have settled."""
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
@@ -86,8 +86,11 @@ class Registry:
         return self._by_number.get(number)
 
     def over(self, mapping: Mapping) -> list[Device]:
-        """The devices over the same file."""
-        return [*self._by_file.get(mapping.file, ())]
+        """The devices over the same file, of which none has gone by unnoticed yet.
+
+        The inode of a file that is gone, too, may be another one's by now.
+        """
+        return [each for each in self._by_file.get(mapping.file, ()) if _is_there(each)]
 
     def knows(self, device: Device) -> bool:
         """Whether the device is still there."""
@@ -165,12 +168,16 @@ class Registry:
         if number is None:
             self.look_at(None)
         elif number not in self._soon:
-            self._soon.add(number)
-            self._loop.call_later(_SETTLE, self._look_now, number)
+            self._soon[number] = self._loop.call_later(_SETTLE, self._look_now, number)
 
     def _look_now(self, number: int) -> None:
-        self._soon.discard(number)
+        del self._soon[number]
         self.look_at(number)
+
+    def stop(self) -> None:
+        """Look at nothing any more of which events have come."""
+        for timer in self._soon.values():
+            timer.cancel()
 
     def look_at_private(self) -> None:
         """Look at the block devices that are held without a loop device."""
@@ -265,6 +272,15 @@ class Registry:
         if number not in self._by_number and not claimed:
             self.record(device)
             self._looks[number] = True  # it may have gone while it was asked
+
+
+def _is_there(device: Device) -> bool:
+    if device.number is None:
+        return True
+    try:
+        return kernel.loop_binding(device.number) == device.status.binding
+    except OSError:
+        return True  # as far as known
 
 
 def _sight(number: int) -> loopinfo.Status | None:

@@ -186,6 +186,24 @@ def test_a_lock_that_is_lost_while_it_is_changed_is_no_longer_told(with_parts: W
     with_parts(story)
 
 
+def test_a_device_that_has_gone_unnoticed_is_in_nobodys_way(with_parts: WithParts) -> None:
+    """By then a new file may have the inode of the one that it had."""
+
+    async def story(parts: Parts) -> None:
+        with blockdev.opened(kernel.open_loop_control()) as control:
+            number = kernel.loop_ctl_add(control.fileno(), -1)
+        parts.scripted.bind_by_others(number, parts.image)
+        await parts.registry._look(number)
+        with pytest.raises(Overlap):
+            await parts.attach_image()
+        parts.scripted.let_go(number)
+        device = await parts.attach_image()
+        parts.manager.let_go(device)
+        await device.gone.wait()
+
+    with_parts(story)
+
+
 def test_a_device_that_grows_and_one_that_is_attached_do_not_meet(with_parts: WithParts) -> None:
     """Each looks at what the other is about to map."""
 
