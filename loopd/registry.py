@@ -29,7 +29,7 @@ _FOREIGN_TIMEOUT = 2.0
 # When a device is looked at again that could not be seen, for want of memory or fds.
 _LOOK_AGAIN = 1.0
 # Attach and detach make three events and more, and know themselves what they do: looking at each
-# was a fifth of a pair.
+# was an eighth of a pair.
 _SETTLE = 0.01
 
 
