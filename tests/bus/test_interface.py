@@ -216,6 +216,7 @@ def test_a_name_of_no_node_is_an_invalid_argument(world: World) -> None:
         assert error == "InvalidArgs", name
 
 
+@pytest.mark.alone  # nobody else may bind the number meanwhile
 def test_a_node_without_a_file_is_no_device(world: World) -> None:
     caller = world.caller()
     attached = attach(world, caller)

@@ -503,7 +503,9 @@ class ScriptedKernel:
             return self.loop_attribute(number, attribute.removeprefix("../"))
         if partition is None:
             return self.loop_attribute(number, attribute)
-        extent = self._loops[number].partitions[partition]
+        extent = self._loops[number].partitions.get(partition)
+        if extent is None:
+            _refuse(errno.ENOENT)  # whoever was told of it was slower than its removal
         values = {"partition": partition, "start": extent.start // 512, "size": extent.size // 512}
         values["ro"] = int(self.loop_attribute(number, "ro"))
         if attribute not in values:

@@ -5,6 +5,7 @@ A machine has one udevd, and several test runs may want it at once.  So the runs
 the first of them started, each holding a shared lock meanwhile, and the last one stops it.
 """
 
+import errno
 import fcntl
 import os
 import signal
@@ -97,10 +98,18 @@ def shared_pid() -> int | None:
 
 
 def _udevadm(*arguments: str) -> str:
-    run = subprocess.run(
-        ["udevadm", *arguments], check=True, capture_output=True, text=True, timeout=60
-    )
-    return run.stdout
+    deadline = Deadline()
+    while True:
+        run = subprocess.run(
+            ["udevadm", *arguments], check=False, capture_output=True, text=True, timeout=60
+        )
+        if not run.returncode:
+            return run.stdout
+        # One caller is served at a time and one may wait; it refuses who comes beside them.
+        if os.strerror(errno.EAGAIN) not in run.stderr or not deadline.remaining:
+            raise subprocess.CalledProcessError(
+                run.returncode, run.args, output=run.stdout, stderr=run.stderr
+            )
 
 
 def _reload() -> None:

@@ -5,6 +5,7 @@ With a running udevd, which looks at whatever comes, and with losetup, which tak
 may see an error.
 """
 
+import errno
 import os
 import subprocess
 import threading
@@ -114,7 +115,11 @@ def mounted(node: str) -> Iterator[Path]:
 
 @contextmanager
 def losetup_racing(files: Path, count: int = 1) -> Iterator[None]:
-    """Set up and detach loop devices by losetup all the while; none of it may fail."""
+    """Set up and detach loop devices by losetup all the while; none of it may fail.
+
+    But once: the kernel names it a free device, and losetup does not try again where that is
+    removed before it could open it.
+    """
     stop = threading.Event()
     failures: list[str] = []
 
@@ -145,7 +150,9 @@ def losetup_racing(files: Path, count: int = 1) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join()
-    assert failures == []
+    removed = [each for each in failures if os.strerror(errno.ENXIO) in each]
+    assert len(removed) <= 1, failures
+    assert failures == removed
 
 
 def test_five_threads_attach_what_is_mounted_from_one_fd(image: Path) -> None:
