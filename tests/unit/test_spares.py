@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Devices that are kept for the next attach: which, how many, and not for long."""
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from loopd import spares as module
+from loopd.spares import Spares
+from loopd.threads import Threads
+
+
+class Removals:
+    """Stands in for the threads, and notes what they were to remove."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def remove(self, _function: Callable[[int], bool], number: int) -> None:
+        """Note it."""
+        self.numbers.append(number)
+
+
+def removed(story: Callable[[Spares], None], *, later: int = 0) -> list[int]:
+    """Return what is removed in a story, at once and so many `later`."""
+    removals = Removals()
+
+    async def run() -> None:
+        story(Spares(cast("Threads", removals)))
+        assert not (later and removals.numbers)
+        async with asyncio.timeout(module._KEPT_FOR + 5):
+            while len(removals.numbers) < later:
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
+    return removals.numbers
+
+
+def keep(*numbers: int) -> Callable[[Spares], None]:
+    def story(spares: Spares) -> None:
+        for number in numbers:
+            spares.keep(number)
+
+    return story
+
+
+def test_a_few_are_kept_and_those_are_the_lowest() -> None:
+    """What LOOP_CTL_GET_FREE names is not taken away between its answer and the open."""
+    assert removed(keep(0, 1, 2, 3)) == []
+    assert removed(keep(0, 1, 2, 3, 4, 5)) == [4, 5]
+    assert removed(keep(9, 8, 7, 6, 5, 4)) == [9, 8]
+    assert removed(keep(3, 3, 3, 3, 3, 3)) == []
+
+
+def test_they_go_when_none_has_come_for_a_while() -> None:
+    assert removed(keep(3, 5, 4), later=3) == [5, 4, 3]
+
+
+def test_one_that_is_in_use_again_is_not_removed() -> None:
+    def story(spares: Spares) -> None:
+        keep(3, 4)(spares)
+        spares.take(3)
+        spares.remove_all()
+        spares.remove_all()
+
+    assert removed(story) == [4]
+
+
+def test_all_go_when_loopd_does() -> None:
+    assert removed(lambda spares: (keep(2, 1)(spares), spares.remove_all())[1]) == [2, 1]
