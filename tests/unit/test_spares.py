@@ -3,37 +3,41 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from loopd import spares as module
 from loopd.spares import Spares
 from loopd.threads import Threads
 
 
-class Removals:
-    """Stands in for the threads, and notes what they were to remove."""
+class Removals(Threads):
+    """Notes what is to be removed, and removes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, awaited: int) -> None:
+        """`over` is set when as many are noted as are awaited."""
+        super().__init__()
         self.numbers: list[int] = []
+        self.over = asyncio.Event()
+        self._awaited = awaited
 
     def remove(self, _function: Callable[[int], bool], number: int) -> None:
         """Note it."""
         self.numbers.append(number)
+        if len(self.numbers) >= self._awaited:
+            self.over.set()
 
 
 def removed(story: Callable[[Spares], None], *, later: int = 0) -> list[int]:
     """Return what is removed in a story, at once and so many `later`."""
-    removals = Removals()
 
-    async def run() -> None:
-        story(Spares(cast("Threads", removals)))
-        assert not (later and removals.numbers)
-        async with asyncio.timeout(module._KEPT_FOR + 5):
-            while len(removals.numbers) < later:
-                await asyncio.sleep(0)
+    async def run() -> list[int]:
+        removals = Removals(later)
+        story(Spares(removals))
+        if later:
+            assert not removals.numbers
+            await asyncio.wait_for(removals.over.wait(), module._KEPT_FOR + 5)
+        return removals.numbers
 
-    asyncio.run(run())
-    return removals.numbers
+    return asyncio.run(run())
 
 
 def keep(*numbers: int) -> Callable[[Spares], None]:
