@@ -55,5 +55,5 @@ counted(
     "call",
     lambda _, to, path, interface, member, *__, **___: f"question: {member}",
 )
-counted(records.Path, "write_text", lambda *_, **__: "file written")
+counted(records.os, "replace", lambda *_, **__: "file written")
 atexit.register(lambda: Path(os.environ["STEPS"]).write_text(json.dumps(counts)))

@@ -307,7 +307,7 @@ class Attaching:
         def undo(waiting: int | None) -> None:
             release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
-            self._loop.call_soon_threadsafe(self._registry.look_at, number)
+            self._loop.call_soon_threadsafe(self._registry.look_if_bound, number)
 
         return undo
 

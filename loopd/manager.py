@@ -10,11 +10,11 @@ import errno
 import logging
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
-from . import access, blockdev, kernel, loopdev, loopinfo, loopops
+from . import access, blockdev, loopdev, loopinfo, loopops
 from .access import Caller, Client, Operation
 from .config import Config
 from .device import ATTACHED, DETACHING, Device
@@ -207,7 +207,8 @@ class Manager:
     @staticmethod
     async def _take(device: Device, timeout: float | None) -> None:
         try:
-            await asyncio.wait_for(device.operating.acquire(), timeout)
+            async with asyncio.timeout(timeout):
+                await device.operating.acquire()
         except TimeoutError as exc:
             raise TimedOut(f"another operation on {device.node} does not end") from exc
 
@@ -238,7 +239,8 @@ class Manager:
             caller.client.require_present()
         self.let_go(device)
         try:
-            await asyncio.wait_for(device.gone.wait(), _DETACH_WAIT)
+            async with asyncio.timeout(_DETACH_WAIT):
+                await device.gone.wait()
         except TimeoutError:
             return False
         return True
@@ -314,12 +316,12 @@ class Manager:
             pause = next(pauses, pause)
             await asyncio.sleep(pause)
             cleared = await end(partial(loopdev.clear, loop))
-        with suppress(OSError):  # then it is looked at again
-            if kernel.loop_binding(loop.number) != device.status.binding:
-                self._registry.forget(device)
-        # Else an operation still under way has it open, or others have someone else's device. The
-        # kernel tells when it is unbound; it may just have.
-        self._registry.look_at(loop.number)
+        if self._registry.is_unbound(device):
+            self._registry.forget(device)
+        else:
+            # An operation still under way has it open, or others have someone else's device. The
+            # kernel tells when it is unbound; it may just have.
+            self._registry.look_at(loop.number)
 
     def device_came(self, device: Device) -> None:
         """Note that a device has been bound, by whomever."""

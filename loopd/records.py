@@ -7,6 +7,7 @@ memory, and waits for nobody.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -166,9 +167,16 @@ class Records:
         record = Record.of(device, lease or device.lease, self.bus)
         if self._saved.get(device.label) == record:
             return
-        path = self._directory / device.label
-        new = path.with_name(device.label + _NEW)
-        new.write_text(json.dumps(dataclasses.asdict(record)))
+        # By os, and without dataclasses' deep copy: half the time that an attach spends here.
+        path = f"{self._directory}/{device.label}"
+        new = path + _NEW
+        data = json.dumps(vars(record)).encode()
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if os.write(fd, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(fd)
         os.replace(new, path)
         self._saved[device.label] = record
 
@@ -185,6 +193,8 @@ class Records:
         """Forget a device that is gone."""
         self._saved.pop(label, None)
         try:
-            (self._directory / label).unlink(missing_ok=True)
+            os.unlink(f"{self._directory}/{label}")
+        except FileNotFoundError:
+            pass
         except OSError as exc:
             log.warning("cannot remove the record of %s: %s", label, exc.strerror)

@@ -113,6 +113,11 @@ class Registry:
         """How many of the devices loopd has attached."""
         return self._managed
 
+    @staticmethod
+    def is_unbound(device: Device) -> bool:
+        """Whether a loop device is seen to hold no file any more, or another one."""
+        return not _is_there(device)
+
     def changed(self, device: Device) -> None:
         """Tell that something about a device has changed."""
         self._listeners.changed(device)
@@ -162,6 +167,15 @@ class Registry:
     def look_at(self, number: int | None) -> None:
         """Look at a device that may have changed; None means at all of them."""
         self._tasks.start(self.look_at_all() if number is None else self._look(number))
+
+    def look_if_bound(self, number: int) -> None:
+        """Look at a device that was not looked at while it was ours."""
+        try:
+            bound = kernel.loop_bound(number)
+        except OSError:
+            bound = True  # as far as known
+        if bound:
+            self.look_at(number)
 
     def look_soon(self, number: int | None) -> None:
         """The same because of an event of the kernel's, of which several come in a row."""

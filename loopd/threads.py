@@ -8,9 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from enum import Enum
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, TypeVar
 
 from .backing import closes_quickly
@@ -42,6 +43,7 @@ class Threads:
     """
 
     def __init__(self) -> None:
+        self._loop_thread = get_ident()
         self._calls = ThreadPoolExecutor(64, "call")
         self._endings = ThreadPoolExecutor(64, "ending")
         self._looks = ThreadPoolExecutor(8, "look")
@@ -69,6 +71,17 @@ class Threads:
         thread. `ended` is called on the event loop when all of that is over. Raises TimedOut.
         """
         loop = asyncio.get_running_loop()
+        # Not asyncio.wait on a wrapped future: that was half of what a call costs the event loop.
+        waited = loop.create_future()
+
+        def wake() -> None:
+            if not waited.done():
+                waited.set_result(None)
+
+        def done(_: Future[_T]) -> None:
+            # Closed, if it comes too late for anybody.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(wake)
 
         def over(done: Future[_T]) -> None:
             try:
@@ -84,20 +97,23 @@ class Threads:
         except LimitsExceeded:
             ended()
             raise
-        waited = asyncio.wrap_future(future)
-        # A failure is nobody's if who waits is cancelled in the same turn of the loop.
-        waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+        future.add_done_callback(done)
+        timer = None if timeout is None else loop.call_later(timeout, wake)
+        in_time = False
         try:
-            await asyncio.wait([waited], timeout=timeout)
+            await waited
+            in_time = future.done()
         finally:
-            if waited.done():
+            if timer:
+                timer.cancel()
+            if in_time:
                 ended()
             else:
-                waited.add_done_callback(_note_late)
+                future.add_done_callback(_note_late)
                 future.add_done_callback(over)
-        if not waited.done():
+        if not in_time:
             raise TimedOut(f"the kernel did not finish within {math.ceil(timeout or 0)} s")
-        return waited.result()
+        return future.result()
 
     async def run_in_turn(
         self,
@@ -121,9 +137,12 @@ class Threads:
         `uid` is the owner of what is worked at: what a user can make hang takes that user's own
         turns and nobody else's. Raises TimedOut.
         """
-        turns = self._turns.setdefault((uid, work), asyncio.Semaphore(work.value))
+        turns = self._turns.get((uid, work))
+        if turns is None:
+            turns = self._turns[uid, work] = asyncio.Semaphore(work.value)
         try:
-            await asyncio.wait_for(turns.acquire(), timeout)
+            async with asyncio.timeout(timeout):
+                await turns.acquire()
         except TimeoutError as exc:
             raise TimedOut("other operations of this user did not end in time") from exc
         return turns.release
@@ -138,7 +157,11 @@ class Threads:
 
     def close_fds(self, fds: Iterable[int], owner: object = None) -> None:
         """Close several at once, at the expense of whoever sent them."""
-        self._submit(self._closes, partial(self._close, tuple(fds), owner))
+        close = partial(self._close, tuple(fds), owner)
+        if get_ident() == self._loop_thread:
+            self._submit(self._closes, close)
+        else:
+            close()  # as well here as in another thread
 
     def _close(self, fds: tuple[int, ...], owner: object) -> None:
         for fd in fds:
