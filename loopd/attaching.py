@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
-from . import access, attachment, kernel, loopdev, loopinfo, loopops, udevlinks
+from . import access, attachment, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
@@ -215,7 +215,9 @@ class Attaching:
                 admitted.callback(await self._threads.turn(caller.uid, work, None))
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
-            passed = fd.move()
+            # Looking once more whether a close may hang would cost as much as the close.
+            quick = proposal.file.closes_quickly
+            passed = blockdev.opened(fd.release()) if quick else fd.move()
             attach = partial(
                 _attach,
                 passed,
@@ -228,8 +230,10 @@ class Attaching:
                 loop, status = await self._threads.run(
                     attach, late=lambda attached: _undo(attached[0])
                 )
-            except LimitsExceeded:
-                passed.close()  # if there was no thread for it
+            except LimitsExceeded:  # there was no thread for it
+                if quick:
+                    self._threads.close_fd(passed.release())
+                passed.close()
                 raise
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 _LOOP = re.compile(r"/block/loop(\d+)(?:/|$)")
 _SLICE = 64  # events at a time, some 30 µs each
+# Seconds between the first event and the reading of all. Attach and detach make three events and
+# more, and know themselves what they do: looking at a device for each was an eighth of a pair.
+_SETTLE = 0.01
 
 
 def loop_numbers() -> list[int]:
@@ -54,16 +57,23 @@ class Monitor:
         # for ever on it.
         self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
         self._loop = asyncio.get_running_loop()
+        self._later: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._socket, self._readable)
 
     def close(self) -> None:
         """Stop listening."""
+        if self._later:
+            self._later.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
 
     def _readable(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._later = self._loop.call_later(_SETTLE, self._read)
+
+    def _read(self) -> None:
         lost = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        numbers, came = set(), False
+        numbers, came, more = set(), False, False
         try:
             for _ in range(_SLICE):
                 device = self._monitor.poll(timeout=0)
@@ -72,8 +82,15 @@ class Monitor:
                 came = True
                 if found := _LOOP.search(device.device_path):
                     numbers.add(int(found[1]))
+            else:
+                more = True
         except OSError:
             lost = True
+        if more:
+            self._later = self._loop.call_later(0, self._read)  # after whatever else waits
+        else:
+            self._later = None
+            self._loop.add_reader(self._socket, self._readable)
         if lost:
             log.info("events of the kernel were lost: looking at all loop devices again")
             self._on_event(None)

@@ -2,6 +2,7 @@
 """What we send, until the bus has taken it: in its order, and so much at most."""
 
 import asyncio
+import itertools
 import logging
 import socket
 import struct
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 # What waits for a slow bus: all in all, and before it for one destination.
 _MAX_QUEUED = 16 << 20
 _MAX_QUEUED_PER_DESTINATION = 4 << 20
+# Messages in one write.
+_AT_A_TIME = 16
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 @dataclass(slots=True)
@@ -33,6 +37,8 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Outgoing] = deque()
         self._queued: Counter[str] = Counter()
+        self._waits = False
+        """Whether the socket was full."""
 
     def put(self, message: bytes, fds: Sequence[int], destination: str) -> asyncio.Future[None]:
         """Send a message; the fds must stay open until the future is done.
@@ -48,7 +54,8 @@ class Outbox:
         self._queue.append(_Outgoing(data, fds, destination, written))
         self._queued[destination] += len(data)
         if len(self._queue) == 1:
-            self._writable()
+            # With what else is put in this turn: each write has the bus wake up and look.
+            self._loop.call_soon(self._writable)
         return written
 
     async def drain(self) -> None:
@@ -57,7 +64,8 @@ class Outbox:
             await asyncio.wait([self._queue[-1].written])
 
     def close(self) -> None:
-        """Send no more."""
+        """Send what the socket takes at once, and no more."""
+        self._writable()
         self._loop.remove_writer(self._socket)
         for outgoing in self._queue:
             if not outgoing.written.done():
@@ -84,33 +92,43 @@ class Outbox:
     def _writable(self) -> None:
         try:
             while self._queue:
-                first = self._queue[0]
-                ancillary = (
-                    [
-                        (
-                            socket.SOL_SOCKET,
-                            socket.SCM_RIGHTS,
-                            struct.pack(f"{len(first.fds)}i", *first.fds),
-                        )
-                    ]
-                    if first.fds
-                    else []
-                )
-                sent = self._socket.sendmsg(
-                    [first.data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-                )
-                first.data, first.fds = first.data[sent:], ()
-                self._queued[first.destination] -= sent
-                if not first.data:
-                    self._queue.popleft()
-                    if not self._queued[first.destination]:
-                        del self._queued[first.destination]
-                    if not first.written.done():
-                        first.written.set_result(None)
+                self._sent(self._socket.sendmsg(*self._next()))
         except BlockingIOError:
             # A full socket is no lost one: what is left goes when there is room.
             self._loop.add_writer(self._socket, self._writable)
+            self._waits = True
             return
         except OSError as exc:
             self._loop.call_soon(self._on_error, f"cannot write to the bus: {exc.strerror}")
-        self._loop.remove_writer(self._socket)
+        if self._waits:
+            self._waits = False
+            self._loop.remove_writer(self._socket)
+
+    def _next(self) -> tuple[list[memoryview], list[tuple[int, int, bytes]], int]:
+        """The first message, and as many after it as need no fds of their own."""
+        first = self._queue[0]
+        data = [first.data]
+        for outgoing in itertools.islice(self._queue, 1, _AT_A_TIME):
+            if outgoing.fds:
+                break
+            data.append(outgoing.data)
+        ancillary = []
+        if first.fds:
+            fds = struct.pack(f"{len(first.fds)}i", *first.fds)
+            ancillary.append((int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds))
+        return data, ancillary, _SEND
+
+    def _sent(self, size: int) -> None:
+        """Take what is sent out of the queue; the fds went with its first byte."""
+        while size:
+            first = self._queue[0]
+            part = min(size, len(first.data))
+            size -= part
+            first.data, first.fds = first.data[part:], ()
+            self._queued[first.destination] -= part
+            if not first.data:
+                self._queue.popleft()
+                if not self._queued[first.destination]:
+                    del self._queued[first.destination]
+                if not first.written.done():
+                    first.written.set_result(None)

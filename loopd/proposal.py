@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from . import backing, kernel, loopinfo
+from . import backing, blockdev, kernel, loopinfo
 from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
@@ -64,7 +64,7 @@ class Proposal:
     @property
     def may_hang(self) -> bool:
         """Whether calls on the file may wait for somebody, whoever trusts that they will end."""
-        return self.block is None and self.file.filesystem not in backing.TRUSTED_FILESYSTEMS
+        return self.block is None and not self.file.closes_quickly
 
     @property
     def needs_loop_device(self) -> bool:
@@ -96,7 +96,7 @@ class Proposals:
 
         Raises UnsupportedFile, UntrustedFilesystem, NoSuchDevice, TimedOut, OSError.
         """
-        file = await self._with_copy(fd, backing.examine)
+        file = await self._with_copy(fd, backing.examine, lambda file: file.closes_quickly)
         block = await self._look_at_block(fd, file)
         return Proposal(
             options=options,
@@ -118,13 +118,24 @@ class Proposals:
 
         return await self._with_copy(fd, look)
 
-    async def _with_copy(self, fd: OwnedFd, function: Callable[[int], _T]) -> _T:
-        """Call a function in a thread, with an fd of its own that it cannot lose meanwhile."""
+    async def _with_copy(
+        self,
+        fd: OwnedFd,
+        function: Callable[[int], _T],
+        closes_quickly: Callable[[_T], bool] = lambda _: False,
+    ) -> _T:
+        """Call a function in a thread, with an fd of its own that it cannot lose meanwhile.
+
+        What it returns may say that the fd can be closed at once.
+        """
         copy = OwnedFd(kernel.dup(fd.fileno()), self._threads.close_fd)
 
         def call() -> _T:
             with copy:
-                return function(copy.fileno())
+                result = function(copy.fileno())
+                if closes_quickly(result):
+                    blockdev.opened(copy.release()).close()
+                return result
 
         return await self._threads.run(call, timeout=self._config.deadlines.operation)
 

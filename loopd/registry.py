@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 _FOREIGN_TIMEOUT = 2.0
 # When a device is looked at again that could not be seen, for want of memory or fds.
 _LOOK_AGAIN = 1.0
-# Attach and detach make three events and more, and know themselves what they do: looking at each
-# was an eighth of a pair.
-_SETTLE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +60,6 @@ class Registry:
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
-        self._soon: dict[int, asyncio.TimerHandle] = {}
-        """Those that will be looked at when their events have settled."""
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
         self._tasks = Tasks()
@@ -176,22 +171,6 @@ class Registry:
             bound = True  # as far as known
         if bound:
             self.look_at(number)
-
-    def look_soon(self, number: int | None) -> None:
-        """The same because of an event of the kernel's, of which several come in a row."""
-        if number is None:
-            self.look_at(None)
-        elif number not in self._soon:
-            self._soon[number] = self._loop.call_later(_SETTLE, self._look_now, number)
-
-    def _look_now(self, number: int) -> None:
-        del self._soon[number]
-        self.look_at(number)
-
-    def stop(self) -> None:
-        """Look at nothing any more of which events have come."""
-        for timer in self._soon.values():
-            timer.cancel()
 
     def look_at_private(self) -> None:
         """Look at the block devices that are held without a loop device."""
