@@ -126,7 +126,8 @@ class Announcer:
 
     def removed(self, device: Device) -> None:
         """Tell that a device is gone."""
-        self.flush()  # its last changes come before its end
+        if device.path in self._changed:  # its last changes come before its end
+            self._tell(device.path, self._changed.pop(device.path))
         self._told.pop(device.path, None)
         body = [device.path, [DEVICE]]
         self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", body)
@@ -141,14 +142,17 @@ class Announcer:
         """Tell what has changed since the last time."""
         changed, self._changed = self._changed, {}
         for path, device in changed.items():
-            before = self._told.get(path)
-            if before is None:
-                continue
-            now = self._told[path] = self.properties_of(device)
-            different = {name: value for name, value in now.items() if value != before[name]}
-            if different:
-                body = [DEVICE if device else MANAGER, different, []]
-                self._emit_for(device, path, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
+            self._tell(path, device)
+
+    def _tell(self, path: str, device: Device | None) -> None:
+        before = self._told.get(path)
+        if before is None:
+            return
+        now = self._told[path] = self.properties_of(device)
+        different = {name: value for name, value in now.items() if value != before[name]}
+        if different:
+            body = [DEVICE if device else MANAGER, different, []]
+            self._emit_for(device, path, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
 
     def _emit_for(
         self,

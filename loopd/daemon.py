@@ -24,6 +24,7 @@ from .attaching import Attaching
 from .bus import Bus
 from .config import DEFAULT_PATH, BadConfig, Config, load
 from .device import Device
+from .ending import Ending
 from .errors import BusError, LoopError
 from .fdstore import FdStore
 from .frame import Frame
@@ -179,10 +180,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     announcer: Announcer
     bus: Bus
     idle: Idle
+    ending: Ending
     manager: Manager
 
     def added(device: Device) -> None:
-        manager.device_came(device)
+        ending.device_came(device)
         records.note(device)
         announcer.added(device)
 
@@ -192,7 +194,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
             announcer.changed(device)
 
     def removed(device: Device) -> None:
-        manager.device_gone(device)
+        ending.device_gone(device)
         announcer.removed(device)
         if device.managed:
             records.remove(device.label)
@@ -234,10 +236,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         threads,
         Logind(asking.call),
         config.limits,
-        let_go=lambda device: manager.let_go(device),
+        let_go=lambda devices: ending.let_go_all(devices),
     )
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
-    manager = Manager(config, threads, authority, registry, lifetimes, locks)
+    ending = Ending(threads, registry, lifetimes, locks)
+    manager = Manager(config, threads, authority, registry, lifetimes, locks, ending)
     claims = Claims()
     operations = Operations(manager, registry, locks, claims, threads, lifetimes, store)
     quota = Quota(
@@ -257,7 +260,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         claims,
         quota,
         store,
-        let_go=manager.let_go,
+        let_go=ending.let_go,
     )
     restoring = Restoring(
         threads,
@@ -269,7 +272,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         quota,
         claim=attaching.take_back,
         rejoin=bus.rejoin,
-        let_go=manager.let_go,
+        let_go=ending.let_go,
     )
     service.serve(manager, operations, attaching)
     announcer.start()
@@ -303,7 +306,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         await bus.release(NAME, _STOP_TIMEOUT)
         # What is in the store is the next loopd's; systemd starts it after a failure, too.
         if not (store.room and (status or await unit.restarts())):
-            await manager.stop(_STOP_TIMEOUT)
+            await ending.stop(_STOP_TIMEOUT)
         await bus.leave(_STOP_TIMEOUT)
         return status
     finally:

@@ -43,7 +43,7 @@ class _Hold:
 
 
 class Lifetimes:
-    """The leases and the Holds of all devices; `let_go` detaches one that nothing keeps."""
+    """The leases and the Holds of all devices; `let_go` detaches those that nothing keeps."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Lifetimes:
         threads: Threads,
         logind: Logind,
         limits: Limits,
-        let_go: Callable[[Device], None],
+        let_go: Callable[[list[Device]], None],
     ) -> None:
         self._leases = leases
         self._registry = registry
@@ -113,7 +113,7 @@ class Lifetimes:
     def holder_is_gone(self, device: Device) -> None:
         """End the lease of a connection that has left while there was no loopd."""
         if device.lease:
-            self._over(device.lease, f"{device.lease.holder} has left", {"UID": device.owner})
+            self._over([device.lease], f"{device.lease.holder} has left", {"UID": device.owner})
 
     def end(self, device: Device) -> None:
         """Keep a device no more, whatever does."""
@@ -128,8 +128,7 @@ class Lifetimes:
 
     def client_left(self, client: Client) -> None:
         """End what was kept by a connection."""
-        for lease in self._leases.held_by(client.name):
-            self._over(lease, f"{client.name} has left", client.fields)
+        self._over(self._leases.held_by(client.name), f"{client.name} has left", client.fields)
 
     def users_may_have_left(self) -> None:
         """Ask logind whether the users whom it knew are still there."""
@@ -145,26 +144,31 @@ class Lifetimes:
                 for uid in self._leases.users():
                     if not await self._logind.has_forgotten(uid):
                         continue
-                    for lease in self._leases.of_user(uid):
-                        self._over(lease, f"the user {uid} has left", {"UID": uid})
+                    leases = self._leases.of_user(uid)
+                    self._over(leases, f"the user {uid} has left", {"UID": uid})
                 await asyncio.sleep(_PAUSE)
         finally:
             self._looking = False
 
-    def _over(self, lease: Lease, why: str, fields: dict[str, object]) -> None:
-        """Leave a device to those who hold it."""
-        self._leases.over(lease)
-        device = self._registry.at(lease.device)
-        if device is None:
-            return
-        extra = {"ACTION": "Detach", **fields, **device.fields}
-        if device.holds:
-            count = len(device.holds)
-            log.info("%s: %s is kept by %d Holds", why, device.node, count, extra=extra)
-            self._registry.changed(device)
-        else:
-            log.info("%s: detaching %s", why, device.node, extra=extra)
-            self._let_go(device)
+    def _over(self, leases: list[Lease], why: str, fields: dict[str, object]) -> None:
+        """Leave devices to those who hold them."""
+        unheld = []
+        for lease in leases:
+            self._leases.over(lease)
+            device = self._registry.at(lease.device)
+            if device is None:
+                continue
+            if device.holds:
+                extra = {"ACTION": "Detach", **fields, **device.fields}
+                count = len(device.holds)
+                log.info("%s: %s is kept by %d Holds", why, device.node, count, extra=extra)
+                self._registry.changed(device)
+            else:
+                unheld.append(device)
+        if unheld:
+            nodes = ", ".join(device.node for device in unheld)
+            log.info("%s: detaching %s", why, nodes, extra={"ACTION": "Detach", **fields})
+            self._let_go(unheld)
 
     # --- Holds ----------------------------------------------------------------------------------
 
@@ -211,7 +215,7 @@ class Lifetimes:
         if device.lease and device.lease.over and not device.holds and device.state == ATTACHED:
             extra = {"ACTION": "Detach", "UID": device.owner, **device.fields}
             log.info("nobody holds %s any more: detaching it", device.node, extra=extra)
-            self._let_go(device)
+            self._let_go([device])
 
     def _close(self, hold: _Hold) -> None:
         self._loop.remove_reader(hold.write_end.fileno())

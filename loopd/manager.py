@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The devices that are there: finding one, who may do what to it, and how it ends.
+"""The devices that are there: finding one, who may do what to it, and doing it.
 
 It knows neither D-Bus nor ioctls. What was decided before an `await` is decided again after it.
-What else can be done to a device is in `operations`, and Attach in `attaching`.
+What else can be done to a device is in `operations`; Attach is in `attaching`, and how a device
+ends in `ending`.
 """
 
 import asyncio
@@ -14,27 +15,25 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
-from . import access, blockdev, loopdev, loopinfo, loopops
+from . import access, blockdev, loopdev, loopinfo
 from .access import Caller, Client, Operation
 from .config import Config
-from .device import ATTACHED, DETACHING, Device
+from .device import ATTACHED, Device
+from .ending import Ending, opened
 from .errors import (
     Ambiguous,
     DeviceBusy,
     InvalidArgs,
     LimitsExceeded,
-    LoopError,
     NoSuchDevice,
     NotSupported,
     TimedOut,
 )
 from .fd import OwnedFd
-from .leases import SYSTEM
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .polkit import Authority
 from .registry import Registry
-from .spares import Spares
 from .tasks import Tasks
 from .threads import Threads, Work, remaining
 
@@ -44,8 +43,6 @@ _T = TypeVar("_T")
 
 # How long Detach waits for udev and other short-lived openers.
 _DETACH_WAIT = 1.0
-# Seconds between the attempts to clear a device that others have open; the last one stays.
-_CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25, 0.25, 0.25, 1.0)
 # What works on a block device that needed no loop device.
 _ON_BLOCK_DEVICES = frozenset({Operation.DETACH, Operation.SYNC, Operation.HOLD})
 _NODE = re.compile(r"(?:/dev/)?loop(0|[1-9]\d{0,6})", re.ASCII)
@@ -62,6 +59,7 @@ class Manager:
         registry: Registry,
         lifetimes: Lifetimes,
         locks: Locks,
+        ending: Ending,
     ) -> None:
         self._config = config
         self._threads = threads
@@ -69,7 +67,7 @@ class Manager:
         self._registry = registry
         self._lifetimes = lifetimes
         self._locks = locks
-        self._spares = Spares(threads)
+        self._ending = ending
         self._tasks = Tasks()
 
     # --- finding --------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ class Manager:
             ended = failed.pop_all().close
 
         def operate() -> _T:
-            with closing(borrowed or _open(device)) as loop:
+            with closing(borrowed or opened(device)) as loop:
                 try:
                     return function(loop)
                 except OSError as exc:
@@ -237,7 +235,7 @@ class Manager:
                 )
             self._require_known(device)
             caller.client.require_present()
-        self.let_go(device)
+        self._ending.let_go(device)
         try:
             async with asyncio.timeout(_DETACH_WAIT):
                 await device.gone.wait()
@@ -250,106 +248,12 @@ class Manager:
         device, _ = await self.named(caller, fd)
         return await self.detach(caller, device, lazy=lazy)
 
-    # --- the end of a device --------------------------------------------------------------------
-
     def client_left(self, client: Client) -> None:
         """Let go of all that a connection held."""
         self._locks.client_left(client)
         self._lifetimes.client_left(client)
 
-    async def stop(self, timeout: float) -> None:
-        """Let go of all our devices that are not to stay, and wait for the kernel.
-
-        After `timeout` seconds what remains carries autoclear, and goes when its last user closes
-        it.
-        """
-        managed = [
-            device for device in self._registry if device.managed and device.lifetime != SYSTEM
-        ]
-        for device in managed:
-            self.let_go(device)
-        waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=timeout)
-            for wait in late:
-                wait.cancel()
-        self._spares.remove_all()
-
-    def let_go(self, device: Device) -> None:
-        """Begin to detach; nothing to do if that has begun."""
-        if device.ending:
-            return
-        device.ending = True
-        device.state = DETACHING
-        self._lifetimes.end(device)
-        self._locks.drop(device)
-        self._registry.changed(device)
-        self._tasks.start(self._clear(device) if device.number is not None else self._end(device))
-
-    async def _end(self, device: Device) -> None:
-        """End the hold on a block device that needed no loop device: nothing of it is ours."""
-        if device.held:
-            await self._threads.run_in_turn(device.owner, Work.ENDING, device.held.close)
-        self._registry.forget(device)
-
-    async def _clear(self, device: Device) -> None:
-        end = partial(self._threads.run_in_turn, device.owner, Work.ENDING)
-
-        def detach() -> tuple[loopdev.LoopDevice, bool]:
-            loop = device.loop or _open(device)
-            return loop, loopdev.detach(loop)
-
-        try:
-            loop, cleared = await end(detach)
-        except (LoopError, OSError) as exc:
-            # Someone else's, which is as it was.
-            log.warning("cannot detach %s: %s", device.node, exc, extra=device.fields)
-            if device.loop:
-                raise
-            device.state, device.ending = ATTACHED, False
-            self._registry.changed(device)
-            return
-        pauses = iter(_CLEAR_PAUSES)
-        pause = 0.0
-        while not cleared:
-            # The kernel tells nobody when another opener closes.
-            pause = next(pauses, pause)
-            await asyncio.sleep(pause)
-            cleared = await end(partial(loopdev.clear, loop))
-        if self._registry.is_unbound(device):
-            self._registry.forget(device)
-        else:
-            # An operation still under way has it open, or others have someone else's device. The
-            # kernel tells when it is unbound; it may just have.
-            self._registry.look_at(loop.number)
-
-    def device_came(self, device: Device) -> None:
-        """Note that a device has been bound, by whomever."""
-        if device.number is not None:
-            self._spares.take(device.number)
-
-    def device_gone(self, device: Device) -> None:
-        """Clean up after a device that the kernel has let go of, whoever caused that."""
-        self._lifetimes.gone(device)
-        if device.place:
-            device.place.free()
-        self._locks.drop(device)
-        if (hold := device.loop or device.held) and not device.ending:
-            # Behind our back, and our fds are still open.
-            self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, hold.close))
-        if device.loop:
-            device.loop.release(None)
-            self._spares.keep(device.loop.number)
-            log.info("%s is gone", device.node, extra={"UID": device.owner, **device.fields})
-
 
 def _at_whose_expense(caller: Caller, device: Device) -> int:
     """Whose turns an operation takes: who attached a device can make it hang for all."""
     return device.owner if device.managed else caller.uid
-
-
-def _open(device: Device) -> loopdev.LoopDevice:
-    """Open a device of someone else's."""
-    if device.number is None:
-        raise NoSuchDevice(f"{device.node} is no loop device")
-    return loopops.open_existing(device.number, device.status.binding)

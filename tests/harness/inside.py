@@ -22,6 +22,7 @@ from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
 from loopd.device import Device
+from loopd.ending import Ending
 from loopd.errors import PeerError
 from loopd.fd import OwnedFd
 from loopd.fdstore import FdStore
@@ -106,12 +107,19 @@ class Inside:
             self.threads,
             Logind(no_logind),
             config.limits,
-            let_go=lambda device: self.manager.let_go(device),
+            let_go=lambda devices: self.ending.let_go_all(devices),
         )
         self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         self.claims = Claims()
+        self.ending = Ending(self.threads, self.registry, self.lifetimes, self.locks)
         self.manager = Manager(
-            config, self.threads, authority, self.registry, self.lifetimes, self.locks
+            config,
+            self.threads,
+            authority,
+            self.registry,
+            self.lifetimes,
+            self.locks,
+            self.ending,
         )
         self.operations = Operations(
             self.manager,
@@ -133,12 +141,12 @@ class Inside:
             self.claims,
             self.quota,
             self.store,
-            let_go=self.manager.let_go,
+            let_go=self.ending.let_go,
         )
         scripted.uevent = self._uevent
 
     def _added(self, device: Device) -> None:
-        self.manager.device_came(device)
+        self.ending.device_came(device)
         self.records.note(device)
         self.told.append(("added", device.path))
 
@@ -148,7 +156,7 @@ class Inside:
         self.told.append(("changed", device.path))
 
     def _removed(self, device: Device) -> None:
-        self.manager.device_gone(device)
+        self.ending.device_gone(device)
         self.records.remove(device.label)
         self.told.append(("removed", device.path))
 

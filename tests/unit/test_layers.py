@@ -20,7 +20,7 @@ LAYERS = (
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
     ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("restoring",),
+    ("ending", "restoring"),
     ("lifetimes",),
     (
         "registry",

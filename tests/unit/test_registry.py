@@ -61,8 +61,13 @@ def with_parts(area: Path) -> WithParts:
             before = set(os.listdir("/proc/self/fd"))
             parts = Parts(area, scripted, devices)
             await story(parts)
-            await parts.manager.stop(10)
-            for tasks in (parts.manager._tasks, parts.registry._tasks, parts.attaching._tasks):
+            await parts.ending.stop(10)
+            for tasks in (
+                parts.ending._tasks,
+                parts.manager._tasks,
+                parts.registry._tasks,
+                parts.attaching._tasks,
+            ):
                 await tasks.finish(10)
             assert scripted.bound() == []
             assert parts.threads.stop(10) == 0
@@ -198,7 +203,7 @@ def test_a_device_that_has_gone_unnoticed_is_in_nobodys_way(with_parts: WithPart
             await parts.attach_image()
         parts.scripted.let_go(number)
         device = await parts.attach_image()
-        parts.manager.let_go(device)
+        parts.ending.let_go(device)
         await device.gone.wait()
 
     with_parts(story)

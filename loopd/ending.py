@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How devices end: by a Detach, with what kept them, when loopd stops, or behind our back.
+
+Here nobody is asked any more. A device is let go of once, whatever the reasons, and is counted and
+marked until the kernel has let go of it.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+
+from . import loopdev, loopops
+from .device import ATTACHED, DETACHING, Device
+from .errors import LoopError, NoSuchDevice
+from .leases import SYSTEM
+from .lifetimes import Lifetimes
+from .locks import Locks
+from .loopdev import LoopDevice
+from .registry import Registry
+from .spares import Spares
+from .tasks import Tasks
+from .threads import Threads, Work
+
+log = logging.getLogger(__name__)
+
+# Seconds between the attempts to clear a device that others have open; the last one stays.
+_CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25, 0.25, 0.25, 1.0)
+# Of many devices at once: how many are detached at a time, and after how many seconds others hear
+# of those that are not gone by then.
+_AT_A_TIME = 2
+_TOLD_AFTER = 0.1
+
+
+class Ending:
+    """The use case, which is what clients, lifetimes and loopd's own end come to."""
+
+    def __init__(
+        self, threads: Threads, registry: Registry, lifetimes: Lifetimes, locks: Locks
+    ) -> None:
+        self._threads = threads
+        self._registry = registry
+        self._lifetimes = lifetimes
+        self._locks = locks
+        self._spares = Spares(threads)
+        self._tasks = Tasks()
+        self._loop = asyncio.get_running_loop()
+
+    async def stop(self, timeout: float) -> None:
+        """Let go of all our devices that are not to stay, and wait for the kernel.
+
+        After `timeout` seconds what remains carries autoclear, and goes when its last user closes
+        it.
+        """
+        managed = [
+            device for device in self._registry if device.managed and device.lifetime != SYSTEM
+        ]
+        self.let_go_all(managed)
+        waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=timeout)
+            for wait in late:
+                wait.cancel()
+        self._spares.remove_all()
+
+    def let_go(self, device: Device) -> None:
+        """Begin to detach; nothing to do if that has begun."""
+        if self._begin(device):
+            self._registry.changed(device)
+            self._tasks.start(self._end(device))
+
+    def let_go_all(self, devices: Iterable[Device]) -> None:
+        """Begin to detach devices of which the next loopd would know as well that they are over.
+
+        So nothing is written down, and nobody told, before they are unbound: with a task and a
+        thread's turn for each, that had 256 devices of a client that was killed bound for three
+        times as long.
+        """
+        begun = [device for device in devices if self._begin(device)]
+        together = defaultdict(list)
+        for device in begun:
+            # Only these, since what waits for a file must not have the others wait.
+            if device.loop and not device.may_hang:
+                together[device.owner].append((device, device.loop))
+            else:
+                self._tasks.start(self._end(device))
+        for owner, each in together.items():
+            self._tasks.start(self._clear_all(owner, each))
+        if begun:
+            self._loop.call_later(_TOLD_AFTER, self._tell, begun)
+
+    def _tell(self, devices: list[Device]) -> None:
+        for device in devices:
+            self._registry.changed(device)
+
+    def _begin(self, device: Device) -> bool:
+        """Note that a device is being detached; false if it was before."""
+        if device.ending:
+            return False
+        device.ending = True
+        device.state = DETACHING
+        self._lifetimes.end(device)
+        self._locks.drop(device)
+        return True
+
+    async def _end(self, device: Device) -> None:
+        if device.number is not None:
+            await self._clear(device)
+            return
+        # The hold on a block device that needed no loop device: nothing of it is ours.
+        if device.held:
+            await self._threads.run_in_turn(device.owner, Work.ENDING, device.held.close)
+        self._registry.forget(device)
+
+    async def _clear(self, device: Device) -> None:
+        def detach() -> tuple[LoopDevice, bool]:
+            loop = device.loop or opened(device)
+            return loop, loopdev.detach(loop)
+
+        try:
+            with self._registry.unwatched([device]):
+                loop, cleared = await self._threads.run_in_turn(device.owner, Work.ENDING, detach)
+        except (LoopError, OSError) as exc:
+            # Someone else's, which is as it was.
+            log.warning("cannot detach %s: %s", device.node, exc, extra=device.fields)
+            if device.loop:
+                raise
+            device.state, device.ending = ATTACHED, False
+            self._registry.changed(device)
+            return
+        await self._finish(device, loop, cleared=cleared)
+
+    async def _clear_all(self, owner: int, devices: list[tuple[Device, LoopDevice]]) -> None:
+        """As `_clear`, of many that do not hang; two at a time, as some may have to write back."""
+        waiting = deque(devices)
+
+        def detach() -> list[tuple[Device, LoopDevice, bool]]:
+            ended = []
+            with suppress(IndexError):
+                while True:
+                    device, loop = waiting.popleft()
+                    ended.append((device, loop, loopdev.detach(loop)))
+            return ended
+
+        async def detach_some() -> None:
+            for device, loop, cleared in await self._threads.run_in_turn(
+                owner, Work.ENDING, detach
+            ):
+                if cleared:
+                    await self._finish(device, loop, cleared=True)
+                else:
+                    self._tasks.start(self._finish(device, loop, cleared=False))
+                await asyncio.sleep(0)  # nobody else waits for all of it
+
+        with self._registry.unwatched(device for device, _ in devices):
+            await asyncio.gather(*(detach_some() for _ in range(min(_AT_A_TIME, len(devices)))))
+
+    async def _finish(self, device: Device, loop: LoopDevice, *, cleared: bool) -> None:
+        """Go on until a device is cleared, and take note of it."""
+        pauses = iter(_CLEAR_PAUSES)
+        pause = 0.0
+        while not cleared:
+            # The kernel tells nobody when another opener closes.
+            pause = next(pauses, pause)
+            await asyncio.sleep(pause)
+            clear = partial(loopdev.clear, loop)
+            cleared = await self._threads.run_in_turn(device.owner, Work.ENDING, clear)
+        if self._registry.is_unbound(device):
+            self._registry.forget(device)
+        else:
+            # An operation still under way has it open, or others have someone else's device. The
+            # kernel tells when it is unbound; it may just have.
+            self._registry.look_at(loop.number)
+
+    def device_came(self, device: Device) -> None:
+        """Note that a device has been bound, by whomever."""
+        if device.number is not None:
+            self._spares.take(device.number)
+
+    def device_gone(self, device: Device) -> None:
+        """Clean up after a device that the kernel has let go of, whoever caused that."""
+        self._lifetimes.gone(device)
+        if device.place:
+            device.place.free()
+        self._locks.drop(device)
+        if (hold := device.loop or device.held) and not device.ending:
+            # Behind our back, and our fds are still open.
+            self._tasks.start(self._threads.run_in_turn(device.owner, Work.ENDING, hold.close))
+        if device.loop:
+            device.loop.release(None)
+            self._spares.keep(device.loop.number)
+            log.info("%s is gone", device.node, extra={"UID": device.owner, **device.fields})
+
+
+def opened(device: Device) -> LoopDevice:
+    """Open a device of someone else's. Raises NoSuchDevice, OSError."""
+    if device.number is None:
+        raise NoSuchDevice(f"{device.node} is no loop device")
+    return loopops.open_existing(device.number, device.status.binding)
