@@ -40,10 +40,14 @@ class Outbox:
         self._waits = False
         """Whether the socket was full."""
 
-    def put(self, message: bytes, fds: Sequence[int], destination: str) -> asyncio.Future[None]:
+    def put(
+        self, message: bytes, fds: Sequence[int], destination: str, *, soon: bool = False
+    ) -> asyncio.Future[None]:
         """Send a message; the fds must stay open until the future is done.
 
-        It is cancelled where the message is dropped, for too many that wait already.
+        One that is to go `soon` goes with what else is put in this turn of the event loop: each
+        write wakes the bus. The future is cancelled where the message is dropped, for too many that
+        wait already.
         """
         written: asyncio.Future[None] = self._loop.create_future()
         data = memoryview(message)
@@ -53,8 +57,11 @@ class Outbox:
             return written
         self._queue.append(_Outgoing(data, fds, destination, written))
         self._queued[destination] += len(data)
-        if len(self._queue) == 1:
-            # With what else is put in this turn: each write has the bus wake up and look.
+        if self._waits:
+            pass  # for the socket, which is full
+        elif not soon:
+            self._writable()
+        elif len(self._queue) == 1:
             self._loop.call_soon(self._writable)
         return written
 

@@ -220,7 +220,7 @@ class Connection:
             serial=self._next_serial(),
             destination=destination,
         )
-        self._send(message, destination)
+        self._outbox.put(codec.serialize(message), (), destination, soon=True)
 
     async def drain(self) -> None:
         """Wait until all that was sent is with the bus."""

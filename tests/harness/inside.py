@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import manager, registry, table
+from loopd import ending, registry, table
 from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
@@ -255,7 +255,7 @@ def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKern
         for place, name, value in (
             (time, "sleep", lambda _: None),
             (registry, "_LOOK_AGAIN", 0),
-            (manager, "_CLEAR_PAUSES", (0.001,)),
+            (ending, "_CLEAR_PAUSES", (0.001,)),
             # A child of its own takes longer than all the rest.
             (table, "_ask", lambda _: TABLE),
         ):

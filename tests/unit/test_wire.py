@@ -45,6 +45,7 @@ class Harness:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        theirs.settimeout(20)
         self.peer = Peer(theirs)
         self.calls: list[frame.Frame] = []
         self.lost: list[str] = []
@@ -99,6 +100,7 @@ def test_a_full_socket_loses_nothing_and_keeps_the_order() -> None:
         count, text = 400, "x" * 1000  # a hundred times what the socket holds
         for _ in range(count):
             harness.connection.emit("/a", "b.c", "D", "s", [text])
+        await turn()
         assert not harness.lost
         drained = asyncio.ensure_future(harness.connection.drain())
         serials: list[int] = []
@@ -296,11 +298,37 @@ def test_the_environment_names_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dial.system_bus_address() == "unix:path=/run/dbus/system_bus_socket"
 
 
+def test_signals_of_one_turn_go_with_the_answer_in_one_write_and_before_it() -> None:
+    """Each write wakes the bus."""
+
+    async def body(harness: Harness) -> None:
+        caller = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.6")
+        harness.connection.emit("/a", "b.c", "D", "", [])
+        harness.connection.emit("/a", "b.c", "E", "", [])
+        harness.connection.reply(caller, "", [])
+        seen = [one.header.type for one in harness.peer.read() if one.header]
+        assert seen == [frame.SIGNAL, frame.SIGNAL, frame.METHOD_RETURN]
+        harness.connection.reply(caller, "", [])  # alone, it waits for nothing
+        assert len(harness.peer.read()) == 1
+
+    story(body)
+
+
+def test_what_was_put_in_is_sent_at_the_end() -> None:
+    async def body(harness: Harness) -> None:
+        harness.connection.emit("/a", "b.c", "D", "", [])
+        harness.connection.close()
+        assert len(harness.peer.read()) == 1
+
+    story(body)
+
+
 def test_serials_start_anew_after_the_last_and_are_never_0() -> None:
     async def body(harness: Harness) -> None:
         harness.connection._serial = 0xFFFFFFFE
         for _ in range(3):
             harness.connection.emit("/a", "b.c", "D", "", [])
+        await turn()
         seen = [one.header.serial for one in harness.peer.read() if one.header]
         assert seen == [0xFFFFFFFF, 1, 2]
 
