@@ -18,7 +18,18 @@ from pathlib import Path
 from bench.results import Result, dumped
 from loopd import codec
 
-MODULES = ("pairs", "steps", "clients", "killed", "many", "changes", "start", "rest", "throughput")
+MODULES = (
+    "pairs",
+    "floor",
+    "steps",
+    "clients",
+    "killed",
+    "many",
+    "changes",
+    "start",
+    "rest",
+    "throughput",
+)
 
 
 def main() -> None:

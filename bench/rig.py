@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,27 @@ def worker(bus: PrivateBus, image: Path, user: str | None = None) -> Iterator[Wo
         yield Worker(process)
 
 
+Send = Callable[[RawClient], object]
+"""Sends a call."""
+
+
 def attach_many(clients: Sequence[RawClient], file: int, count: int, parallel: int) -> list[Bound]:
     """Attach a file so often in all; each connection has so many calls under way."""
-    found: list[str] = []
+    # The same bytes of a file many times over: that they do not meet is not checked.
+    options = {"allow-overlap": wire.Variant("b", True)}
+
+    def send(client: RawClient) -> None:
+        client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, options], fds=[file])
+
+    nodes = [node for _, node, _ in call_many(clients, send, count, parallel)]
+    return [Bound.now(int(node.removeprefix("/dev/loop"))) for node in nodes]
+
+
+def call_many(
+    clients: Sequence[RawClient], send: Send, count: int, parallel: int = 1
+) -> list[list[Any]]:
+    """Call so often in all, and return the answers; each has so many calls under way."""
+    found: list[list[Any]] = []
     begun = 0
     by_fd = {client.fileno(): client for client in clients}
     poll = select.poll()
@@ -106,9 +124,7 @@ def attach_many(clients: Sequence[RawClient], file: int, count: int, parallel: i
         nonlocal begun
         if begun < count:
             begun += 1
-            # The same bytes of a file many times over: that they do not meet is not checked.
-            options = {"allow-overlap": wire.Variant("b", True)}
-            client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, options], fds=[file])
+            send(client)
 
     for client in list(clients) * parallel:
         begin(client)
@@ -120,9 +136,9 @@ def attach_many(clients: Sequence[RawClient], file: int, count: int, parallel: i
                 if message.type == wire.SIGNAL:
                     continue
                 assert message.type == wire.METHOD_RETURN, message
-                found.append(message.body[1])
+                found.append(message.body)
                 begin(client)
-    return [Bound.now(int(node.removeprefix("/dev/loop"))) for node in found]
+    return found
 
 
 @contextmanager

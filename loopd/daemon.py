@@ -239,7 +239,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         let_go=lambda devices: ending.let_go_all(devices),
     )
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
-    ending = Ending(threads, registry, lifetimes, locks)
+    ending = Ending(threads, registry, records, lifetimes, locks)
     manager = Manager(config, threads, authority, registry, lifetimes, locks, ending)
     claims = Claims()
     operations = Operations(manager, registry, locks, claims, threads, lifetimes, store)

@@ -19,6 +19,7 @@ from .leases import SYSTEM
 from .lifetimes import Lifetimes
 from .locks import Locks
 from .loopdev import LoopDevice
+from .records import Records
 from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
@@ -28,20 +29,26 @@ log = logging.getLogger(__name__)
 
 # Seconds between the attempts to clear a device that others have open; the last one stays.
 _CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25, 0.25, 0.25, 1.0)
-# Of many devices at once: how many are detached at a time, and after how many seconds others hear
-# of those that are not gone by then.
+# Seconds until others hear that a device is being detached, unless it is gone by then.
+_TOLD_AFTER = 0.05
+# Of many devices that end together, so many are detached at a time.
 _AT_A_TIME = 2
-_TOLD_AFTER = 0.1
 
 
 class Ending:
     """The use case, which is what clients, lifetimes and loopd's own end come to."""
 
     def __init__(
-        self, threads: Threads, registry: Registry, lifetimes: Lifetimes, locks: Locks
+        self,
+        threads: Threads,
+        registry: Registry,
+        records: Records,
+        lifetimes: Lifetimes,
+        locks: Locks,
     ) -> None:
         self._threads = threads
         self._registry = registry
+        self._records = records
         self._lifetimes = lifetimes
         self._locks = locks
         self._spares = Spares(threads)
@@ -68,8 +75,10 @@ class Ending:
     def let_go(self, device: Device) -> None:
         """Begin to detach; nothing to do if that has begun."""
         if self._begin(device):
-            self._registry.changed(device)
+            # On disk first: the next loopd is to go on with it.
+            self._records.note(device)
             self._tasks.start(self._end(device))
+            self._loop.call_later(_TOLD_AFTER, self._tell, [device])
 
     def let_go_all(self, devices: Iterable[Device]) -> None:
         """Begin to detach devices of which the next loopd would know as well that they are over.

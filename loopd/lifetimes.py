@@ -165,10 +165,10 @@ class Lifetimes:
                 self._registry.changed(device)
             else:
                 unheld.append(device)
-        if unheld:
-            nodes = ", ".join(device.node for device in unheld)
-            log.info("%s: detaching %s", why, nodes, extra={"ACTION": "Detach", **fields})
-            self._let_go(unheld)
+        for device in unheld:
+            extra = {"ACTION": "Detach", **fields, **device.fields}
+            log.info("%s: detaching %s", why, device.node, extra=extra)
+        self._let_go(unheld)
 
     # --- Holds ----------------------------------------------------------------------------------
 

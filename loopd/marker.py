@@ -7,8 +7,10 @@ assemble it. Those in `attached` tell the next loopd what one that was killed ha
 `links` tells udev of one attachment, which its diskseq is part of the name of (see `udevlinks`).
 """
 
+import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +70,12 @@ class Markers:
         """
         with self._lock:
             attached, unprivileged_mark = self._marks(number)
-            attached.touch()
+            _make(attached)
             self._unpublish(number)
             if unprivileged:
-                unprivileged_mark.touch()
+                _make(unprivileged_mark)
             else:
-                unprivileged_mark.unlink(missing_ok=True)
+                _remove(unprivileged_mark)
             return self._claim(number)
 
     def take_back(self, number: int) -> Release:
@@ -98,8 +100,8 @@ class Markers:
             if claim.over if claim else number in self._left:
                 self._claims.pop(number, None)
                 self._left.discard(number)
-                for path in self._marks(number):
-                    path.unlink(missing_ok=True)
+                for mark in self._marks(number):
+                    _remove(mark)
                 self._unpublish(number)
 
     def claimed(self, number: int, binding: int) -> bool:
@@ -137,8 +139,18 @@ class Markers:
         if path := self._published.pop(number, None):
             path.unlink(missing_ok=True)
 
-    def _marks(self, number: int) -> tuple[Path, Path]:
-        return self._attached / f"loop{number}", self._unprivileged / f"loop{number}"
+    def _marks(self, number: int) -> tuple[str, str]:
+        return f"{self._attached}/loop{number}", f"{self._unprivileged}/loop{number}"
+
+
+# By os: pathlib took most of the time of a claim, a twentieth of an attach.
+def _make(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _number_of(path: Path) -> int:

@@ -58,6 +58,7 @@ class Registry:
         self._devices: dict[str, Device] = {}
         self._by_number: dict[int, Device] = {}
         self._by_file: defaultdict[tuple[int, int], set[Device]] = defaultdict(set)
+        self._private: set[Device] = set()
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
@@ -102,6 +103,8 @@ class Registry:
             self._by_number[device.number] = device
         self._managed += device.managed
         self._devices[device.path] = device
+        if device.private:
+            self._private.add(device)
         if device.mapping:
             self._by_file[device.mapping.file].add(device)
         self._listeners.added(device)
@@ -132,6 +135,7 @@ class Registry:
             return
         self._managed -= device.managed
         del self._devices[device.path]
+        self._private.discard(device)
         if device.mapping:
             over_file = self._by_file[device.mapping.file]
             over_file.discard(device)
@@ -188,7 +192,7 @@ class Registry:
 
     def look_at_private(self) -> None:
         """Look at the block devices that are held without a loop device."""
-        if any(device.private for device in self):
+        if self._private:
             self._tasks.start(self._look_at_private())
 
     async def _look_at_private(self) -> None:
@@ -198,7 +202,7 @@ class Registry:
         async with self._looking_at_private:
             while self._private_changed:
                 self._private_changed = False
-                for device in [each for each in self if each.private]:
+                for device in [*self._private]:
                     await self._look_at_block(device)
 
     async def _look_at_block(self, device: Device) -> None:

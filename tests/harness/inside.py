@@ -111,7 +111,7 @@ class Inside:
         )
         self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         self.claims = Claims()
-        self.ending = Ending(self.threads, self.registry, self.lifetimes, self.locks)
+        self.ending = Ending(self.threads, self.registry, self.records, self.lifetimes, self.locks)
         self.manager = Manager(
             config,
             self.threads,

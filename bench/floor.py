@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`python -m bench.floor`: what nobody can do without who serves callers on a bus and asks polkit.
+
+Each step by itself, so that it can be subtracted: a call that does nothing, polkit's answer, what
+loopd does to the kernel. One at a time for the latency, and by sixteen programs for the rate.
+"""
+
+import time
+
+from bench import raw, rig
+from bench.pairs import library_pair, losetup_pair
+from bench.results import Result, alone, median, percentile
+from tests.harness import wire
+from tests.harness.bus import POLKIT
+from tests.harness.caller import MANAGER_PATH
+from tests.harness.daemon import LIBRARIES
+from tests.harness.raw import BUS, BUS_PATH, RawClient
+
+ROUNDS = 5
+CALLS = 40
+CLIENTS = 16
+MANY = 1000
+PEER = "org.freedesktop.DBus.Peer"
+AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
+AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
+
+
+def measure() -> Result:
+    """Each in turns."""
+    times: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
+    with rig.image() as image:
+        for _ in range(ROUNDS):
+            times.setdefault("raw ioctls, a pair", []).extend(
+                sum(raw.pair(image)) for _ in range(CALLS)
+            )
+            times.setdefault("loopd.loopdev, a pair", []).extend(
+                sum(library_pair(image)) for _ in range(CALLS)
+            )
+            times.setdefault("losetup, a pair", []).extend(
+                sum(losetup_pair(image)) for _ in range(CALLS)
+            )
+            for library in LIBRARIES:
+                with rig.running(library, rig.ROOM) as (bus, _):
+                    with rig.clients(bus, CLIENTS) as clients, bus.connect(rig.USER) as subject:
+                        for name, send in steps(library, subject):
+                            times.setdefault(name, []).extend(one_by_one(clients[0], send))
+                            rates.setdefault(name, []).append(rate(clients, send))
+    result = Result(
+        title="By itself, ms; and how many a second for sixteen programs",
+        columns=["median", "p99", "a second"],
+    )
+    for name, found in times.items():
+        many = median(rates[name]) / 1000 if name in rates else None
+        result.rows[name] = [median(found), percentile(found, 99), many]
+    return result
+
+
+def steps(library: str, subject: RawClient) -> list[tuple[str, rig.Send]]:
+    """What a call consists of at least."""
+    question = [
+        ("system-bus-name", {"name": wire.Variant("s", subject.unique_name)}),
+        rig.ATTACH,
+        {"lifetime": "connection"},
+        0,
+        "",
+    ]
+
+    def ask_the_bus(client: RawClient) -> None:
+        client.send(BUS_PATH, BUS, "GetId", destination=BUS)
+
+    def ask_loopd(client: RawClient) -> None:
+        client.send(MANAGER_PATH, PEER, "Ping")
+
+    def ask_polkit(client: RawClient) -> None:
+        member, signature = "CheckAuthorization", "(sa{sv})sa{ss}us"
+        client.send(AUTHORITY_PATH, AUTHORITY, member, signature, question, destination=POLKIT)
+
+    return [
+        ("the bus, a call", ask_the_bus),
+        (f"loopd, {library}, a call that does nothing", ask_loopd),
+        ("polkit, a question", ask_polkit),
+    ]
+
+
+def one_by_one(client: RawClient, send: rig.Send) -> list[float]:
+    """The seconds until each is answered."""
+    times = []
+    for _ in range(CALLS):
+        begun = time.perf_counter()
+        rig.call_many([client], send, 1)
+        times.append(time.perf_counter() - begun)
+    return times
+
+
+def rate(clients: list[RawClient], send: rig.Send) -> float:
+    """How many are answered in a second."""
+    begun = time.perf_counter()
+    rig.call_many(clients, send, MANY)
+    return MANY / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    alone(measure)
