@@ -12,7 +12,7 @@ from tests.harness.daemon import LIBRARIES
 
 STEPS = (0, 64, 512, 64, 0)
 """How many devices there are, up and down, so that a machine's moods meet all alike."""
-PAIRS = 30
+PAIRS = 60
 LISTS = 20
 
 

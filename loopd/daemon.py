@@ -285,7 +285,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         records.bus = await bus.id()
         await restoring.restore()
         # Listening before looking, so that nothing falls between.
-        monitor = Monitor(registry.look_at, registry.look_at_private)
+        monitor = Monitor(registry.heard, registry.look_at_private)
         await registry.look_at_all()
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)

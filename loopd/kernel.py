@@ -47,6 +47,7 @@ from .uapi import (
 
 _DEV = Path("/dev")
 _SYS_BLOCK = "/sys/block"
+_UEVENT_SEQNUM = "/sys/kernel/uevent_seqnum"
 _SYS_DEV_BLOCK = "/sys/dev/block"
 _ATTRIBUTE_SIZE = 1 << 13  # a page, and what tells that there is no more
 
@@ -258,6 +259,11 @@ def _read(path: str) -> bytes:
         return os.read(fd, _ATTRIBUTE_SIZE).removesuffix(b"\n")
     finally:
         os.close(fd)
+
+
+def uevent_seqnum() -> int:
+    """The number of the last event that the kernel has told, of whatever device."""
+    return int(_read(_UEVENT_SEQNUM))
 
 
 def loop_binding(number: int) -> int | None:

@@ -7,7 +7,7 @@ Reading only, and sysfs first: what asks the device itself may never return, and
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from . import backing, blockdev, kernel
@@ -40,6 +40,8 @@ class Status:
     autoclear: bool
     partition_scan: bool
     partitions: tuple[PartitionExtent, ...]
+    seqnum: int = field(default=0, compare=False)
+    """The event of the kernel's up to which all that they told was seen; 0 if that is not known."""
 
 
 def diskseq(block_fd: int, binding: int) -> int:
@@ -62,6 +64,7 @@ def status(number: int) -> Status:
     def number_in(attribute: str) -> int:
         return int(kernel.loop_attribute(number, attribute))
 
+    seqnum = kernel.uevent_seqnum()  # first: the kernel changes a device, and then tells of it
     before = kernel.loop_binding(number)
     if before is None:
         raise NoSuchDevice(f"loop{number} has no file attached")
@@ -79,6 +82,7 @@ def status(number: int) -> Status:
             autoclear=number_in("loop/autoclear") != 0,
             partition_scan=number_in("loop/partscan") != 0,
             partitions=tuple(kernel.loop_partitions(number)),
+            seqnum=seqnum,
         )
     except OSError:
         if kernel.loop_binding(number) == before:

@@ -39,14 +39,14 @@ def loop_numbers() -> list[int]:
 
 
 class Monitor:
-    """Listens from its making on; `on_event` gets the number of a loop device.
+    """Listens from its making on; `on_event` gets the number of a loop device and the event's own.
 
-    It gets None when events were lost and every device has to be looked at again. `on_block` is
-    called when there was anything about any block device.
+    It gets None and 0 when events were lost and every device has to be looked at again. `on_block`
+    is called when there was anything about any block device.
     """
 
     def __init__(
-        self, on_event: Callable[[int | None], None], on_block: Callable[[], None]
+        self, on_event: Callable[[int | None, int], None], on_block: Callable[[], None]
     ) -> None:
         self._on_event = on_event
         self._on_block = on_block
@@ -73,7 +73,8 @@ class Monitor:
 
     def _read(self) -> None:
         lost = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        numbers, came, more = set(), False, False
+        seqnums: dict[int, int] = {}
+        came = more = False
         try:
             for _ in range(_SLICE):
                 device = self._monitor.poll(timeout=0)
@@ -81,7 +82,7 @@ class Monitor:
                     break
                 came = True
                 if found := _LOOP.search(device.device_path):
-                    numbers.add(int(found[1]))
+                    seqnums[int(found[1])] = device.sequence_number
             else:
                 more = True
         except OSError:
@@ -93,9 +94,9 @@ class Monitor:
             self._loop.add_reader(self._socket, self._readable)
         if lost:
             log.info("events of the kernel were lost: looking at all loop devices again")
-            self._on_event(None)
+            self._on_event(None, 0)
             return
-        for number in numbers:
-            self._on_event(number)
+        for number, seqnum in seqnums.items():
+            self._on_event(number, seqnum)
         if came:
             self._on_block()

@@ -160,8 +160,8 @@ class Inside:
         self.records.remove(device.label)
         self.told.append(("removed", device.path))
 
-    def _uevent(self, number: int) -> None:
-        self._loop.call_soon_threadsafe(self.registry.look_at, number)
+    def _uevent(self, number: int, seqnum: int) -> None:
+        self._loop.call_soon_threadsafe(self.registry.heard, number, seqnum)
 
     # Clients
 
@@ -234,7 +234,7 @@ class Inside:
 
     async def end(self) -> None:
         """Wait for all that goes on."""
-        self.scripted.uevent = lambda _: None
+        self.scripted.uevent = lambda *_: None
         await asyncio.sleep(0)  # what was told already is looked at
         await self.quiet()
         assert self.threads.stop(_PATIENCE) == 0

@@ -129,7 +129,8 @@ class ScriptedKernel:
         self.traits = traits or Traits()
         self.parsed: dict[int, PartitionExtent] = {}
         """What the kernel's own parser would find on any device, if it had one."""
-        self.uevent: Callable[[int], None] = lambda _: None
+        self.uevent: Callable[[int, int], None] = lambda *_: None
+        self._seqnum = 0
         """Told the number of a device that was bound, unbound or removed, as by the kernel."""
         self._mutex = threading.RLock()
         self._loops: dict[int, _Loop] = {}
@@ -277,7 +278,7 @@ class ScriptedKernel:
         if loop.binding or self._openers(loop):
             _refuse(errno.EBUSY)
         del self._loops[number]
-        self.uevent(number)
+        self._tell(number)
 
     # --- a loop device -------------------------------------------------------------------------
 
@@ -470,6 +471,9 @@ class ScriptedKernel:
         assert attribute == "queue/discard_max_bytes"
         self._loops[number].discard_max = min(int(value), _DISCARD_MAX)
 
+    def uevent_seqnum(self) -> int:
+        return self._seqnum
+
     def loop_binding(self, number: int) -> int | None:
         loop = self._loops.get(number)
         return loop.binding.which if loop and loop.binding else None
@@ -593,7 +597,11 @@ class ScriptedKernel:
         loop.binding = _Binding(self._bindings, self.dup(file_fd), info, block_size)
         loop.diskseq = self._next_diskseq()
         loop.size = self._capacity(loop)
-        self.uevent(loop.number)
+        self._tell(loop.number)
+
+    def _tell(self, number: int) -> None:
+        self._seqnum += 1
+        self.uevent(number, self._seqnum)
 
     def _unbind(self, loop: _Loop) -> None:
         assert loop.binding
@@ -603,7 +611,7 @@ class ScriptedKernel:
         self.close(binding.file_fd)
         loop.size = 0
         loop.diskseq = self._next_diskseq()
-        self.uevent(loop.number)
+        self._tell(loop.number)
 
     def _scan(self, loop: _Loop) -> None:
         assert loop.binding

@@ -34,7 +34,7 @@ class Parts(Inside):
             directory, scripted, config=Config(limits=Limits(devices_per_user=devices))
         )
         # Told by `look` alone.
-        scripted.uevent = lambda _: None
+        scripted.uevent = lambda *_: None
         self.one = self.caller(UID)
         self.image = make_plain(directory / "image", MIB)
 
