@@ -169,7 +169,7 @@ class Registry:
     def heard(self, number: int | None, seqnum: int) -> None:
         """Take up an event of the kernel's, or None for those that were lost.
 
-        Most are of what we have done ourselves, and have seen. Where sixteen clients attach at once,
+        Most are of what we have done ourselves, and seen. Where sixteen clients attach at once,
         looking at it again took a quarter of the processors' time.
         """
         device = None if number is None else self._by_number.get(number)
