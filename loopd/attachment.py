@@ -97,8 +97,11 @@ def attach(
                     loopdev.try_remove(control_fd.fileno(), exc.number)
                 if request.number is not None and attempt.is_anothers(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
-                # A device that someone keeps locked is offered by GET_FREE again and again.
-                attempt.fresh = True
+                # A device that someone keeps locked is offered by GET_FREE again and again, as one
+                # is that udev still looks at. A new one is nobody's, and need not be waited for.
+                if not attempt.fresh:
+                    attempt.fresh = True
+                    continue
             time.sleep(pause)
     if request.number is not None:
         raise DeviceBusy(f"{node(request.number)} did not come free in {ATTEMPTS} attempts")
