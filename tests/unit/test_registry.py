@@ -4,20 +4,24 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from loopd import blockdev, kernel, loopinfo, loopops
+from loopd import blockdev, kernel, loopdev, loopinfo, loopops, registry
+from loopd import ending as module
 from loopd.blockdev import Lock
 from loopd.config import Config, Limits
-from loopd.device import Device
+from loopd.device import DETACHING, Device
 from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
+from loopd.loopdev import LoopDevice
 from loopd.operations import ResizeOptions
+from loopd.records import Record
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside
@@ -33,13 +37,24 @@ class Parts(Inside):
         super().__init__(
             directory, scripted, config=Config(limits=Limits(devices_per_user=devices))
         )
+        self.directory = directory
         # Told by `look` alone.
         scripted.uevent = lambda *_: None
         self.one = self.caller(UID)
+        self.changes = asyncio.Event()
+        """Set when something is told to have changed."""
         self.image = make_plain(directory / "image", MIB)
 
     async def attach_image(self, **options: Any) -> Device:
         return await self.attach(self.one, self.image, **options)
+
+    def _changed(self, device: Device) -> None:
+        super()._changed(device)
+        self.changes.set()
+
+    def recorded(self, device: Device) -> Record:
+        """Return what is on disk about a device."""
+        return Record.parse((self.directory / "leases" / device.label).read_text())
 
     async def look(self, device: Device) -> None:
         """Do as at an event of the kernel's, and wait until it has been dealt with."""
@@ -250,5 +265,125 @@ def test_a_name_that_was_set_later_is_the_one_that_is_told(with_parts: WithParts
         assert device.number is not None
         told = loopinfo.binding(device.number, device.status.binding).reference
         assert device.reference == told
+
+    with_parts(story)
+
+
+def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -> None:
+    async def story(parts: Parts) -> None:
+        heard: list[tuple[int, int]] = []
+        parts.scripted.uevent = lambda number, seqnum: heard.append((number, seqnum))
+        device = await parts.attach_image()
+        number, seqnum = heard[-1]
+        looked: list[int] = []
+
+        def sight(number: int, _is: Any = registry._sight) -> Any:
+            looked.append(number)
+            return _is(number)
+
+        with mock.patch.object(registry, "_sight", sight):
+            for event in heard:
+                parts.registry.heard(*event)
+            await parts.registry._tasks.finish(10)
+            assert looked == []
+            os.truncate(parts.image, 2 * MIB)
+            parts.scripted.take_up_size(number)
+            parts.registry.heard(number, seqnum + 1)
+            await parts.registry._tasks.finish(10)
+            assert looked == [number]
+            assert device.status.size == 2 * MIB
+            parts.registry.heard(None, 0)  # those that were lost may have been of anything
+            await parts.registry._tasks.finish(10)
+            assert looked == [number, number]
+
+    with_parts(story)
+
+
+# The end of devices
+
+
+@contextmanager
+def detaching(meanwhile: Callable[[LoopDevice], None]) -> Iterator[None]:
+    """Have something done in the thread that is about to detach a device."""
+
+    def detach(loop: LoopDevice, _is: Any = loopdev.detach) -> Any:
+        meanwhile(loop)
+        return _is(loop)
+
+    with mock.patch.object(loopdev, "detach", detach):
+        yield
+
+
+def test_the_devices_of_a_client_end_together_and_one_that_hangs_by_itself(
+    with_parts: WithParts,
+) -> None:
+    """Hanging files."""
+    go_on = threading.Event()
+    threads: dict[int, str] = {}
+
+    async def story(parts: Parts) -> None:
+        first, hanging, *others = [
+            await parts.attach_image(allow_overlap=True) for _ in range(module._AT_A_TIME * 3)
+        ]
+        hanging.may_hang = True
+
+        def hang(loop: LoopDevice) -> None:
+            threads[loop.number] = threading.current_thread().name
+            if loop.number == hanging.number:
+                go_on.wait(20)
+
+        with detaching(hang):
+            parts.leave(parts.one)
+            for device in (first, *others):
+                await asyncio.wait_for(device.gone.wait(), 10)
+            assert not hanging.gone.is_set()
+            go_on.set()
+            await asyncio.wait_for(hanging.gone.wait(), 10)
+        alone = threads.pop(hanging.number or 0)
+        assert alone not in threads.values()
+        assert len({*threads.values()}) <= module._AT_A_TIME
+
+    with_parts(story, devices=6)
+
+
+def test_a_detach_is_on_disk_before_it_begins_and_a_leaving_is_known_without(
+    with_parts: WithParts,
+) -> None:
+    """The next loopd asks whether the holder is there, but nobody tells it of a Detach again."""
+
+    async def story(parts: Parts) -> None:
+        one, other = [await parts.attach_image(allow_overlap=True) for _ in range(2)]
+        recorded: dict[int, bool] = {}
+
+        def look(loop: LoopDevice) -> None:
+            device = one if loop.number == one.number else other
+            recorded[loop.number] = parts.recorded(device).detaching
+
+        with detaching(look):
+            parts.ending.let_go(one)
+            parts.leave(parts.one)
+            for device in (one, other):
+                await asyncio.wait_for(device.gone.wait(), 10)
+        assert recorded == {one.number: True, other.number: False}
+
+    with_parts(story, devices=2)
+
+
+def test_that_a_device_is_being_detached_is_told_only_if_it_takes_a_while(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        quick = await parts.attach_image()
+        parts.changes.clear()
+        parts.ending.let_go(quick)
+        await asyncio.wait_for(quick.gone.wait(), 10)
+        assert not parts.changes.is_set()
+        held = await parts.attach_image()
+        parts.changes.clear()
+        with blockdev.opened(kernel.open_loop(held.number or 0, os.O_RDONLY)):
+            parts.ending.let_go(held)
+            await asyncio.wait_for(parts.changes.wait(), 10)
+            assert (held.state, held.gone.is_set()) == (DETACHING, False)
+        await asyncio.wait_for(held.gone.wait(), 10)
 
     with_parts(story)

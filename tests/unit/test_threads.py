@@ -126,6 +126,16 @@ def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
     monkeypatch.undo()
 
 
+def test_who_is_in_a_thread_already_closes_there() -> None:
+    async def body(threads: Threads) -> None:
+        quick = os.memfd_create("quick")
+        await threads.run(lambda: threads.close_fd(quick))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(quick)
+
+    story(body)
+
+
 def test_what_is_to_be_closed_at_a_stop_is_closed_and_waited_for() -> None:
     async def run() -> None:
         for _ in range(50):
