@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`python -m bench.throughput`: reads and writes through a device, beside a device of losetup's.
 
-By fio, with direct I/O on both sides of both devices, which are of the same file, in turns.
+By fio, with direct I/O on both sides of both devices, which are of the same file: a file in memory,
+so that the devices are what is compared, and not a disk. Both at once, so that the machine's moods
+meet both alike, each of them first in every other run.
 """
 
 import json
@@ -13,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import rig
-from bench.results import Result, Target, alone
+from bench.results import Cell, Result, Target, alone
 from loopd.client import blocking
-from tests.harness.area import area
 from tests.harness.daemon import LIBRARIES
 
-ROUNDS = 9
+ROUNDS = 14
 SECONDS = 1
 SIZE = 256 << 20
 JOBS = {
@@ -36,25 +37,33 @@ def measure() -> Result:
         title="Through the device",
         columns=["MiB/s losetup", "loopd", "ratio", "us losetup", "loopd", "ratio"],
     )
-    with area("throughput") as directory, rig.running(LIBRARIES[0]) as (bus, _):
+    with rig.runtime_directory() as directory, rig.running(LIBRARIES[0]) as (bus, _):
+        directory.mkdir()
         image = directory / "disk.img"
         with image.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, SIZE)
-            while file.tell() < SIZE:  # extents that are not written yet read faster
+            while file.tell() < SIZE:  # what is not written yet reads faster
                 file.write(os.urandom(1 << 20))
-            os.fsync(file.fileno())
         # Of the same file, so that both have the same places on the disk.
         with blocking.Client.connect(bus.address) as client, losetup(image) as theirs:
             ours = client.attach(str(image), direct_io=True, allow_overlap=True).node
             for name, job in JOBS.items():
                 found: dict[str, list[tuple[float, float]]] = {theirs: [], ours: []}
                 for count in range(ROUNDS):
-                    for node in (theirs, ours) if count % 2 else (ours, theirs):
-                        found[node].append(fio(directory, node, *job))
-                rates = [statistics.median(each[0] for each in found[n]) for n in (theirs, ours)]
-                waits = [statistics.median(each[1] for each in found[n]) for n in (theirs, ours)]
-                ratios = rates[1] / rates[0], waits[1] / waits[0]
-                result.rows[name] = [*rates, ratios[0], *waits, ratios[1]]
+                    nodes = (theirs, ours) if count % 2 else (ours, theirs)
+                    for node, each in zip(nodes, fio(directory, nodes, *job), strict=True):
+                        found[node].append(each)
+                cells: list[Cell] = []
+                ratios = []
+                for what in (0, 1):
+                    pairs = [
+                        (one[what], other[what])
+                        for one, other in zip(found[theirs], found[ours], strict=True)
+                    ]
+                    ratios.append(statistics.median(other / one for one, other in pairs))
+                    medians = [statistics.median(each) for each in zip(*pairs, strict=True)]
+                    cells += [*medians, ratios[-1]]
+                result.rows[name] = cells
                 result.targets.append(
                     Target(
                         what=f"{name}: loopd / losetup",
@@ -77,11 +86,11 @@ def losetup(image: Path) -> Iterator[str]:
         subprocess.run(["losetup", "-d", node], check=True)
 
 
-def fio(where: Path, node: str, how: str, size: str, depth: int) -> tuple[float, float]:
-    """MiB a second, and the mean latency in microseconds."""
+def fio(
+    where: Path, nodes: tuple[str, ...], how: str, size: str, depth: int
+) -> list[tuple[float, float]]:
+    """MiB a second, and the mean latency in microseconds, of several devices at the same time."""
     options = {
-        "name": "bench",
-        "filename": node,
         "rw": how,
         "bs": size,
         "iodepth": str(depth),
@@ -89,15 +98,17 @@ def fio(where: Path, node: str, how: str, size: str, depth: int) -> tuple[float,
         "ioengine": "libaio",
         "time_based": "1",
         "runtime": str(SECONDS),
-        "ramp_time": "0.2",
+        "ramp_time": "200ms",
         "output-format": "json",
     }
+    # What stands before the first job counts for all.
     command = ["fio", *(f"--{name}={value}" for name, value in options.items())]
+    for node in nodes:
+        command += [f"--name={node}", f"--filename={node}"]
     # It writes into the directory where it runs.
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=where)
-    (job,) = json.loads(done.stdout)["jobs"]
-    told = job["write" if "write" in how else "read"]
-    return told["bw_bytes"] / (1 << 20), told["lat_ns"]["mean"] / 1000
+    told = [each["write" if "write" in how else "read"] for each in json.loads(done.stdout)["jobs"]]
+    return [(each["bw_bytes"] / (1 << 20), each["lat_ns"]["mean"] / 1000) for each in told]
 
 
 if __name__ == "__main__":
