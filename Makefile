@@ -119,7 +119,7 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	umask 022; for package in loopd loopd/client loopd/cli; do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
 	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
-	$(call launcher,daemon,$(sbindir)/loopd)
+	$(call launcher,__main__,$(sbindir)/loopd)
 	$(call launcher,cli,$(bindir)/loopctl)
 	$(call fill,dbus/org.example.Loop1.service.in,$(dbusdir)/system-services/org.example.Loop1.service)
 	$(call fill,systemd/loopd.service.in,$(unitdir)/loopd.service)

@@ -34,7 +34,7 @@ import sys
 sys.path.insert(0, "{directory}")
 {library}
 sys.argv[1:] = ["--config", "{directory}/loopd.toml", "--runtime-directory", "{directory}/run"]
-from loopd.daemon import main
+from loopd.__main__ import main
 sys.exit(main())
 """
 SERVICE = f"""[D-BUS Service]

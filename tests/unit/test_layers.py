@@ -2,6 +2,8 @@
 """Imports go down only, and what may be in one place only is in that place."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,11 @@ def test_only_the_kernel_module_issues_ioctls() -> None:
         )
     ]
     assert users == ["kernel"]
+
+
+def test_loopd_does_not_load_what_it_does_not_need() -> None:
+    """It would start later for it, and be larger for as long as it runs."""
+    program = "import sys, loopd.__main__; print(*{'gi', '_ssl', 'asyncio'} & {*sys.modules})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["asyncio"]
