@@ -6,6 +6,7 @@ loopd does to the kernel. One at a time for the latency, and by sixteen programs
 """
 
 import time
+from collections.abc import Iterator
 
 from bench import raw, rig
 from bench.pairs import library_pair, losetup_pair
@@ -20,6 +21,8 @@ ROUNDS = 5
 CALLS = 40
 CLIENTS = 16
 MANY = 1000
+RAW, LIBRARY, LOSETUP = "raw ioctls, a pair", "loopd.loopdev, a pair", "losetup, a pair"
+CALL, QUESTION = "the bus, a call", "polkit, a question"
 PEER = "org.freedesktop.DBus.Peer"
 AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
@@ -31,15 +34,9 @@ def measure() -> Result:
     rates: dict[str, list[float]] = {}
     with rig.image() as image:
         for _ in range(ROUNDS):
-            times.setdefault("raw ioctls, a pair", []).extend(
-                sum(raw.pair(image)) for _ in range(CALLS)
-            )
-            times.setdefault("loopd.loopdev, a pair", []).extend(
-                sum(library_pair(image)) for _ in range(CALLS)
-            )
-            times.setdefault("losetup, a pair", []).extend(
-                sum(losetup_pair(image)) for _ in range(CALLS)
-            )
+            times.setdefault(RAW, []).extend(sum(raw.pair(image)) for _ in range(CALLS))
+            times.setdefault(LIBRARY, []).extend(sum(library_pair(image)) for _ in range(CALLS))
+            times.setdefault(LOSETUP, []).extend(sum(losetup_pair(image)) for _ in range(CALLS))
             for library in LIBRARIES:
                 with rig.running(library, rig.ROOM) as (bus, _):
                     with rig.clients(bus, CLIENTS) as clients, bus.connect(rig.USER) as subject:
@@ -53,7 +50,30 @@ def measure() -> Result:
     for name, found in times.items():
         many = median(rates[name]) / 1000 if name in rates else None
         result.rows[name] = [median(found), percentile(found, 99), many]
+    result.notes = list(sums({name: median(found) for name, found in times.items()}))
     return result
+
+
+def sums(medians: dict[str, float]) -> Iterator[str]:
+    """What a pair cannot cost less than, by these medians."""
+    for library in LIBRARIES:
+        root = 2 * medians[idle(library)] + medians[LIBRARY]
+        user = root + medians[QUESTION]
+        yield (
+            f"{library}: two calls and {LIBRARY} are {root:.2f} ms, which is raw + "
+            f"{root - medians[RAW]:.2f} ms; with a question to polkit it is {user:.2f} ms, "
+            f"{user / medians[LOSETUP]:.2f} of losetup's pair"
+        )
+    least = 2 * medians[CALL] + medians[QUESTION] + medians[RAW]
+    yield (
+        f"two calls that only the bus answers, a question to polkit and raw ioctls are {least:.2f} "
+        f"ms, {least / medians[LOSETUP]:.2f} of losetup's pair"
+    )
+
+
+def idle(library: str) -> str:
+    """What a call to loopd by itself is called."""
+    return f"loopd, {library}, a call that does nothing"
 
 
 def steps(library: str, subject: RawClient) -> list[tuple[str, rig.Send]]:
@@ -77,9 +97,9 @@ def steps(library: str, subject: RawClient) -> list[tuple[str, rig.Send]]:
         client.send(AUTHORITY_PATH, AUTHORITY, member, signature, question, destination=POLKIT)
 
     return [
-        ("the bus, a call", ask_the_bus),
-        (f"loopd, {library}, a call that does nothing", ask_loopd),
-        ("polkit, a question", ask_polkit),
+        (CALL, ask_the_bus),
+        (idle(library), ask_loopd),
+        (QUESTION, ask_polkit),
     ]
 
 
