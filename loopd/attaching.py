@@ -29,6 +29,7 @@ from .overlap import Claims, Mapping
 from .polkit import Authority
 from .proposal import AttachOptions, Block, Proposal, Proposals
 from .registry import Registry
+from .spares import Spares
 from .tasks import Tasks
 from .threads import Threads, Work
 
@@ -58,6 +59,7 @@ class Attaching:
         claims: Claims,
         quota: Quota,
         store: FdStore,
+        spares: Spares,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -72,6 +74,7 @@ class Attaching:
         self._proposals = Proposals(config, threads)
         self._quota = quota
         self._store = store
+        self._spares = spares
         # From a number on that no former loopd has reached: a path names one attachment for ever.
         self._counter = itertools.count(_now())
         self._stopping = False
@@ -224,6 +227,7 @@ class Attaching:
                 proposal,
                 partial(self._claim, caller.uid),
                 partial(self._publish, caller.uid, proposal),
+                partial(self._spares.suits, caller.uid),
                 self._store,
             )
             try:
@@ -331,10 +335,17 @@ def _attach(
     proposal: Proposal,
     claim: attachment.Claim,
     publish: attachment.Publish,
+    suits: Callable[[int], bool],
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     loop = attachment.attach(
-        fd, proposal.file, proposal.request, claim, publish, may_hang=proposal.may_hang
+        fd,
+        proposal.file,
+        proposal.request,
+        claim,
+        publish,
+        suits=suits,
+        may_hang=proposal.may_hang,
     )
     try:
         status = loopinfo.status(loop.number)

@@ -50,6 +50,7 @@ def attach(
     claim: Claim = lambda _: lambda _: None,
     publish: Publish = lambda number, diskseq: None,
     *,
+    suits: Callable[[int], bool] = lambda number: True,
     may_hang: bool = False,
     driver: Driver = THIS_KERNEL,
 ) -> LoopDevice:
@@ -57,10 +58,11 @@ def attach(
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
     is bound to it, and returns what is to be called in the end (`LoopDevice.release`); `publish`
-    with number and diskseq once that is done, before udev may look at the device. The device
-    carries autoclear: it goes when the last opener, us included, is gone. With `may_hang` no lock
-    is held while the file's filesystem is asked, and a number of its own is taken. With
-    `request.partition_scan` the partitions' nodes are there when it returns.
+    with number and diskseq once that is done, before udev may look at the device. A free device
+    that does not suit is left, and a new one made. The device carries autoclear: it goes when the
+    last opener, us included, is gone. With `may_hang` no lock is held while the file's filesystem
+    is asked, and a number of its own is taken. With `request.partition_scan` the partitions' nodes
+    are there when it returns.
 
     Raises InvalidArgs for options that do not fit the file, NotSupported, TimedOut, OSError, and
     DeviceBusy when the wanted device is in use or 64 attempts found no free one.
@@ -78,6 +80,7 @@ def attach(
             request=request,
             claim=claim,
             publish=publish,
+            suits=suits,
             may_hang=may_hang,
             driver=driver,
             # Of a device that is there already, a former user may have an fd that sees our file.
@@ -127,6 +130,7 @@ class _Attempt:
     request: AttachRequest
     claim: Claim
     publish: Publish
+    suits: Callable[[int], bool]
     may_hang: bool
     driver: Driver
     fresh: bool
@@ -169,9 +173,11 @@ class _Attempt:
         """The number of a device that may be free, and whether it was made for us."""
         wanted = self.request.number
         if wanted is None:
-            if self.fresh:
-                return kernel.loop_ctl_add(self.control_fd, -1), True
-            return kernel.loop_ctl_get_free(self.control_fd), False
+            if not self.fresh:
+                number = kernel.loop_ctl_get_free(self.control_fd)
+                if self.suits(number):
+                    return number, False
+            return kernel.loop_ctl_add(self.control_fd, -1), True
         try:
             return kernel.loop_ctl_add(self.control_fd, wanted), True
         except OSError as exc:

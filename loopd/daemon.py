@@ -43,6 +43,7 @@ from .records import Records
 from .registry import Listeners, Registry
 from .restoring import Restoring
 from .service import Service
+from .spares import Spares
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         let_go=lambda devices: ending.let_go_all(devices),
     )
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
-    ending = Ending(threads, registry, records, lifetimes, locks)
+    spares = Spares(threads)
+    ending = Ending(threads, registry, records, lifetimes, locks, spares)
     manager = Manager(config, threads, authority, registry, lifetimes, locks, ending)
     claims = Claims()
     operations = Operations(manager, registry, locks, claims, threads, lifetimes, store)
@@ -260,6 +262,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         claims,
         quota,
         store,
+        spares,
         let_go=ending.let_go,
     )
     restoring = Restoring(

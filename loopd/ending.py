@@ -45,13 +45,14 @@ class Ending:
         records: Records,
         lifetimes: Lifetimes,
         locks: Locks,
+        spares: Spares,
     ) -> None:
         self._threads = threads
         self._registry = registry
         self._records = records
         self._lifetimes = lifetimes
         self._locks = locks
-        self._spares = Spares(threads)
+        self._spares = spares
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -186,7 +187,7 @@ class Ending:
     def device_came(self, device: Device) -> None:
         """Note that a device has been bound, by whomever."""
         if device.number is not None:
-            self._spares.take(device.number)
+            self._spares.take(device.number, device.owner)
 
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""

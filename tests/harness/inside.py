@@ -38,6 +38,7 @@ from loopd.polkit import Authority
 from loopd.proposal import AttachOptions
 from loopd.records import Records
 from loopd.registry import Listeners, Registry
+from loopd.spares import Spares
 from loopd.threads import Threads, Work
 from tests.harness import leaks
 from tests.harness.asynchronous import run_async
@@ -111,7 +112,10 @@ class Inside:
         )
         self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         self.claims = Claims()
-        self.ending = Ending(self.threads, self.registry, self.records, self.lifetimes, self.locks)
+        self.spares = Spares(self.threads)
+        self.ending = Ending(
+            self.threads, self.registry, self.records, self.lifetimes, self.locks, self.spares
+        )
         self.manager = Manager(
             config,
             self.threads,
@@ -141,6 +145,7 @@ class Inside:
             self.claims,
             self.quota,
             self.store,
+            self.spares,
             let_go=self.ending.let_go,
         )
         scripted.uevent = self._uevent

@@ -6,6 +6,7 @@ import itertools
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.alone
 DEVICE_BUSY = f"{MANAGER}.Error.DeviceBusy"
 INVALID_ARGS = f"{BUS}.Error.InvalidArgs"
 SIZE = 64 * 1024
+KEPT_FOR = 0.5
+"""Seconds for which a device is kept for the next attach of its user's."""
 
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 
@@ -274,3 +277,20 @@ def test_those_who_want_any_are_not_disturbed_by_those_who_want_one(
         assert winner.number == number
         for caller, attached in [(root, winner), *((other, each) for each in others)]:
             assert caller.detach(attached.path) is True
+
+
+def test_a_device_that_was_let_go_of_goes_to_nobody_else_at_once(world: World) -> None:
+    """Who is about to mount it by its name must not find another user's file there."""
+    former, next_one = world.caller(USER), world.caller(OTHER)
+    images = world.image(SIZE), world.image(SIZE, owner=OTHER)
+    for _ in range(20):
+        begun = time.monotonic()
+        attached = former.attach(images[0])
+        former.detach(attached.path)
+        other = next_one.attach(images[1])
+        in_time = time.monotonic() - begun < KEPT_FOR
+        next_one.detach(other.path)
+        if in_time:  # else it may be anybody's again
+            break
+    assert in_time
+    assert other.number != attached.number

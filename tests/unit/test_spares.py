@@ -5,8 +5,11 @@ import asyncio
 from collections.abc import Callable
 
 from loopd import spares as module
+from loopd.access import NOBODY
 from loopd.spares import Spares
 from loopd.threads import Threads
+
+UID = 1000
 
 
 class Removals(Threads):
@@ -43,6 +46,7 @@ def removed(story: Callable[[Spares], None], *, later: int = 0) -> list[int]:
 def keep(*numbers: int) -> Callable[[Spares], None]:
     def story(spares: Spares) -> None:
         for number in numbers:
+            spares.take(number, UID)
             spares.keep(number)
 
     return story
@@ -56,14 +60,14 @@ def test_a_few_are_kept_and_those_are_the_lowest() -> None:
     assert removed(keep(3, 3, 3, 3, 3, 3)) == []
 
 
-def test_they_go_when_none_has_come_for_a_while() -> None:
-    assert removed(keep(3, 5, 4), later=3) == [5, 4, 3]
+def test_they_go_when_none_has_taken_them_for_a_while() -> None:
+    assert removed(keep(3, 5, 4), later=3) == [3, 5, 4]
 
 
 def test_one_that_is_in_use_again_is_not_removed() -> None:
     def story(spares: Spares) -> None:
         keep(3, 4)(spares)
-        spares.take(3)
+        spares.take(3, UID)
         spares.remove_all()
         spares.remove_all()
 
@@ -72,3 +76,33 @@ def test_one_that_is_in_use_again_is_not_removed() -> None:
 
 def test_all_go_when_loopd_does() -> None:
     assert removed(lambda spares: (keep(2, 1)(spares), spares.remove_all())[1]) == [2, 1]
+
+
+def test_none_is_given_to_another_user() -> None:
+    """Who is about to mount one by its name would mount the other's file."""
+
+    def story(spares: Spares) -> None:
+        keep(1, 2, 3, 4, 5)(spares)
+        spares.take(6, UID)  # it can be unbound before anybody hears of it
+        for number in (1, 5, 6):  # 5 is being removed, and may be offered yet
+            assert spares.suits(UID, number)
+            assert not spares.suits(UID + 1, number)
+        assert spares.suits(UID + 1, 7)
+        spares.take(1, UID + 1)
+        assert not spares.suits(UID, 1)
+        spares.take(6, NOBODY)
+        assert spares.suits(UID + 1, 6)
+
+    assert removed(story) == [5]
+
+
+def test_whose_they_were_is_forgotten_with_them() -> None:
+    kept: list[Spares] = []
+
+    def story(spares: Spares) -> None:
+        keep(1, 2, 3)(spares)
+        spares.take(3, UID)
+        kept.append(spares)
+
+    assert removed(story, later=2) == [1, 2]
+    assert [kept[0].suits(UID + 1, number) for number in (1, 2, 3)] == [True, True, False]
