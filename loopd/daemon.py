@@ -44,6 +44,7 @@ from .registry import Listeners, Registry
 from .restoring import Restoring
 from .service import Service
 from .spares import Spares
+from .tasks import Tasks
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -281,6 +282,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     announcer.start()
 
     monitor = alive = None
+    told = Tasks()  # systemd may not read for a while, which is no reason to wait
     try:
         for rule in HINTS:
             await asking.call_bus("AddMatch", "s", [rule])
@@ -293,7 +295,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
-        supervisor.tell("READY=1")
+        told.start(_tell(threads, "READY=1"))
         if interval := supervisor.watchdog_interval():
             look = partial(_compare, store, unit)
             tell = partial(_tell, threads)
@@ -301,7 +303,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         idle.touch()
 
         status = await ended
-        supervisor.tell("STOPPING=1")
+        told.start(_tell(threads, "STOPPING=1"))
         idle.stop()
         # The name first: whoever calls from now on starts the next loopd instead of losing a call.
         attaching.refuse()

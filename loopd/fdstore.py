@@ -57,8 +57,10 @@ class FdStore:
         for name, (fd, *copies) in supervisor.passed_fds().items():
             for copy in copies:
                 os.close(copy)
-            found[name] = self._kept(name, OwnedFd(fd))
+            found[name] = OwnedFd(fd).closed_after(partial(self._take_out, name))
             used = max(used, number_in(name))
+        with self._changed:
+            self._names.update(found)
         self._numbers = itertools.count(used + 1)
         return found
 
@@ -83,17 +85,17 @@ class FdStore:
             self._changed.wait_for(lambda: len(self._names) < self.room, _BARRIER_TIMEOUT)
             self._names.add(name)
         # Not watched: a pipe that nobody reads any more is ours to notice.
-        supervisor.tell(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd.fileno()])
-        return self._kept(name, fd)
-
-    def _kept(self, name: str, fd: OwnedFd) -> OwnedFd:
-        with self._changed:
-            self._names.add(name)
+        if not supervisor.tell(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd.fileno()]):
+            self._forget(name)
+            return fd.move()
         return fd.closed_after(partial(self._take_out, name))
 
     def _take_out(self, name: str) -> None:
         supervisor.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
         _barrier()
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         with self._changed:
             self._names.discard(name)
             self._changed.notify_all()
