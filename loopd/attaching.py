@@ -6,7 +6,6 @@ on a task goes through to the end, and undoes what nobody waits for any more.
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from .lifetimes import Lifetimes
 from .locks import Locks
 from .marker import Markers
 from .overlap import Claims, Mapping
+from .passthrough import Passthrough
 from .polkit import Authority
-from .proposal import AttachOptions, Block, Proposal, Proposals
+from .proposal import AttachOptions, Proposal, Proposals
 from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
@@ -72,11 +72,10 @@ class Attaching:
         self._claims = claims
         self._let_go = let_go
         self._proposals = Proposals(config, threads)
+        self._passthrough = Passthrough(threads, registry, lifetimes, quota, store)
         self._quota = quota
         self._store = store
         self._spares = spares
-        # From a number on that no former loopd has reached: a path names one attachment for ever.
-        self._counter = itertools.count(_now())
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
@@ -85,27 +84,28 @@ class Attaching:
         """Attach nothing any more, also in calls that are under way."""
         self._stopping = True
 
+    def _require_running(self) -> None:
+        if self._stopping:
+            raise Failed("loopd is stopping: try again")
+
     async def attach(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Device:
         """Attach a file for as long as the options say. Takes the fd over."""
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
-            proposal = await self._proposals.look(fd, options)
-            if options.lifetime == SYSTEM and not proposal.needs_loop_device:
-                raise NotSupported(
-                    "lifetime: a block device that needs no loop device is there as long as it is"
-                )
+            proposal = await self._look(fd, options)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
                 proposal.request.check(proposal.file, proposal.file.size)
             await self._require_attach(caller, proposal)
             if proposal.block:
-                proposal = await self._proposals.look(fd, options)  # it may have changed
+                proposal = await self._look(fd, options)  # it may have changed
             caller.client.require_present()
-            if self._stopping:
-                raise Failed("loopd is stopping: try again")
+            self._require_running()
             if proposal.block and not proposal.needs_loop_device:
-                return await self._hold(caller, fd, proposal, proposal.block)
+                return await self._passthrough.hold(
+                    caller, fd, proposal, proposal.block, admit=self._require_running
+                )
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
         ended = False
@@ -120,6 +120,14 @@ class Attaching:
         if not ended:
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
+
+    async def _look(self, fd: OwnedFd, options: AttachOptions) -> Proposal:
+        proposal = await self._proposals.look(fd, options)
+        if options.lifetime == SYSTEM and not proposal.needs_loop_device:
+            raise NotSupported(
+                "lifetime: a block device that needs no loop device is there as long as it is"
+            )
+        return proposal
 
     def _give_up(self, task: asyncio.Task[Device]) -> None:
         """Detach what was attached for somebody who does not wait for it any more."""
@@ -143,47 +151,6 @@ class Attaching:
             keeps=proposal.options.lifetime == SYSTEM,
         ):
             await self._authority.require(caller, action, details)
-
-    # --- block devices that need no loop device -------------------------------------------------
-
-    async def _hold(self, caller: Caller, fd: OwnedFd, proposal: Proposal, block: Block) -> Device:
-        """Record a block device as its own: nothing is bound, and nothing will be cleared."""
-        status = block.status
-        with self._quota.take(caller.uid) as place, ExitStack() as failed:
-            device = Device(
-                number=None,
-                name=status.backing_file.removeprefix(b"/dev/").decode().replace("/", "!"),
-                diskseq=status.diskseq,
-                which=next(self._counter),
-                status=status,
-                file=proposal.file.identity,
-                sector_size=block.sector_size,
-                owner=caller.uid,
-                attached_at=_now(),
-            )
-            # Closed as what it is: no filesystem has a say in it.
-            held = OwnedFd(fd.release(), kernel.close)
-            failed.enter_context(held)
-            kept = await self._threads.run_in_turn(
-                caller.uid,
-                Work.OPERATION,
-                partial(self._store.keep, device.label, held),
-                late=OwnedFd.close,
-            )
-            failed.callback(self._close, caller.uid, kept)
-            caller.client.require_present()
-            if self._stopping:
-                raise Failed("loopd is stopping: try again")
-            self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
-            failed.pop_all()
-            device.held, device.place = kept, place.keep()
-        self._registry.record(device)
-        return device
-
-    def _close(self, uid: int, fd: OwnedFd) -> None:
-        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, fd.close))
-
-    # --- all others -----------------------------------------------------------------------------
 
     def _admit(self, caller: Caller, fd: OwnedFd, proposal: Proposal) -> _Attempt:
         """Check overlap and quota, and begin to bind; from here on a task goes to the end."""

@@ -21,8 +21,8 @@ LAYERS = (
     ("cli.columns", "cli.outcome", "client.changes", "client.device"),
     ("cli.output", "options", "bus", "introspection", "client.link"),
     ("operations", "attaching", "announcer"),
-    ("manager", "proposal", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("ending", "restoring"),
+    ("manager", "passthrough", "cli.signals", "client.properties", "client.watch", "client.image"),
+    ("ending", "proposal", "restoring"),
     ("lifetimes",),
     (
         "registry",
