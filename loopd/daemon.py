@@ -44,7 +44,6 @@ from .registry import Listeners, Registry
 from .restoring import Restoring
 from .service import Service
 from .spares import Spares
-from .tasks import Tasks
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -281,8 +280,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     service.serve(manager, operations, attaching)
     announcer.start()
 
-    monitor = alive = None
-    told = Tasks()  # systemd may not read for a while, which is no reason to wait
+    monitor = alive = stopping = None
     try:
         for rule in HINTS:
             await asking.call_bus("AddMatch", "s", [rule])
@@ -295,15 +293,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
-        told.start(_tell(threads, "READY=1"))
-        if interval := supervisor.watchdog_interval():
-            look = partial(_compare, store, unit)
-            tell = partial(_tell, threads)
-            alive = asyncio.ensure_future(supervisor.stay_alive(interval, bus.ping, look, tell))
+        alive = asyncio.ensure_future(_live(threads, bus, store, unit))
         idle.touch()
 
         status = await ended
-        told.start(_tell(threads, "STOPPING=1"))
+        stopping = asyncio.ensure_future(_tell(threads, "STOPPING=1"))
         idle.stop()
         # The name first: whoever calls from now on starts the next loopd instead of losing a call.
         attaching.refuse()
@@ -319,8 +313,17 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         asking.close()
         if monitor:
             monitor.close()
-        if alive:
-            alive.cancel()
+        for task in (alive, stopping):
+            if task:
+                task.cancel()
+
+
+async def _live(threads: Threads, bus: Bus, store: FdStore, unit: supervisor.Unit) -> None:
+    """Tell systemd that we are there, and go on telling; it may not read for a while."""
+    tell = partial(_tell, threads)
+    await tell("READY=1")
+    if interval := supervisor.watchdog_interval():
+        await supervisor.stay_alive(interval, bus.ping, partial(_compare, store, unit), tell)
 
 
 async def _tell(threads: Threads, state: str) -> None:
