@@ -82,16 +82,20 @@ class Monitor:
                     break
                 came = True
                 if found := _LOOP.search(device.device_path):
-                    seqnums[int(found[1])] = device.sequence_number
+                    number = int(found[1])
+                    # Not always the last one: the kernel may tell of two in another order.
+                    seqnums[number] = max(seqnums.get(number, 0), device.sequence_number)
             else:
                 more = True
-        except OSError:
+        # How pyudev says what libudev could not do with an event.
+        except (OSError, ValueError, MemoryError, OverflowError):
             lost = True
-        if more:
-            self._later = self._loop.call_later(0, self._read)  # after whatever else waits
-        else:
-            self._later = None
-            self._loop.add_reader(self._socket, self._readable)
+        finally:
+            if more:
+                self._later = self._loop.call_later(0, self._read)  # after whatever else waits
+            else:
+                self._later = None
+                self._loop.add_reader(self._socket, self._readable)
         if lost:
             log.info("events of the kernel were lost: looking at all loop devices again")
             self._on_event(None, 0)

@@ -59,7 +59,7 @@ class Outbox:
         self._queued[destination] += len(data)
         if self._waits:
             pass  # for the socket, which is full
-        elif not soon:
+        elif not soon or len(self._queue) >= _AT_A_TIME:
             self._writable()
         elif len(self._queue) == 1:
             self._loop.call_soon(self._writable)
@@ -74,6 +74,7 @@ class Outbox:
         """Send what the socket takes at once, and no more."""
         self._writable()
         self._loop.remove_writer(self._socket)
+        self._waits = False
         for outgoing in self._queue:
             if not outgoing.written.done():
                 outgoing.written.cancel()
@@ -112,18 +113,20 @@ class Outbox:
             self._loop.remove_writer(self._socket)
 
     def _next(self) -> tuple[list[memoryview], list[tuple[int, int, bytes]], int]:
-        """The first message, and as many after it as need no fds of their own."""
+        """The first message, alone if it has fds, and else with others that have none.
+
+        dbus-broker takes fds for those of the last message that came in one piece with them.
+        """
         first = self._queue[0]
-        data = [first.data]
-        for outgoing in itertools.islice(self._queue, 1, _AT_A_TIME):
+        if first.fds:
+            fds = struct.pack(f"{len(first.fds)}i", *first.fds)
+            return [first.data], [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds)], _SEND
+        data = []
+        for outgoing in itertools.islice(self._queue, _AT_A_TIME):
             if outgoing.fds:
                 break
             data.append(outgoing.data)
-        ancillary = []
-        if first.fds:
-            fds = struct.pack(f"{len(first.fds)}i", *first.fds)
-            ancillary.append((int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds))
-        return data, ancillary, _SEND
+        return data, [], _SEND
 
     def _sent(self, size: int) -> None:
         """Take what is sent out of the queue; the fds went with its first byte."""

@@ -13,6 +13,7 @@ from . import backing, blockdev, kernel, loopinfo
 from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
+from .errors import LimitsExceeded
 from .fd import OwnedFd
 from .leases import CONNECTION
 from .loopinfo import Status
@@ -137,7 +138,11 @@ class Proposals:
                     blockdev.opened(copy.release()).close()
                 return result
 
-        return await self._threads.run(call, timeout=self._config.deadlines.operation)
+        try:
+            return await self._threads.run(call, timeout=self._config.deadlines.operation)
+        except LimitsExceeded:
+            copy.close()  # there was no thread for it
+            raise
 
     def _request(
         self, file: BackingFile, options: AttachOptions, block: Block | None

@@ -62,8 +62,12 @@ class Registry:
         self._managed = 0
         self._looks: dict[int, bool] = {}
         """Numbers that are looked at, and whether they are to be looked at once more."""
-        self._unwatched: dict[int, bool] = {}
-        """Numbers that are not looked at for now, and whether they would have been."""
+        self._unwatched: dict[int, Device] = {}
+        """Devices that are not looked at for now."""
+        self._missed: set[int] = set()
+        """Numbers of those that would have been."""
+        self._heard: dict[int, int] = {}
+        """The last event of numbers that had no device of ours yet."""
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
         self._tasks = Tasks()
@@ -108,6 +112,9 @@ class Registry:
         if device.mapping:
             self._by_file[device.mapping.file].add(device)
         self._listeners.added(device)
+        # While it was being attached, nobody looked at it.
+        if device.number is not None and self._heard.pop(device.number, 0) > device.status.seqnum:
+            self.look_at(device.number)
 
     @property
     def managed(self) -> int:
@@ -173,6 +180,8 @@ class Registry:
         looking at it again took a quarter of the processors' time.
         """
         device = None if number is None else self._by_number.get(number)
+        if device is None and number is not None:
+            self._heard[number] = seqnum
         if device is None or device.status.seqnum < seqnum:
             self.look_at(number)
 
@@ -182,18 +191,27 @@ class Registry:
 
     @contextmanager
     def unwatched(self, devices: Iterable[Device]) -> Iterator[None]:
-        """Look at none of these until the end of the block, which is about to see to them itself.
+        """Look at none of these until `watch`, or the end of the block, which sees to them itself.
 
         Looking at each of 256 that were being unbound took as long as that.
         """
-        numbers = [device.number for device in devices if device.number is not None]
-        self._unwatched.update(dict.fromkeys(numbers, False))
+        mine = {device.number: device for device in devices if device.number is not None}
+        self._unwatched.update(mine)
         try:
             yield
         finally:
-            for number in numbers:
-                if self._unwatched.pop(number, False):
-                    self.look_at(number)
+            for device in mine.values():
+                self.watch(device)
+
+    def watch(self, device: Device) -> None:
+        """Look at a device again."""
+        number = device.number
+        if number is None or self._unwatched.get(number) is not device:
+            return
+        del self._unwatched[number]
+        if number in self._missed:
+            self._missed.discard(number)
+            self.look_at(number)
 
     def look_if_bound(self, number: int) -> None:
         """Look at a device that was not looked at while it was ours."""
@@ -227,13 +245,14 @@ class Registry:
             self._update(device, status)
 
     async def _look(self, number: int) -> None:
-        if number in self._unwatched:
-            self._unwatched[number] = True
+        device = self._by_number.get(number)
+        if device and self._unwatched.get(number) is device:
+            self._missed.add(number)
             return
         if number in self._looks:
             self._looks[number] = True
             return
-        if number not in self._by_number and self._is_nobodys(number):
+        if device is None and self._is_nobodys(number):
             return
         self._looks[number] = True
         try:
@@ -285,6 +304,8 @@ class Registry:
             self._update(known, seen)
 
     def _update(self, device: Device, status: loopinfo.Status) -> None:
+        if status.seqnum < device.status.seqnum:
+            return  # somebody else has looked since
         differs, device.status = status != device.status, status
         if differs:
             self._listeners.changed(device)

@@ -8,8 +8,8 @@ What is kept are the lowest numbers, for those are what LOOP_CTL_GET_FREE names.
 a device that is removed before it is opened gets ENXIO, which losetup takes for the end: of six
 runs of two of them beside the end of 256 devices, one failed while it was the oldest that went.
 
-No other user gets one of them. Who is about to mount a device by its name, as udisks2 does for its
-owner, would mount what has that name by then.
+No other user gets one of them, unless by its number. Who is about to mount a device by its name, as
+udisks2 does for its owner, would mount what has that name by then.
 """
 
 import asyncio

@@ -67,7 +67,7 @@ class Threads:
     ) -> _T:
         """Call a function in a thread and wait for it, at most `timeout` seconds.
 
-        The thread goes on when the time is over, and `late` gets what it returns then, in that
+        The thread goes on when the time is over, and `late` gets what it returns then, in a
         thread. `ended` is called on the event loop when all of that is over. Raises TimedOut.
         """
         loop = asyncio.get_running_loop()
@@ -84,6 +84,9 @@ class Threads:
                 loop.call_soon_threadsafe(wake)
 
         def over(done: Future[_T]) -> None:
+            if get_ident() == self._loop_thread:  # it was done just now
+                self._submit(pool, partial(over, done))
+                return
             try:
                 if not done.exception():
                     late(done.result())

@@ -2,6 +2,7 @@
 """Registry and manager over a scripted kernel: what is done behind loopd's back is noticed."""
 
 import asyncio
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -50,7 +51,8 @@ class Parts(Inside):
 
     def _changed(self, device: Device) -> None:
         super()._changed(device)
-        self.changes.set()
+        if self.registry.knows(device):
+            self.changes.set()
 
     def recorded(self, device: Device) -> Record:
         """Return what is on disk about a device."""
@@ -299,11 +301,75 @@ def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -
     with_parts(story)
 
 
+def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
+    with_parts: WithParts,
+) -> None:
+    """Between its status and its record, its size may change."""
+
+    async def story(parts: Parts) -> None:
+        heard: list[tuple[int, int]] = []
+        parts.scripted.uevent = lambda number, seqnum: heard.append((number, seqnum))
+        loop = asyncio.get_running_loop()
+        status = loopinfo.status
+
+        def late(number: int) -> loopinfo.Status:
+            told = status(number)
+            os.truncate(parts.image, 2 * MIB)
+            parts.scripted.take_up_size(number)
+            event = number, heard[-1][1] + 1
+            loop.call_soon_threadsafe(parts.registry.heard, *event)
+            return told
+
+        with mock.patch.object(loopinfo, "status", late):
+            device = await parts.attach_image()
+        await parts.registry._tasks.finish(10)
+        assert device.status.size == 2 * MIB
+
+    with_parts(story)
+
+
+def test_an_older_look_changes_nothing(with_parts: WithParts) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        older = device.status
+        newer = dataclasses.replace(older, size=2 * MIB, seqnum=older.seqnum + 1)
+        parts.registry._update(device, newer)
+        parts.registry._update(device, older)
+        assert device.status is newer
+
+    with_parts(story)
+
+
+def test_a_device_that_is_left_alone_is_looked_at_afterwards_and_its_successor_at_once(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        assert device.number is not None
+        with parts.registry.unwatched([device]):
+            os.truncate(parts.image, 2 * MIB)
+            parts.scripted.take_up_size(device.number)
+            await parts.look(device)
+            assert device.status.size == MIB
+        await parts.registry._tasks.finish(10)
+        assert device.status.size == 2 * MIB
+        with parts.registry.unwatched([device]):
+            parts.scripted.let_go(device.number)
+            parts.registry.forget(device)
+            parts.scripted.bind_by_others(device.number, parts.image)
+            await parts.look(device)
+            assert parts.registry.numbered(device.number)
+        parts.scripted.let_go(device.number)
+        await parts.look(device)
+
+    with_parts(story)
+
+
 # The end of devices
 
 
 @contextmanager
-def detaching(meanwhile: Callable[[LoopDevice], None]) -> Iterator[None]:
+def detaching(meanwhile: Callable[[LoopDevice], object]) -> Iterator[None]:
     """Have something done in the thread that is about to detach a device."""
 
     def detach(loop: LoopDevice, _is: Any = loopdev.detach) -> Any:
@@ -344,6 +410,48 @@ def test_the_devices_of_a_client_end_together_and_one_that_hangs_by_itself(
         assert len({*threads.values()}) <= module._AT_A_TIME
 
     with_parts(story, devices=6)
+
+
+def test_one_that_takes_long_to_write_back_does_not_keep_the_others_from_being_noted(
+    with_parts: WithParts,
+) -> None:
+    go_on = threading.Event()
+
+    async def story(parts: Parts) -> None:
+        first, slow, *others = [
+            await parts.attach_image(allow_overlap=True) for _ in range(module._AT_A_TIME * 3)
+        ]
+        with detaching(lambda loop: loop.number == slow.number and go_on.wait(20)):
+            parts.leave(parts.one)
+            for device in (first, *others):
+                await asyncio.wait_for(device.gone.wait(), 10)
+            assert (slow.state, slow.gone.is_set()) == (DETACHING, False)
+            go_on.set()
+            await asyncio.wait_for(slow.gone.wait(), 10)
+        assert parts.registry._unwatched == {}
+
+    with_parts(story, devices=6)
+
+
+def test_a_bug_costs_one_device_of_many_another_attempt(
+    with_parts: WithParts, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(parts: Parts) -> None:
+        devices = [await parts.attach_image(allow_overlap=True) for _ in range(4)]
+
+        def fail(loop: LoopDevice) -> None:
+            if loop.number == devices[1].number:
+                raise ValueError("a bug")
+
+        with detaching(fail):
+            parts.leave(parts.one)
+            for device in devices:
+                await asyncio.wait_for(device.gone.wait(), 10)
+        assert [each.message for each in caplog.records if each.exc_info] == [
+            f"cannot detach {devices[1].node}"
+        ]
+
+    with_parts(story, devices=4)
 
 
 def test_a_detach_is_on_disk_before_it_begins_and_a_leaving_is_known_without(

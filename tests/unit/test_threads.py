@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -124,6 +125,34 @@ def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
 
     story(body)
     monkeypatch.undo()
+
+
+def test_what_comes_with_a_cancellation_is_dealt_with_in_a_thread() -> None:
+    """It may be a device that has to be detached."""
+
+    async def body(threads: Threads) -> None:
+        late: list[tuple[str, bool]] = []
+        ended = asyncio.Event()
+        begun = threading.Event()
+
+        def note(result: str) -> None:
+            late.append((result, threading.current_thread() is threading.main_thread()))
+
+        def work() -> str:
+            begun.set()
+            return "made"
+
+        task = asyncio.ensure_future(threads.run(work, late=note, ended=ended.set))
+        await asyncio.sleep(0)
+        begun.wait(10)
+        wait([*threads._running], 10)  # done, and the event loop has not heard of it
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await ended.wait()
+        assert late == [("made", False)]
+
+    story(body)
 
 
 def test_who_is_in_a_thread_already_closes_there() -> None:

@@ -314,6 +314,29 @@ def test_signals_of_one_turn_go_with_the_answer_in_one_write_and_before_it() -> 
     story(body)
 
 
+def test_a_message_with_fds_goes_alone() -> None:
+    """dbus-broker takes fds for those of the last message of a piece."""
+
+    async def body(harness: Harness) -> None:
+        caller = frame.Header(frame.METHOD_CALL, 0, 1, sender=":1.6")
+        reading, writing = os.pipe()
+        while not harness.connection._outbox._waits:
+            harness.connection.reply(caller, "s", ["x" * 1000])
+        harness.connection.reply(caller, "h", [0], [reading])
+        harness.connection.reply(caller, "s", ["after"])
+        pieces: list[list[frame.Frame]] = [[]]
+        while not any(b"after" in each.data for each in pieces[-1]):
+            pieces.append(harness.peer.read())
+            await turn()
+        (piece,) = (piece for piece in pieces if any(each.fds for each in piece))
+        assert piece[-1].header
+        assert (piece[-1].header.unix_fds, len(piece[-1].fds)) == (1, 1)
+        for fd in (reading, writing, piece[-1].fds[0]):
+            os.close(fd)
+
+    story(body)
+
+
 def test_what_was_put_in_is_sent_at_the_end() -> None:
     async def body(harness: Harness) -> None:
         harness.connection.emit("/a", "b.c", "D", "", [])
