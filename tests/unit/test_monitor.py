@@ -21,14 +21,14 @@ class Event:
         self.sequence_number = sequence_number
 
 
-def heard(*events: Event | Exception) -> list[tuple[int | None, int]]:
+def heard(*events: Event | type[Exception]) -> list[tuple[int | None, int]]:
     """Return what is told of events that are read at once; it still listens afterwards."""
     told: list[tuple[int | None, int]] = []
-    waiting: Iterator[Event | Exception | None] = iter([*events, None])
+    waiting: Iterator[Event | type[Exception] | None] = iter([*events, None])
 
     def poll(timeout: float) -> Any:
         event = next(waiting)
-        if isinstance(event, Exception):
+        if isinstance(event, type):
             raise event
         return event
 
@@ -55,7 +55,7 @@ def test_of_several_events_of_a_device_the_newest_is_told_once() -> None:
 
 @pytest.mark.parametrize("failure", [OSError, ValueError, MemoryError, OverflowError])
 def test_what_cannot_be_read_is_lost_and_what_follows_is_heard(failure: type[Exception]) -> None:
-    assert heard(Event("/block/loop3", 7), failure()) == [(None, 0)]
+    assert heard(Event("/block/loop3", 7), failure) == [(None, 0)]
 
 
 def test_many_are_read_in_slices() -> None:
