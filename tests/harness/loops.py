@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,23 @@ def wait_unbound(number: int, diskseq: int | None = None, timeout: float | None 
         events.wait_until(
             lambda: not loop_is_bound(number, diskseq), f"loop{number} to be unbound", timeout
         )
+
+
+def losetup(file: Path | str, *options: str, timeout: float | None = None) -> str:
+    """Have losetup attach a file to the first free device; return its node.
+
+    Again where another run's loopd removes the free device before losetup has opened it, which
+    losetup takes for the end.
+    """
+    deadline = Deadline(timeout)
+    command = ["losetup", *options, "-f", "--show", str(file)]
+    while True:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        gone = any(os.strerror(code) in done.stderr for code in (errno.ENXIO, errno.ENOENT))
+        assert gone, done.stderr
+        assert deadline.remaining, done.stderr
 
 
 def detach_leaked(loop: BoundLoop) -> None:

@@ -39,7 +39,7 @@ def world(shared: World) -> Iterator[World]:
 @pytest.fixture
 def foreign(world: World) -> Iterator[loops.BoundLoop]:
     """A device made by losetup, and what it is."""
-    node = losetup("-f", "--show", str(world.image()))
+    node = loops.losetup(world.image())
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     yield loop
@@ -63,7 +63,7 @@ def wait_added(caller: Caller, loop: loops.BoundLoop) -> None:
 
 def test_it_comes_and_goes_with_signals(world: World) -> None:
     caller = world.caller()
-    node = losetup("-f", "--show", str(world.image()))
+    node = loops.losetup(world.image())
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     wait_added(caller, loop)
@@ -201,7 +201,7 @@ def test_a_file_of_any_name_is_shown_as_it_is(world: World, name: bytes) -> None
     caller = world.caller()
     path = os.fsencode(world.files) + b"/" + name
     make_plain(Path(os.fsdecode(path)))
-    node = losetup("-f", "--show", os.fsdecode(path))
+    node = loops.losetup(os.fsdecode(path))
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     try:
@@ -232,7 +232,7 @@ def stopped(fuse: Fuse) -> Iterator[None]:
 def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -> None:
     """Foreign devices that hang."""
     with Fuse() as fuse:
-        node = losetup("-f", "--show", str(fuse.file))
+        node = loops.losetup(fuse.file)
         loop = loops.look_at(int(node.removeprefix("/dev/loop")))
         assert loop
         try:
@@ -295,7 +295,7 @@ def test_after_lost_events_all_devices_are_looked_at_again(
         # What happens now nobody will tell.
         loops.detach_leaked(foreign)
         loops.wait_unbound(foreign.number, foreign.diskseq)
-        node = losetup("-f", "--show", str(image))
+        node = loops.losetup(image)
         loop = loops.look_at(int(node.removeprefix("/dev/loop")))
         assert loop
     finally:

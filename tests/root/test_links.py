@@ -66,10 +66,7 @@ def link_to(link: Path) -> str:
 def mounted(world: World, udev: Udev, name: str) -> Iterator[str]:
     """A mounted filesystem of the system's, with a UUID; its device node."""
     image = make_ext4(world.new_path(), label=LABEL, uuid=name)
-    done = subprocess.run(
-        ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-    )
-    node = done.stdout.strip()
+    node = loops.losetup(image)
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     directory = world.new_path()

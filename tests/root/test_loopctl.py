@@ -43,6 +43,7 @@ from tests.harness.loops import (
     detach_leaked,
     look_at,
     loop_is_bound,
+    losetup,
     partitions,
     wait_unbound,
 )
@@ -448,8 +449,7 @@ def test_a_block_device_can_be_copied(
 @contextmanager
 def foreign_device(file: Path) -> Iterator[BoundLoop]:
     """A loop device that losetup has made."""
-    made = subprocess.run(["losetup", "-f", "--show", file], check=True, capture_output=True)
-    loop = look_at(number_of(made.stdout.decode().strip()))
+    loop = look_at(number_of(losetup(file)))
     assert loop is not None
     try:
         yield loop

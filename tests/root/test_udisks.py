@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import loops
 from tests.harness import udisks as harness
 from tests.harness.area import CHECKOUT, area
 from tests.harness.bus import OUR_POLICY, POLKIT, POLKIT_POLICY
@@ -93,10 +94,7 @@ def attach(world: World, udev: Udev, caller: Caller, image: Path | None = None) 
 @contextmanager
 def losetup(image: Path) -> Iterator[str]:
     """A device that loopd has not made."""
-    done = subprocess.run(
-        ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-    )
-    node = done.stdout.strip()
+    node = loops.losetup(image)
     try:
         yield node
     finally:
