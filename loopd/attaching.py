@@ -194,7 +194,7 @@ class Attaching:
                 proposal,
                 partial(self._claim, caller.uid),
                 partial(self._publish, caller.uid, proposal),
-                partial(self._spares.suits, caller.uid),
+                partial(self._spares.choose, caller.uid),
                 self._store,
             )
             try:
@@ -302,7 +302,7 @@ def _attach(
     proposal: Proposal,
     claim: attachment.Claim,
     publish: attachment.Publish,
-    suits: Callable[[int], bool],
+    choose: attachment.Choose,
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     loop = attachment.attach(
@@ -311,7 +311,7 @@ def _attach(
         proposal.request,
         claim,
         publish,
-        suits=suits,
+        choose=choose,
         may_hang=proposal.may_hang,
     )
     try:

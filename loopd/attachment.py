@@ -41,6 +41,7 @@ THIS_KERNEL = Driver()
 
 Claim = Callable[[int], Release]
 Publish = Callable[[int, int], None]
+Choose = Callable[[int], int | None]
 
 
 def attach(
@@ -50,7 +51,7 @@ def attach(
     claim: Claim = lambda _: lambda _: None,
     publish: Publish = lambda number, diskseq: None,
     *,
-    suits: Callable[[int], bool] = lambda number: True,
+    choose: Choose = lambda number: number,
     may_hang: bool = False,
     driver: Driver = THIS_KERNEL,
 ) -> LoopDevice:
@@ -58,8 +59,9 @@ def attach(
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
     is bound to it, and returns what is to be called in the end (`LoopDevice.release`); `publish`
-    with number and diskseq once that is done, before udev may look at the device. A free device
-    that does not suit is left, and a new one made. The device carries autoclear: it goes when the
+    with number and diskseq once that is done, before udev may look at the device. `choose` gets the
+    number of a free device, and returns which one is taken, or None if a new one is to be made; it
+    is not asked about a wanted number. The device carries autoclear: it goes when the
     last opener, us included, is gone. With `may_hang` no lock is held while the file's filesystem
     is asked, and a number of its own is taken. With `request.partition_scan` the partitions' nodes
     are there when it returns.
@@ -80,7 +82,7 @@ def attach(
             request=request,
             claim=claim,
             publish=publish,
-            suits=suits,
+            choose=choose,
             may_hang=may_hang,
             driver=driver,
             # Of a device that is there already, a former user may have an fd that sees our file.
@@ -130,7 +132,7 @@ class _Attempt:
     request: AttachRequest
     claim: Claim
     publish: Publish
-    suits: Callable[[int], bool]
+    choose: Choose
     may_hang: bool
     driver: Driver
     fresh: bool
@@ -174,8 +176,8 @@ class _Attempt:
         wanted = self.request.number
         if wanted is None:
             if not self.fresh:
-                number = kernel.loop_ctl_get_free(self.control_fd)
-                if self.suits(number):
+                number = self.choose(kernel.loop_ctl_get_free(self.control_fd))
+                if number is not None:
                     return number, False
             return kernel.loop_ctl_add(self.control_fd, -1), True
         try:

@@ -18,7 +18,8 @@ from . import loopdev
 from .access import NOBODY
 from .threads import Threads
 
-# Seconds, and how many: a user who lets go of hundreds wants to see their nodes gone.
+# Seconds since the last one of the same user came, so that none is removed in the middle of that
+# user's work, and how many: who lets go of hundreds wants to see their nodes gone.
 _KEPT_FOR = 0.5
 _KEPT = 4
 
@@ -31,18 +32,26 @@ class Spares:
         self._numbers: set[int] = set()
         self._owners: dict[int, int] = {}
         """Also of those that are bound, and of those whose removal has just begun."""
+        self._left: set[int] = set()
+        """Those that have an owner and are not bound."""
         self._timers: dict[int, asyncio.TimerHandle] = {}
+        """By owner."""
         self._loop = asyncio.get_running_loop()
 
-    def suits(self, uid: int, number: int) -> bool:
-        """Whether a user may take a device that is there; for threads, too."""
-        return self._owners.get(number, uid) == uid
+    def choose(self, uid: int, number: int) -> int | None:
+        """The device that a user gets where this one is free; None for a new one. For threads, too.
+
+        That one, unless it has just been another user's; then one that was this user's own.
+        """
+        if self._owners.get(number, uid) == uid:
+            return number
+        own = (each for each in tuple(self._numbers) if self._owners.get(each) == uid)
+        return min(own, default=None)
 
     def take(self, number: int, uid: int) -> None:
         """Note that a device is in use, by a user of ours or by somebody else (NOBODY)."""
         self._numbers.discard(number)
-        if timer := self._timers.pop(number, None):
-            timer.cancel()
+        self._left.discard(number)
         # Now, since it can be unbound, and offered, for a moment before we hear of it.
         if uid == NOBODY:
             self._owners.pop(number, None)
@@ -51,10 +60,12 @@ class Spares:
 
     def keep(self, number: int) -> None:
         """Keep a device of ours that has just been unbound; it is removed later if it still is."""
+        uid = self._owners[number]
         self._numbers.add(number)
-        if timer := self._timers.pop(number, None):
+        self._left.add(number)
+        if timer := self._timers.get(uid):
             timer.cancel()
-        self._timers[number] = self._loop.call_later(_KEPT_FOR, self._end, number)
+        self._timers[uid] = self._loop.call_later(_KEPT_FOR, self._end, uid)
         if len(self._numbers) > _KEPT:
             self._remove(max(self._numbers))
 
@@ -63,11 +74,14 @@ class Spares:
         for number in sorted(self._numbers, reverse=True):
             self._remove(number)
 
-    def _end(self, number: int) -> None:
-        del self._timers[number]
-        self._owners.pop(number, None)
-        if number in self._numbers:
-            self._remove(number)
+    def _end(self, uid: int) -> None:
+        del self._timers[uid]
+        for number in sorted(self._left, reverse=True):
+            if self._owners[number] == uid:
+                self._left.discard(number)
+                del self._owners[number]
+                if number in self._numbers:
+                    self._remove(number)
 
     def _remove(self, number: int) -> None:
         self._numbers.discard(number)

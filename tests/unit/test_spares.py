@@ -60,8 +60,8 @@ def test_a_few_are_kept_and_those_are_the_lowest() -> None:
     assert removed(keep(3, 3, 3, 3, 3, 3)) == []
 
 
-def test_they_go_when_none_has_taken_them_for_a_while() -> None:
-    assert removed(keep(3, 5, 4), later=3) == [3, 5, 4]
+def test_they_go_when_no_other_of_the_user_has_come_for_a_while() -> None:
+    assert removed(keep(3, 5, 4), later=3) == [5, 4, 3]
 
 
 def test_one_that_is_in_use_again_is_not_removed() -> None:
@@ -85,13 +85,16 @@ def test_none_is_given_to_another_user() -> None:
         keep(1, 2, 3, 4, 5)(spares)
         spares.take(6, UID)  # it can be unbound before anybody hears of it
         for number in (1, 5, 6):  # 5 is being removed, and may be offered yet
-            assert spares.suits(UID, number)
-            assert not spares.suits(UID + 1, number)
-        assert spares.suits(UID + 1, 7)
+            assert spares.choose(UID, number) == number
+            assert spares.choose(UID + 1, number) is None
+        assert spares.choose(UID + 1, 7) == 7
+        spares.take(3, UID + 1)
+        spares.keep(3)
+        assert spares.choose(UID + 1, 1) == 3  # its own
         spares.take(1, UID + 1)
-        assert not spares.suits(UID, 1)
+        assert spares.choose(UID, 1) == 2
         spares.take(6, NOBODY)
-        assert spares.suits(UID + 1, 6)
+        assert spares.choose(UID + 1, 6) == 6
 
     assert removed(story) == [5]
 
@@ -104,5 +107,5 @@ def test_whose_they_were_is_forgotten_with_them() -> None:
         spares.take(3, UID)
         kept.append(spares)
 
-    assert removed(story, later=2) == [1, 2]
-    assert [kept[0].suits(UID + 1, number) for number in (1, 2, 3)] == [True, True, False]
+    assert removed(story, later=2) == [2, 1]
+    assert [kept[0].choose(UID + 1, number) for number in (1, 2, 3)] == [1, 2, None]
