@@ -170,19 +170,19 @@ class Ending:
                     _, work = await asyncio.wait(work, timeout=_TOLD_AFTER)
                 while ended:
                     device, loop, cleared = ended.popleft()
+                    if not cleared:
+                        self._loop.call_later(_TOLD_AFTER, self._registry.changed, device)
                     self._tasks.start(self._finish(device, loop, cleared=cleared))
                     await asyncio.sleep(0)  # nobody else waits for all of it
                     self._registry.watch(device)
                 if work and not told:
                     told = True
-                    for device, _ in [*waiting]:
+                    for device, _ in devices:  # those that are not gone by now
                         self._registry.changed(device)
                         await asyncio.sleep(0)
 
     async def _finish(self, device: Device, loop: LoopDevice, *, cleared: bool) -> None:
         """Go on until a device is cleared, and take note of it."""
-        if not cleared:
-            self._loop.call_later(_TOLD_AFTER, self._registry.changed, device)
         pauses = iter(_CLEAR_PAUSES)
         pause = 0.0
         while not cleared:

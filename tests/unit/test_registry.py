@@ -421,11 +421,14 @@ def test_one_that_takes_long_to_write_back_does_not_keep_the_others_from_being_n
         first, slow, *others = [
             await parts.attach_image(allow_overlap=True) for _ in range(module._AT_A_TIME * 3)
         ]
+        parts.changes.clear()
         with detaching(lambda loop: loop.number == slow.number and go_on.wait(20)):
             parts.leave(parts.one)
             for device in (first, *others):
                 await asyncio.wait_for(device.gone.wait(), 10)
             assert (slow.state, slow.gone.is_set()) == (DETACHING, False)
+            await asyncio.wait_for(parts.changes.wait(), 10)  # and it is told
+            assert parts.recorded(slow).detaching
             go_on.set()
             await asyncio.wait_for(slow.gone.wait(), 10)
         assert parts.registry._unwatched == {}
