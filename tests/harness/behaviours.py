@@ -4,6 +4,7 @@
 tests/unit/test_scripted_kernel.py runs them on the scripted kernel, tests/root/test_real_kernel.py
 on the real one, each with a `lab` of its own.  A docstring names the behaviour of systemd's
 loop-util that is shown, as A1 to A28.
+What goes on with a free device, which anybody may take, is alone on the machine.
 """
 
 import errno
@@ -99,6 +100,7 @@ def test_each_attachment_has_a_diskseq_of_its_own(lab: Lab) -> None:
     assert len(seen) == 3
 
 
+@pytest.mark.alone
 def test_bound_or_not(lab: Lab) -> None:
     """A2: what is not bound says ENXIO, and sysfs says it without asking the file."""
     device = lab.attach(lab.image())
@@ -242,6 +244,7 @@ def test_a_device_that_someone_else_binds_in_between_is_left_to_them(lab: Lab) -
     assert loopinfo.status(theirs[0]).backing_file == os.fsencode(others)
 
 
+@pytest.mark.alone
 def test_a_device_that_vanishes_is_no_error(lab: Lab) -> None:
     """A8: removed between GET_FREE and open."""
     removed: list[bool] = []
@@ -256,6 +259,7 @@ def test_a_device_that_vanishes_is_no_error(lab: Lab) -> None:
     assert removed
 
 
+@pytest.mark.alone
 def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
     """Locked for ever, A8, A10: nobody waits for a device's lock with loop-control's held."""
     locked: list[int] = []
@@ -287,6 +291,7 @@ def test_the_64th_attempt_is_the_last(lab: Lab) -> None:
         lab.attach(lab.image())
 
 
+@pytest.mark.alone
 def test_stale_partitions_are_removed_and_another_device_is_tried(lab: Lab) -> None:
     """Old partitions, A9: the next image is never seen through a partition of a former life."""
     stale = stale_partition(lab)
@@ -308,6 +313,7 @@ def stale_partition(lab: Lab) -> int:
     return number
 
 
+@pytest.mark.alone
 def test_what_a_former_daemon_left_on_an_unbound_device_is_removed(lab: Lab) -> None:
     """Old partitions, A9: at start."""
     number = stale_partition(lab)
@@ -334,6 +340,7 @@ def test_a_partition_that_appears_just_before_binding_does_not_stay(lab: Lab) ->
     assert kernel.loop_partitions(device.number) == []
 
 
+@pytest.mark.alone
 def test_the_wanted_number_and_no_other(lab: Lab) -> None:
     with blockdev.opened(kernel.open_loop_control()) as control:
         number = kernel.loop_ctl_add(control.fileno(), -1)

@@ -73,7 +73,10 @@ def owner(world: World) -> Caller:
 
 @pytest.fixture
 def number() -> Iterator[int]:
-    """The number of a loop device that nobody else will use."""
+    """The number of a loop device that does not exist.
+
+    Once it does, and is free, anybody may take it: a test that goes on with it is alone.
+    """
     wanted = next(each for each in _unlikely if not os.path.exists(f"/sys/block/loop{each}"))
     yield wanted
     with suppress(OSError), opened("/dev/loop-control") as control:
@@ -861,6 +864,7 @@ def test_an_exclusive_opener_of_a_partition_makes_the_detach_busy(
     wait_gone(attached)
 
 
+@pytest.mark.alone
 def test_a_partition_that_root_added_goes_with_the_device(number: int, world: World) -> None:
     root = world.caller(None)
     attached = root.attach(world.image(4 * MIB), number=number)
@@ -872,6 +876,7 @@ def test_a_partition_that_root_added_goes_with_the_device(number: int, world: Wo
     check(root, following, {})
 
 
+@pytest.mark.alone
 def test_partitions_of_a_killed_loopd_go_with_their_device(number: int) -> None:
     """Old partitions: only autoclear cleans up, and the next image is not seen through an old
     partition.
@@ -890,6 +895,7 @@ def test_partitions_of_a_killed_loopd_go_with_their_device(number: int) -> None:
                 assert root.detach(following.path) is True
 
 
+@pytest.mark.alone
 def test_an_old_partition_that_is_open_shows_the_old_image_until_it_is_closed(
     number: int,
 ) -> None:
@@ -912,6 +918,7 @@ def test_an_old_partition_that_is_open_shows_the_old_image_until_it_is_closed(
                 assert root.detach(following.path) is True
 
 
+@pytest.mark.alone
 def test_a_partition_that_outlived_a_killed_loopd_never_shows_the_next_image(number: int) -> None:
     """Old partitions. Proves A9: what was added without partition-scan stays, until somebody takes
     it away.
@@ -968,6 +975,7 @@ def restart_after_kill(user: str | None, number: int) -> str:
             delete_partition(left.node, 1)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("user", [USER, None], ids=["user", "root"])
 def test_a_partition_that_outlived_a_killed_loopd_is_removed_by_the_next_one(
     number: int, user: str | None
