@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.harness import company, leaks, process, requirement
 from tests.harness.area import area as make_area
@@ -50,12 +51,28 @@ def pytest_configure(config: pytest.Config) -> None:
     leaks.adopt_orphans()
 
 
+class _ByFile(LoadScopeScheduling):
+    """Has one process run what shares something: the tests of a file, and all booted machines.
+
+    The latter are alone on the machine with the tests of tests/unit, which the other one runs.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        directory, _, _ = file.rpartition("/")
+        return directory if directory == "tests/machine" else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Say which tests `pytest -n 2` runs in one process."""
+    return _ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its category, and skip those of root without root."""
     for item in items:
         category = requirement.category_of(item.path)
-        # What has a process of its own under `pytest -n 2 --dist loadgroup`.
-        item.add_marker(pytest.mark.xdist_group(category or "rest"))
         if category in ("bus", "root", "machine"):
             item.add_marker(category)
         if category in ("root", "machine") and os.getuid() != 0:

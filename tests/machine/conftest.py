@@ -29,8 +29,9 @@ _making: list[subprocess.Popen[bytes]] = []
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run these tests last: by then the roots are there."""
-    items.sort(key=lambda item: category_of(item.path) == "machine")
+    """Run these tests late: by then the roots are there, and tests/unit runs beside them."""
+    late = {"machine": 1, "unit": 2}
+    items.sort(key=lambda item: late.get(category_of(item.path) or "", 0))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

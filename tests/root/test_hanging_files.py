@@ -443,6 +443,7 @@ def hang_in(request: str, world: World, fuse: Fuse) -> tuple[Caller, RemoteFd]:
     return caller, file
 
 
+@pytest.mark.alone  # a device of others' that hangs would be counted, too
 @pytest.mark.parametrize("request_", ["READ", "FLUSH"])
 def test_a_stop_says_what_it_leaves_hanging_and_ends_with_that(
     stopping_world: World, fuse: Fuse, request_: str
