@@ -315,7 +315,11 @@ def _attach(
         may_hang=proposal.may_hang,
     )
     try:
-        status = loopinfo.status(loop.number)
+        if proposal.may_hang:
+            status = loopinfo.status(loop.number)
+        else:
+            args = loop.number, loop.binding, loop.diskseq
+            status = loopinfo.status_by_fd(loop.fd.fileno(), *args)
         # The last close of a device waits for its file, and not for ever in systemd.
         if not proposal.may_hang:
             name = label(f"loop{loop.number}", loop.diskseq)

@@ -239,8 +239,7 @@ class _Attempt:
             if which is None:
                 raise Taken(f"loop{number} was cleared by someone else")
             # Since our look somebody may have added a partition, to see the file through it.
-            partition.remove_all(loop_fd.fileno(), number)
-            if kernel.loop_partitions(number):
+            if partition.remove_all(loop_fd.fileno(), number) and kernel.loop_partitions(number):
                 raise StalePartitions(f"a partition of a former life of loop{number} is in use")
             if self.file.identity.block:
                 blockdev.mirror_discard_limit(number, self.file.identity.block.number)

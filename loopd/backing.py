@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import kernel
 from .errors import UnsupportedFile, UntrustedFilesystem
-from .uapi import statx_buf
+from .uapi import STATX_MNT_ID, statx_buf
 
 # Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
 TRUSTED_FILESYSTEMS = frozenset(
@@ -185,7 +185,7 @@ def examine(fd: int) -> BackingFile:
     if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
     seals = _seals(fd)
-    filesystem = "tmpfs" if seals is not None else _filesystem(fd, identity.device)
+    filesystem = "tmpfs" if seals is not None else _filesystem(fd, buf)
     if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
@@ -207,8 +207,7 @@ def closes_quickly(fd: int) -> bool:
         buf = kernel.statx(fd)
         if not stat.S_ISREG(buf.stx_mode):
             return False
-        device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
-        return _seals(fd) is not None or _filesystem(fd, device) in TRUSTED_FILESYSTEMS
+        return _seals(fd) is not None or _filesystem(fd, buf) in TRUSTED_FILESYSTEMS
     except OSError:
         return False
 
@@ -221,24 +220,32 @@ def _seals(fd: int) -> int | None:
         return None
 
 
-def _filesystem(fd: int, device: int) -> str:
-    fdinfo = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
+def _filesystem(fd: int, buf: statx_buf) -> str:
+    mount = _mount_id(fd, buf)
+    device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
     # Pid 1 sees what a client sees, as far as anybody does: our sandbox hides mounts from us. Where
     # pid 1 is hidden, or is in another container than we are, our own mounts are what there is.
     for mountinfo in (_PID1_MOUNTINFO, _OWN_MOUNTINFO):
         with contextlib.suppress(OSError):
-            if found := filesystem_in(mountinfo.read_bytes(), fdinfo, device):
+            if found := filesystem_in(mountinfo.read_bytes(), mount, device):
                 return found
     return ""
 
 
-def filesystem_in(mountinfo: bytes, fdinfo: bytes, device: int) -> str:
+def _mount_id(fd: int, buf: statx_buf) -> int:
+    """Which mount a file is in; before Linux 5.8 the fd tells, for the price of a file."""
+    if buf.stx_mask & STATX_MNT_ID:
+        return buf.stx_mnt_id
+    found = re.search(rb"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_bytes(), re.M)
+    return int(found[1]) if found else -1
+
+
+def filesystem_in(mountinfo: bytes, mount: int, device: int) -> str:
     """The filesystem's type in a mount table, empty if the file's mount is not in it."""
-    mount_id = re.search(rb"^mnt_id:\s*(\d+)$", fdinfo, re.MULTILINE)
     # The mount first: files on btrfs and overlay carry a device number that no mount has. The
     # number second: a client in a mount namespace of its own has mounts that only it can see.
     for pattern in (
-        rb"^%s \d+ \d+:\d+ .*? - (\S+) " % (mount_id[1] if mount_id else b"-"),
+        rb"^%d \d+ \d+:\d+ .*? - (\S+) " % mount,
         rb"^\d+ \d+ %d:%d .*? - (\S+) " % (os.major(device), os.minor(device)),
     ):
         if found := re.search(pattern, mountinfo, re.MULTILINE):

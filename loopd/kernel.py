@@ -8,6 +8,7 @@ bus: a scripted kernel replaces its functions.
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import re
@@ -38,6 +39,7 @@ from .uapi import (
     LOOP_SET_FD,
     LOOP_SET_STATUS64,
     STATX_BASIC_STATS,
+    STATX_MNT_ID,
     blkpg_ioctl_arg,
     blkpg_partition,
     loop_config,
@@ -45,7 +47,7 @@ from .uapi import (
     statx_buf,
 )
 
-_DEV = Path("/dev")
+_DEV = "/dev"
 _SYS_BLOCK = "/sys/block"
 _UEVENT_SEQNUM = "/sys/kernel/uevent_seqnum"
 _SYS_DEV_BLOCK = "/sys/dev/block"
@@ -72,7 +74,8 @@ def statx(fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
     Python has os.statx from 3.15 only.
     """
     buf = statx_buf()
-    if _libc.statx(fd, b"", AT_EMPTY_PATH | flags, STATX_BASIC_STATS, ctypes.byref(buf)) < 0:
+    mask = STATX_BASIC_STATS | STATX_MNT_ID
+    if _libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return buf
@@ -108,7 +111,7 @@ def close(fd: int) -> None:
 
 def open_loop_control() -> int:
     """Open /dev/loop-control."""
-    return os.open(_DEV / "loop-control", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    return os.open(f"{_DEV}/loop-control", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
 
 
 def loop_ctl_get_free(control_fd: int) -> int:
@@ -141,7 +144,7 @@ def open_partition(number: int, partition: int, flags: int) -> int:
 
 def partition_node_exists(number: int, partition: int) -> bool:
     """Whether there is a /dev/loopNpM."""
-    return (_DEV / f"loop{number}p{partition}").exists()
+    return os.path.exists(f"{_DEV}/loop{number}p{partition}")
 
 
 def loop_set_fd(loop_fd: int, file_fd: int) -> None:
@@ -187,7 +190,9 @@ def loop_set_block_size(loop_fd: int, size: int) -> None:
 
 
 def _open_node(name: str, flags: int) -> int:
-    return os.open(_DEV / name, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
+    return os.open(
+        f"{_DEV}/{name}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
+    )
 
 
 # --- any block device ---------------------------------------------------------------------------
@@ -343,6 +348,7 @@ def block_partitions(major: int, minor: int) -> list[PartitionExtent]:
     return _partitions(str(disk.parent), disk.name)
 
 
+@functools.cache
 def release() -> tuple[int, int]:
     """The running kernel's version, major and minor."""
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)

@@ -51,6 +51,7 @@ DISK_MAX_PARTS = 256
 AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 STATX_BASIC_STATS = 0x7FF
+STATX_MNT_ID = 0x1000
 
 
 class loop_info64(ctypes.Structure):  # noqa: N801  the kernel's name
@@ -129,6 +130,7 @@ class _statx_timestamp(ctypes.Structure):  # noqa: N801  the kernel's name
 class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
     """struct statx."""
 
+    stx_mask: int
     stx_mode: int
     stx_ino: int
     stx_size: int
@@ -136,6 +138,7 @@ class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
     stx_rdev_minor: int
     stx_dev_major: int
     stx_dev_minor: int
+    stx_mnt_id: int
     _fields_ = (
         ("stx_mask", ctypes.c_uint32),
         ("stx_blksize", ctypes.c_uint32),
@@ -157,5 +160,6 @@ class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
         ("stx_rdev_minor", ctypes.c_uint32),
         ("stx_dev_major", ctypes.c_uint32),
         ("stx_dev_minor", ctypes.c_uint32),
-        ("__spare2", ctypes.c_uint64 * 14),
+        ("stx_mnt_id", ctypes.c_uint64),
+        ("__spare2", ctypes.c_uint64 * 13),
     )

@@ -30,7 +30,14 @@ GPT = [PartitionExtent(1, MIB, MIB), PartitionExtent(2, 2 * MIB, MIB)]
 
 
 def status(device: loopdev.LoopDevice) -> loopinfo.Status:
-    return loopinfo.status(device.number)
+    """How a device is set up, which sysfs and the device itself have to agree about."""
+    told = loopinfo.status(device.number)
+    assert status_by_fd(device) == told
+    return told
+
+
+def status_by_fd(device: loopdev.LoopDevice) -> loopinfo.Status:
+    return loopinfo.status_by_fd(device.fd.fileno(), device.number, device.binding, device.diskseq)
 
 
 def try_flock(fd: OwnedFd, operation: int) -> bool:
@@ -84,6 +91,19 @@ def test_offset_limit_reference_and_sector_size_are_set(lab: Lab) -> None:
     assert (told.offset, told.size_limit, told.size) == (8192, 65536, 65536)
     assert loopops.sector_size(device) == 4096
     assert loopinfo.binding(device.number, device.binding).reference == b"name"
+
+
+def test_a_device_that_was_cleared_has_no_status(lab: Lab) -> None:
+    device = lab.attach(lab.image())
+    with lab.open(device.number) as fd:
+        kernel.loop_clr_fd(fd.fileno())  # with two openers it waits for the last close
+        assert status(device).autoclear
+    lab.script.fail("loop_get_status64", errno.ENXIO)
+    with pytest.raises(NoSuchDevice, match="no file attached any more"):
+        status_by_fd(device)
+    lab.script.fail("loop_get_status64", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        status_by_fd(device)
 
 
 def test_each_attachment_has_a_diskseq_of_its_own(lab: Lab) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loopd import backing
+from loopd import backing, kernel
 from loopd.errors import UnsupportedFile
+from loopd.uapi import STATX_MNT_ID
 
 
 @pytest.fixture
@@ -135,6 +137,26 @@ def test_the_filesystem_is_the_one_that_findmnt_names(image: Path, opened: list[
     assert backing.examine(opened[0]).filesystem == said.stdout.strip()
 
 
+def test_before_linux_5_8_the_fd_tells_its_mount(
+    image: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.append(os.open(image, os.O_RDONLY))
+    told = backing.examine(opened[0])
+    statx = kernel.statx
+
+    def older(*args: Any) -> Any:
+        buf = statx(*args)
+        assert buf.stx_mask & STATX_MNT_ID
+        buf.stx_mask &= ~STATX_MNT_ID
+        buf.stx_mnt_id = 0
+        return buf
+
+    monkeypatch.setattr(kernel, "statx", older)
+    # Not by the device number, which is what is left otherwise.
+    monkeypatch.setattr(backing.os, "minor", lambda _: 0xFFFFF)
+    assert backing.examine(opened[0]) == told
+
+
 MOUNTINFO = (
     b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
     b"30 22 0:39 / /home/a\\040-\\040b rw shared:2 master:3 - btrfs /dev/sdb rw\n"
@@ -145,27 +167,26 @@ MOUNTINFO = (
 @pytest.mark.parametrize(
     ("mount_id", "device", "filesystem"),
     [
-        (b"22", (8, 1), "ext4"),
-        (b"30", (0, 40), "btrfs"),  # a subvolume's number stands in no mount
-        (b"31", (0, 50), "fuse"),  # the rest is the server's choice
-        (b"31", (8, 1), "fuse"),  # the mount counts, not the number
-        (b"99", (8, 1), "ext4"),  # a mount that only the client sees, of a device that we do
-        (b"99", (0, 77), ""),
-        (b"2", (0, 77), ""),  # no prefix of a number is the number
+        (22, (8, 1), "ext4"),
+        (30, (0, 40), "btrfs"),  # a subvolume's number stands in no mount
+        (31, (0, 50), "fuse"),  # the rest is the server's choice
+        (31, (8, 1), "fuse"),  # the mount counts, not the number
+        (99, (8, 1), "ext4"),  # a mount that only the client sees, of a device that we do
+        (99, (0, 77), ""),
+        (2, (0, 77), ""),  # no prefix of a number is the number
     ],
 )
 def test_the_mount_counts_before_the_device_number(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    mount_id: bytes,
+    mount_id: int,
     device: tuple[int, int],
     filesystem: str,
 ) -> None:
     table = tmp_path / "mountinfo"
     table.write_bytes(MOUNTINFO)
     monkeypatch.setattr(backing, "_PID1_MOUNTINFO", table)
-    fdinfo = b"pos:\t0\nflags:\t0100000\nmnt_id:\t%s\nino:\t12\n" % mount_id
-    found = backing.filesystem_in(table.read_bytes(), fdinfo, os.makedev(*device))
+    found = backing.filesystem_in(table.read_bytes(), mount_id, os.makedev(*device))
     assert found == filesystem
 
 

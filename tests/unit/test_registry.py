@@ -310,17 +310,17 @@ def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
         heard: list[tuple[int, int]] = []
         parts.scripted.uevent = lambda number, seqnum: heard.append((number, seqnum))
         loop = asyncio.get_running_loop()
-        status = loopinfo.status
+        status = loopinfo.status_by_fd
 
-        def late(number: int) -> loopinfo.Status:
-            told = status(number)
+        def late(fd: int, number: int, *how: int) -> loopinfo.Status:
+            told = status(fd, number, *how)
             os.truncate(parts.image, 2 * MIB)
             parts.scripted.take_up_size(number)
             event = number, heard[-1][1] + 1
             loop.call_soon_threadsafe(parts.registry.heard, *event)
             return told
 
-        with mock.patch.object(loopinfo, "status", late):
+        with mock.patch.object(loopinfo, "status_by_fd", late):
             device = await parts.attach_image()
         await parts.registry._tasks.finish(10)
         assert device.status.size == 2 * MIB
