@@ -2,11 +2,10 @@
 """The first look at a file that a client passed, by calls that never wait for its filesystem.
 
 A FUSE or network server that does not answer blocks fstat, fstatfs and open for good, and SIGKILL
-does not help. So this uses F_GETFL, F_GET_SEALS, fdinfo, readlink and statx without
-synchronisation alone, and finds the filesystem's type in the mount table. The path is for showing.
+does not help. So this uses F_GETFL, F_GET_SEALS and statx without synchronisation alone, and finds
+the filesystem's type by its mount.
 """
 
-import contextlib
 import fcntl
 import os
 import re
@@ -14,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import kernel
+from . import kernel, mounts
 from .errors import UnsupportedFile, UntrustedFilesystem
 from .uapi import STATX_MNT_ID, statx_buf
 
@@ -28,8 +27,6 @@ _PSEUDO_FILESYSTEMS = frozenset(
     "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
     "securityfs selinuxfs smackfs sysfs tracefs".split()
 )
-_PID1_MOUNTINFO = Path("/proc/1/mountinfo")
-_OWN_MOUNTINFO = Path("/proc/self/mountinfo")
 
 F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
 
@@ -221,15 +218,8 @@ def _seals(fd: int) -> int | None:
 
 
 def _filesystem(fd: int, buf: statx_buf) -> str:
-    mount = _mount_id(fd, buf)
     device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
-    # Pid 1 sees what a client sees, as far as anybody does: our sandbox hides mounts from us. Where
-    # pid 1 is hidden, or is in another container than we are, our own mounts are what there is.
-    for mountinfo in (_PID1_MOUNTINFO, _OWN_MOUNTINFO):
-        with contextlib.suppress(OSError):
-            if found := filesystem_in(mountinfo.read_bytes(), mount, device):
-                return found
-    return ""
+    return mounts.filesystem(_mount_id(fd, buf), device)
 
 
 def _mount_id(fd: int, buf: statx_buf) -> int:
@@ -238,17 +228,3 @@ def _mount_id(fd: int, buf: statx_buf) -> int:
         return buf.stx_mnt_id
     found = re.search(rb"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_bytes(), re.M)
     return int(found[1]) if found else -1
-
-
-def filesystem_in(mountinfo: bytes, mount: int, device: int) -> str:
-    """The filesystem's type in a mount table, empty if the file's mount is not in it."""
-    # The mount first: files on btrfs and overlay carry a device number that no mount has. The
-    # number second: a client in a mount namespace of its own has mounts that only it can see.
-    for pattern in (
-        rb"^%d \d+ \d+:\d+ .*? - (\S+) " % mount,
-        rb"^\d+ \d+ %d:%d .*? - (\S+) " % (os.major(device), os.minor(device)),
-    ):
-        if found := re.search(pattern, mountinfo, re.MULTILINE):
-            # What follows a dot is the subtype that a FUSE server chose for itself.
-            return found[1].partition(b".")[0].decode(errors="replace")
-    return ""

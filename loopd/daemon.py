@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, instance, journal, loopdev, supervisor, wire
+from . import __version__, codec, dial, instance, journal, loopdev, mounts, supervisor, wire
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -166,6 +166,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         claim = partial(instance.claim, runtime_directory, _OTHERS_END)
         ours.enter_context(await threads.run(claim))
         await threads.run(markers.prepare)
+        await threads.run(mounts.prepare)
     except BaseException:
         asking.close()
         socket.close()

@@ -170,7 +170,8 @@ def _lasting(fds: dict[int, str]) -> dict[int, str]:
     return {
         fd: target
         for fd, target in fds.items()
-        if not target.startswith(("/dev/loop", "/sys/", "/proc/"))
+        if not target.startswith(("/dev/loop", "/sys/"))
+        and (not target.startswith("/proc/") or target.endswith("/mountinfo"))
         and not target.endswith(("/attached", "/unprivileged", "/links"))
     }
 

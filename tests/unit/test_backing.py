@@ -157,39 +157,6 @@ def test_before_linux_5_8_the_fd_tells_its_mount(
     assert backing.examine(opened[0]) == told
 
 
-MOUNTINFO = (
-    b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
-    b"30 22 0:39 / /home/a\\040-\\040b rw shared:2 master:3 - btrfs /dev/sdb rw\n"
-    b"31 22 0:50 / /mnt rw - fuse.sshfs host: rw,user_id=0\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("mount_id", "device", "filesystem"),
-    [
-        (22, (8, 1), "ext4"),
-        (30, (0, 40), "btrfs"),  # a subvolume's number stands in no mount
-        (31, (0, 50), "fuse"),  # the rest is the server's choice
-        (31, (8, 1), "fuse"),  # the mount counts, not the number
-        (99, (8, 1), "ext4"),  # a mount that only the client sees, of a device that we do
-        (99, (0, 77), ""),
-        (2, (0, 77), ""),  # no prefix of a number is the number
-    ],
-)
-def test_the_mount_counts_before_the_device_number(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    mount_id: int,
-    device: tuple[int, int],
-    filesystem: str,
-) -> None:
-    table = tmp_path / "mountinfo"
-    table.write_bytes(MOUNTINFO)
-    monkeypatch.setattr(backing, "_PID1_MOUNTINFO", table)
-    found = backing.filesystem_in(table.read_bytes(), mount_id, os.makedev(*device))
-    assert found == filesystem
-
-
 def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
     """Hanging files."""
     program = (

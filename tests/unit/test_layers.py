@@ -55,7 +55,7 @@ LAYERS = (
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),
     ("access", "blockdev", "backing", "codec", "instance"),
-    ("kernel", "errors", "fd", "frame"),
+    ("kernel", "mounts", "errors", "fd", "frame"),
     ("uapi", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
 )
