@@ -21,6 +21,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from loopd import mounts
 from tests.harness import company, leaks, process, requirement
 from tests.harness.area import area as make_area
 from tests.harness.bus import PrivateBus
@@ -49,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "both_libraries: runs under each D-Bus library")
     leaks.adopt_orphans()
+    mounts.prepare()  # they stay open, and are no leak of the first test that looks at a file
 
 
 class _ByFile(LoadScopeScheduling):

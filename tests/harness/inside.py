@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import ending, mounts, registry, table
+from loopd import ending, registry, table
 from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
@@ -251,7 +251,6 @@ class Inside:
 def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKernel, Script]]:
     """Be on a scripted kernel, where waiting takes no time; nothing may stay open or run."""
     scripted, script = ScriptedKernel(traits), Script()
-    mounts.prepare()  # stays open
     before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     interval = sys.getswitchinterval()
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import attachment, backing, blockdev, kernel, loopdev, mounts
+from loopd import attachment, backing, blockdev, kernel, loopdev
 from loopd.binding import Driver
 from loopd.fd import OwnedFd
 from loopd.loopdev import LoopDevice
@@ -203,7 +203,6 @@ class Lab:
 @contextmanager
 def lab(directory: Path, traits: Traits | None = None, *, real: bool = False) -> Iterator[Lab]:
     """A lab in a directory, on a scripted kernel of these traits or on the real one."""
-    mounts.prepare()  # stays open
     before = set(os.listdir("/proc/self/fd"))
     with ExitStack() as stack:
         scripted = None if real else ScriptedKernel(traits)
