@@ -46,20 +46,10 @@ class Table:
         elif not self._changed.poll(0):
             return
         try:
-            text = _whole(self._fd)
+            self._by_mount, self._by_device = _parsed(_whole(self._fd))
         except BaseException:
             self.close()  # for the change would not be told again
             raise
-        self._by_mount, self._by_device = {}, {}
-        # At these alone: whoever mounts may have any other white space in a name.
-        for line in text.removesuffix(b"\n").split(b"\n"):
-            mount, _, number, *others = line.split(b" ")
-            # After the optional fields; what follows a dot is the subtype that a FUSE server chose
-            # for itself.
-            kind = others[others.index(b"-") + 1].partition(b".")[0].decode(errors="replace")
-            major, _, minor = number.partition(b":")
-            self._by_mount[int(mount)] = kind
-            self._by_device.setdefault(os.makedev(int(major), int(minor)), kind)
 
     def close(self) -> None:
         """Close it until it is asked again."""
@@ -86,6 +76,22 @@ def filesystem(mount: int, device: int) -> str:
             if found := table.filesystem(mount, device):
                 return found
     return ""
+
+
+def _parsed(text: bytes) -> tuple[dict[int, str], dict[int, str]]:
+    """The types by mounts, and by device numbers."""
+    by_mount: dict[int, str] = {}
+    by_device: dict[int, str] = {}
+    # At these alone: whoever mounts may have any other white space in a name.
+    for line in filter(None, text.split(b"\n")):
+        mount, _, number, *others = line.split(b" ")
+        # After the optional fields; what follows a dot is the subtype that a FUSE server chose for
+        # itself.
+        kind = others[others.index(b"-") + 1].partition(b".")[0].decode(errors="replace")
+        major, _, minor = number.partition(b":")
+        by_mount[int(mount)] = kind
+        by_device.setdefault(os.makedev(int(major), int(minor)), kind)
+    return by_mount, by_device
 
 
 def _whole(fd: int) -> bytes:

@@ -67,6 +67,13 @@ def test_a_table_that_cannot_be_read_is_opened_anew(
         assert made.filesystem(22, -1) == "ext4"
 
 
+def test_an_empty_table_has_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "mountinfo"
+    path.touch()
+    with table(path) as made:
+        assert made.filesystem(22, os.makedev(8, 1)) == ""
+
+
 def test_of_two_tables_the_second_is_for_what_is_not_in_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
