@@ -68,8 +68,9 @@ def attach(client: RawClient, fd: int, given: dict[str, Variant] | None = None) 
 
 # --- every combination of options, every kind of file, either kind of caller ---------------------
 
-NUMBER = next(
-    each for each in itertools.count(2100) if not os.path.exists(f"/sys/block/loop{each}")
+# Of loop devices that do not exist; once the former has, anybody may be given it.
+NUMBER, DISK = itertools.islice(
+    (each for each in itertools.count(2100) if not os.path.exists(f"/sys/block/loop{each}")), 2
 )
 OPTIONS = {
     "read-only": True,
@@ -105,7 +106,7 @@ def file_of(kind: str, world: World) -> Iterator[int]:
         if kind == "FUSE file":
             path: str | Path = stack.enter_context(Fuse()).file
         elif kind == "block device":
-            path = world.caller(None).attach(world.image(owner=None)).node
+            path = world.caller(None).attach(world.image(owner=None), number=DISK).node
         else:
             path = world.image()
         yield stack.enter_context(opened(path))

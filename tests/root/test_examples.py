@@ -203,6 +203,7 @@ def test_code_made_of_the_interface_attaches_and_lists(world: World) -> None:
 # busctl
 
 
+@pytest.mark.alone  # what is detached twice is to be nobody else's the second time
 def test_devices_sh_lists_and_detaches(world: World) -> None:
     attached = world.caller().attach(image := world.image())
     script = EXAMPLES / "devices.sh"

@@ -323,6 +323,7 @@ def test_a_newer_udev_is_not_interfered_with(world: World) -> None:
         newer.settle()
 
 
+@pytest.mark.alone  # anybody may be given the device in between
 def test_what_a_killed_loopd_wrote_down_is_gone_after_its_next_start(area: Path) -> None:
     """Killed at any point."""
     with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
