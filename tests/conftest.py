@@ -115,20 +115,22 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     return report
 
 
-@pytest.fixture(autouse=True)
-def _company(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let tests run beside others that can; tests/machine is alone for as long as it takes."""
-    if requirement.category_of(request.path) not in ("bus", "root") or os.getuid() != 0:
-        yield
-        return
-    is_alone = request.node.get_closest_marker("alone") is not None
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """Let tests run beside others that can, with what is set up for them.
+
+    Those of tests/machine are alone for as long as it takes.
+    """
+    if requirement.category_of(item.path) not in ("bus", "root") or os.getuid() != 0:
+        return (yield)
+    is_alone = item.get_closest_marker("alone") is not None
     with company.alone() if is_alone else company.together():
-        yield
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
 def _no_leaks(
-    _company: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """Fail a test of tests/bus, tests/root or tests/machine that leaves something behind."""
     process.logs.clear()

@@ -74,10 +74,7 @@ def nothing_bound(world: World) -> bool:
 @contextmanager
 def foreign_device(path: Path) -> Iterator[loops.BoundLoop]:
     """Attach a file as an administrator would, past loopd."""
-    run = subprocess.run(
-        ["losetup", "--find", "--show", path], check=True, capture_output=True, text=True
-    )
-    number = int(run.stdout.strip().removeprefix("/dev/loop"))
+    number = int(loops.losetup(path).removeprefix("/dev/loop"))
     found = loops.look_at(number)
     assert found is not None
     try:

@@ -251,12 +251,14 @@ class Pause:
         self._on = os.open(on, os.O_RDWR | os.O_CLOEXEC)
         self.prelude = PAUSE_AFTER_CONFIGURE.format(here=str(here), on=str(on))
 
-    def wait(self) -> int:
-        """Wait until a device is bound; return its number."""
+    def wait(self) -> loops.BoundLoop:
+        """Wait until a device is bound; return it."""
         Deadline().wait_readable([self._here], "loopd to bind a device")
         number = int(os.read(self._here, 100).removeprefix(b"/dev/loop"))
         loops.used_numbers.add(number)
-        return number
+        loop = loops.look_at(number)
+        assert loop
+        return loop
 
     def end(self) -> None:
         """Let loopd go on."""
@@ -282,12 +284,11 @@ def test_a_client_that_leaves_during_the_binding_gets_nothing(
     world = new_world(prelude=pause.prelude)
     caller, watcher = world.caller(), world.caller(OTHER)
     caller.attach_begin(world.image())
-    number = pause.wait()
-    assert loops.loop_is_bound(number)
+    loop = pause.wait()
     caller.kill()
     wait_noticed(world, caller)
     pause.end()
-    loops.wait_unbound(number)
+    loops.wait_unbound(loop.number, loop.diskseq)
     world.wait_devices(0)
     # Whoever hears of it at all hears of a device that is on its way out and nobody's to use.
     for added in watcher.sync_signals():
@@ -304,26 +305,26 @@ def test_what_is_undone_stays_marked_and_counted_until_the_kernel_lets_go(
     world = new_world(prelude=pause.prelude)
     caller, watcher = world.caller(), world.caller(OTHER)
     caller.attach_begin(world.image())
-    number = pause.wait()
-    mark = world.daemon.runtime_directory / "unprivileged" / f"loop{number}"
-    opener = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+    loop = pause.wait()
+    mark = world.daemon.runtime_directory / "unprivileged" / f"loop{loop.number}"
+    opener = os.open(loop.node, os.O_RDONLY | os.O_CLOEXEC)
     try:
         caller.kill()
         wait_noticed(world, caller)
         pause.end()
-        node = f"/dev/loop{number}"
-        watcher.wait_signal("InterfacesAdded", lambda it: it.args[1][DEVICE]["Node"] == node)
+        path = f"{MANAGER_PATH}/device/loop{loop.number}_{loop.diskseq}"
+        watcher.wait_signal("InterfacesAdded", lambda it: it.args[0] == path)
         # What comes after that has time to happen.
         for _ in range(20):
             (devices,) = watcher.manager("ListDevices")
-        assert loops.loop_is_bound(number)
+        assert loops.loop_is_bound(loop.number, loop.diskseq)
         assert mark.exists()
         assert world.device_count() == 1
-        ((owner, lifetime),) = [row[4:] for row in devices if row[1] == node]
+        ((owner, lifetime),) = [row[4:] for row in devices if row[0] == path]
         assert (owner, lifetime) == (pwd.getpwnam(USER).pw_uid, "")
     finally:
         os.close(opener)
-    loops.wait_unbound(number)
+    loops.wait_unbound(loop.number, loop.diskseq)
     world.wait_devices(0)
     world.wait_idle_fds()
     assert not mark.exists()
@@ -349,9 +350,9 @@ def test_kill_9_during_the_binding_leaves_nothing_bound(
     """Killed at any point."""
     world = new_world(prelude=pause.prelude)
     world.caller().attach_begin(world.image())
-    number = pause.wait()
+    loop = pause.wait()
     world.daemon.kill()
-    loops.wait_unbound(number)
+    loops.wait_unbound(loop.number, loop.diskseq)
 
 
 def test_kill_9_of_the_daemon_leaves_a_device_in_use_to_its_last_close(
@@ -453,12 +454,12 @@ def test_a_stop_during_the_binding_leaves_nothing_bound(
     world = new_world(prelude=pause.prelude)
     caller = world.caller()
     call = caller.attach_begin(world.image())
-    number = pause.wait()
+    loop = pause.wait()
     world.daemon.process.signal(signal.SIGTERM)
     world.bus.wait_released(LOOPD)
     pause.end()
     assert world.daemon.wait() == 0
-    loops.wait_unbound(number)
+    loops.wait_unbound(loop.number, loop.diskseq)
     fails(call)
 
 

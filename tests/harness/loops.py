@@ -82,6 +82,12 @@ def partitions(number: int) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.startswith(f"loop{number}p")))
 
 
+def strays(number: int) -> tuple[str, ...]:
+    """Return the partitions that are nobody's; those of a bound device are whose it is by now."""
+    found = partitions(number)
+    return () if loop_is_bound(number) else found
+
+
 def loop_is_bound(number: int, diskseq: int | None = None) -> bool:
     """Say whether the number is bound (with this diskseq)."""
     loop = look_at(number)

@@ -83,13 +83,8 @@ def disk(world: World) -> Iterator[loops.BoundLoop]:
 @contextmanager
 def bound(file: str | Path, *arguments: str) -> Iterator[loops.BoundLoop]:
     """Have a file attached by losetup."""
-    done = subprocess.run(
-        ["losetup", "--find", "--show", *arguments, file],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    loop = loops.look_at(int(done.stdout.strip().removeprefix("/dev/loop")))
+    node = loops.losetup(file, *arguments)
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     loops.used_numbers.add(loop.number)
     try:
@@ -417,7 +412,8 @@ def test_its_owner_sees_it_on_every_connection(
     attached = attach(owner, disk.node)
     added = second.wait_signal("InterfacesAdded", lambda it: it.args[0] == attached.path)
     assert added.args[1][DEVICE]["Holder"] == owner.unique_name
-    assert second.managed_objects().keys() - before.keys() == {attached.path}
+    # Others may have got devices meanwhile.
+    assert attached.path in second.managed_objects().keys() - before.keys()
     (rows,) = second.manager("ListDevices")
     (row,) = [row for row in rows if row[0] == attached.path]
     assert row[1:] == (
@@ -612,7 +608,7 @@ def test_a_tower_on_ones_own_partition_goes_with_its_client(world: World, owner:
     loops.wait_unbound(upper.number, upper.diskseq)
     loops.wait_unbound(lower.number, lower.diskseq)
     with loops.Uevents() as events:
-        events.wait_until(lambda: loops.partitions(lower.number) == (), "the partitions to go")
+        events.wait_until(lambda: loops.strays(lower.number) == (), "the partitions to go")
 
 
 @pytest.mark.parametrize("ends", ["terminated", "killed"])
@@ -715,7 +711,7 @@ def test_partitions_of_a_block_device_are_made_on_the_loop_device(
         assert content(f"{attached.node}p2", 0, MIB) == pattern(512 * 512, 1024 * 512)
         assert loops.partitions(disk.number) == ()
         assert owner.detach(attached.path) is True
-        assert loops.partitions(attached.number) == ()
+        assert loops.strays(attached.number) == ()
 
 
 @pytest.mark.parametrize("mapping", [{}, {"sector-size": 0}, {"sector-size": 4096}])
@@ -796,6 +792,7 @@ def test_no_more_is_discarded_than_the_block_device_can(
         limit.write_text(str(0xFFFFFFFF // 4096 * 4096))
 
 
+@pytest.mark.alone  # anybody may be given the number in between
 def test_a_limit_of_discards_is_not_left_to_the_next_user_of_the_number(
     disk: loops.BoundLoop, world: World
 ) -> None:

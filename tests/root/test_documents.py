@@ -138,6 +138,7 @@ def test_the_busctl_calls_without_an_fd_work(world: World, command: str) -> None
     assert done.stdout
 
 
+@pytest.mark.alone  # the rule is about the devices of others, too
 def test_a_rule_of_udev_shows_what_users_attach(area: Path) -> None:
     (shown,) = of_kind("udev")
     rules = {

@@ -108,7 +108,8 @@ def test_a_devices_size_is_followed(world: World, foreign: loops.BoundLoop) -> N
         opened.truncate(2 * told["Size"])
     losetup("-c", foreign.node)
     caller.wait_signal(
-        "PropertiesChanged", lambda each: each.args[1].get("Size") == 2 * told["Size"]
+        "PropertiesChanged",
+        lambda it: it.path == path_of(foreign) and it.args[1].get("Size") == 2 * told["Size"],
     )
 
 
@@ -307,7 +308,10 @@ def test_after_lost_events_all_devices_are_looked_at_again(
         # And the ones that come after them are heard.
         image.open("r+b").truncate(2 * MIB)
         losetup("-c", node)
-        caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Size") == 2 * MIB)
+        caller.wait_signal(
+            "PropertiesChanged",
+            lambda it: it.path == path_of(loop) and it.args[1].get("Size") == 2 * MIB,
+        )
     finally:
         loops.detach_leaked(loop)
         caller.wait_signal("InterfacesRemoved", lambda each: each.args[0] == path_of(loop))
@@ -322,7 +326,10 @@ def test_a_device_of_ours_that_root_resizes_is_followed(world: World) -> None:
     attached = caller.attach(image)
     os.truncate(image, 2 * MIB)
     losetup("-c", attached.node)
-    caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Size") == 2 * MIB)
+    caller.wait_signal(
+        "PropertiesChanged",
+        lambda it: it.path == attached.path and it.args[1].get("Size") == 2 * MIB,
+    )
     assert caller.get(attached.path, "Size") == 2 * MIB
     assert caller.detach(attached.path)
 
@@ -352,7 +359,10 @@ def test_partitions_that_root_makes_and_removes_are_followed(world: World) -> No
             lambda it: it.args[1].get("Partitions") == [(5, f"{attached.node}p5", MIB, MIB)],
         )
         kernel.blkpg_del_partition(fd, 5)
-        caller.wait_signal("PropertiesChanged", lambda it: it.args[1].get("Partitions") == [])
+        caller.wait_signal(
+            "PropertiesChanged",
+            lambda it: it.path == attached.path and it.args[1].get("Partitions") == [],
+        )
     finally:
         os.close(fd)
     assert caller.detach(attached.path)

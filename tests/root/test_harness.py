@@ -37,7 +37,7 @@ def losetup(*arguments: str | Path) -> str:
 @contextmanager
 def bound(image: Path) -> Iterator[loops.BoundLoop]:
     """Have a file attached by losetup, without autoclear."""
-    node = losetup("--find", "--show", image)
+    node = loops.losetup(image)
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop is not None
     try:
@@ -90,6 +90,7 @@ def test_polkitd_goes_by_our_actions_and_the_given_rules(
     assert is_allowed(bus, "nobody", KEEP) == nobody_keep
 
 
+@pytest.mark.alone  # others mount, too
 def test_polkitd_runs_as_its_own_user_and_leaves_the_host_alone(
     bus: PrivateBus, make_polkit: Callable[[str], RealPolkit]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness import loops
 from tests.harness.area import CHECKOUT, area
 from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.caller import MANAGER, MANAGER_PATH
@@ -62,10 +63,7 @@ def test_devices_of_others_do_not_keep_it(world: World) -> None:
     deadline = Deadline()
     while world.daemon.process.status is None:
         assert deadline.remaining, "it stays"
-        made = subprocess.run(
-            ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
-        )
-        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+        subprocess.run(["losetup", "--detach", loops.losetup(image)], check=True)
     assert world.daemon.wait() == 0
 
 

@@ -367,10 +367,8 @@ def test_nobody_else_locks_it(world: World, owner: Caller) -> None:
 
 
 def test_nobody_locks_what_is_somebody_elses(world: World) -> None:
-    done = subprocess.run(
-        ["losetup", "--find", "--show", world.image()], check=True, capture_output=True, text=True
-    )
-    foreign = loops.look_at(int(done.stdout.strip().removeprefix("/dev/loop")))
+    node = loops.losetup(world.image())
+    foreign = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert foreign
     path = f"{MANAGER_PATH}/device/loop{foreign.number}_{foreign.diskseq}"
     try:

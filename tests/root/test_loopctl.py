@@ -8,7 +8,6 @@ import pwd
 import re
 import signal
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +43,7 @@ from tests.harness.loops import (
     look_at,
     loop_is_bound,
     losetup,
-    partitions,
+    strays,
     wait_unbound,
 )
 from tests.harness.polkit import Answer, PolkitDouble, rules_allowing
@@ -296,7 +295,7 @@ def test_the_command_finds_the_partitions(daemon: Daemon, loopctl: Loopctl, disk
     assert (status, err) == (0, "")
     number = number_of(out.rstrip("\n"))
     assert not is_attached(disk)
-    assert partitions(number) == ()
+    assert strays(number) == ()
 
 
 def test_hold_tells_the_partitions(daemon: Daemon, loopctl: Loopctl, disk: Path) -> None:
@@ -350,6 +349,7 @@ def test_a_lock_is_there_from_the_start(
         assert running.end()[0] == 0
 
 
+@pytest.mark.alone  # anybody may be given the number before it is bound
 def test_root_can_ask_for_a_number(daemon: Daemon, loopctl: Loopctl, image: Path) -> None:
     number = 500_000 + os.getpid() % 500_000
     command = ("run", "--number", str(number), image, "--", "echo", "{}")
@@ -464,7 +464,7 @@ def hanging() -> Iterator[tuple[str, Fuse]]:
         # Open, since the last one to close it would have to wait, too.
         with open(loop.node, "rb"):
             # A udevd that some test has started is not to hang, too.
-            subprocess.run(["udevadm", "settle", "--timeout=20"], check=True)
+            Udev().settle()
             fuse.process.signal(signal.SIGSTOP)
             try:
                 yield loop.node, fuse

@@ -78,7 +78,7 @@ def test_partx_makes_and_removes_partitions_which_loopd_follows(world: World, ud
             caller.wait_signal("PropertiesChanged", lambda it: it.path == attached.path)
     udev.settle()
     assert caller.detach(attached.path)
-    assert loops.partitions(attached.number) == ()
+    assert loops.strays(attached.number) == ()
 
 
 def test_systemd_dissect_reads_a_device_with_partitions(world: World, udev: Udev) -> None:

@@ -205,7 +205,7 @@ def wait_gone(attached: Attached) -> None:
         events.wait_until(
             lambda: (
                 not loops.loop_is_bound(attached.number, attached.diskseq)
-                and not loops.partitions(attached.number)
+                and not loops.strays(attached.number)
             ),
             f"{attached.node} and its partitions to be gone",
         )
@@ -390,7 +390,7 @@ def test_a_full_table_makes_a_full_set(world: World, owner: Caller) -> None:
     check(owner, attached, in_bytes(*parts))
     assert content(f"{attached.node}p128", 0, MIB) == pattern(*in_bytes(*parts)[128])
     assert owner.detach(attached.path) is True
-    assert loops.partitions(attached.number) == ()
+    assert loops.strays(attached.number) == ()
 
 
 def test_a_chain_of_logical_partitions_without_end_ends(world: World, owner: Caller) -> None:
@@ -555,7 +555,7 @@ def test_a_device_attached_without_partition_scan_can_be_scanned_later(
     assert (properties["PartitionScan"], properties["Autoclear"]) == (True, True)
     # They go with it from now on.
     assert owner.detach(attached.path) is True
-    assert loops.partitions(attached.number) == ()
+    assert loops.strays(attached.number) == ()
 
 
 def test_a_rescan_has_no_options_yet(world: World, owner: Caller) -> None:
@@ -604,10 +604,7 @@ def test_who_may_manage_others_rescans_and_resizes(world: World, owner: Caller) 
 
 def test_partitions_of_somebody_elses_device(world: World, owner: Caller) -> None:
     image = gpt(world, (2048, 1024), (4096, 512))
-    done = subprocess.run(
-        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
-    )
-    node = done.stdout.strip()
+    node = loops.losetup(image)
     loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     foreign = Attached(
@@ -763,7 +760,7 @@ def test_a_partition_open_in_any_mode_names_itself_and_its_device(
     assert resize_by_fd(root, part, {"size-limit": 512}) == 512
     check(owner, attached, {1: (MIB, 512)})
     assert root.manager("Detach", "ha{sv}", 0, {}, fds=[part]) == (True,)
-    assert loops.partitions(attached.number) == ()
+    assert loops.strays(attached.number) == ()
 
 
 # Open
@@ -838,7 +835,8 @@ def test_no_partition_is_left_after_detach(world: World, owner: Caller) -> None:
         else:
             owner.kill()
         wait_gone(attached)
-        assert not os.path.exists(f"{attached.node}p1")
+        # Whoever has the number by now may have one.
+        assert not os.path.exists(f"{attached.node}p1") or loops.loop_is_bound(attached.number)
 
 
 def test_an_open_partition_keeps_the_device_until_it_is_closed(world: World, owner: Caller) -> None:

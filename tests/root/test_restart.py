@@ -127,9 +127,7 @@ def foreign(unit: Service) -> Iterator[loops.BoundLoop]:
     path = unit.files.parent / f"{unit.files.name}-foreign"
     path.write_bytes(pattern(0, MIB))
     try:
-        node = subprocess.run(
-            ["losetup", "--find", "--show", path], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        node = loops.losetup(path)
         found = loops.look_at(int(node.removeprefix("/dev/loop")))
         assert found
         try:
@@ -664,14 +662,16 @@ def test_a_client_that_swaps_the_file_keeps_its_device(unit: Service) -> None:
     with opened(attached) as fd, open(other, "rb") as file:
         fcntl.ioctl(fd, LOOP_CHANGE_FD, file.fileno())
     device.close()
-    assert not is_bound(attached)
+    changed = loops.look_at(attached.number)
+    assert changed
+    assert changed.diskseq > attached.diskseq
     for end in (crash, restart):
         end(unit)
         it = seen(unit)[label(attached)]
         assert it["Owner"] == UID
         assert it["Holder"] == caller.unique_name
     assert caller.detach(attached.path) is True
-    assert not loops.loop_is_bound(attached.number)
+    assert not loops.loop_is_bound(changed.number, changed.diskseq)
 
 
 # Limits
@@ -1058,12 +1058,7 @@ def test_somebody_elses_over_a_disk_that_cannot_be_looked_at_harms_nobody(unit: 
     caller = unit.caller(None)
     unit.stop()
     with foreign(unit) as disk:
-        node = subprocess.run(
-            ["losetup", "--find", "--show", "--offset", "4096", disk.node],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        node = loops.losetup(disk.node, "--offset", "4096")
         try:
             unit.start(prelude=UNREADABLE)
             assert caller.manager("GetDeviceByNode", "s", node)

@@ -60,10 +60,8 @@ def owner(world: World) -> Caller:
 @pytest.fixture
 def foreign(world: World) -> Iterator[loops.BoundLoop]:
     """A device made by losetup, and what it is."""
-    done = subprocess.run(
-        ["losetup", "--find", "--show", world.image()], check=True, capture_output=True, text=True
-    )
-    loop = loops.look_at(int(done.stdout.strip().removeprefix("/dev/loop")))
+    node = loops.losetup(world.image())
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
     assert loop
     yield loop
     loops.detach_leaked(loop)

@@ -20,10 +20,9 @@ import pytest
 
 from loopd import kernel
 from tests.harness.area import CHECKOUT
+from tests.harness.area import area as make_area
 from tests.harness.images import make_ext4, make_sparse
 from tests.harness.udev import Udev
-
-MARKS = Path("/run/loopd/unprivileged")
 
 # Numbers that LOOP_CTL_GET_FREE gives nobody: a mark set before binding is on no other's device.
 _numbers = count(600_000 + os.getpid() % 4000 * 100)
@@ -48,23 +47,34 @@ def run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
+class MarkedUdev(Udev):
+    """One whose rules look for marks where no loopd does, which would remove ours as it starts."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.marks = runtime / "unprivileged"
+        ours = {
+            path.name: path.read_text().replace("/run/loopd/", f"{runtime}/")
+            for path in (CHECKOUT / "systemd").glob("*.rules")
+        }
+        tests = {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
+        super().__init__(ours | tests)
+
+
 @pytest.fixture(scope="module")
-def udev() -> Iterator[Udev]:
+def udev() -> Iterator[MarkedUdev]:
     """A running udevd with the checkout's rules."""
-    ours = tuple((CHECKOUT / "systemd").glob("*.rules"))
-    tests = {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
-    with Udev(tests, sources=ours) as running:
+    with make_area("run") as runtime, MarkedUdev(runtime) as running:
+        running.marks.mkdir()
         yield running
 
 
 @contextmanager
-def bound(udev: Udev, image: Path, *, marked: bool) -> Iterator[str]:
+def bound(udev: MarkedUdev, image: Path, *, marked: bool) -> Iterator[str]:
     """A loop device over the image, as loopd marks and binds it; yields its kernel name."""
     number = next(_numbers)
     name = f"loop{number}"
-    MARKS.mkdir(parents=True, exist_ok=True)
     if marked:
-        (MARKS / name).touch()
+        (udev.marks / name).touch()
     try:
         run("losetup", f"/dev/{name}", image)
         try:
@@ -74,7 +84,7 @@ def bound(udev: Udev, image: Path, *, marked: bool) -> Iterator[str]:
             run("losetup", "--detach", f"/dev/{name}")
             udev.settle()
     finally:
-        (MARKS / name).unlink(missing_ok=True)
+        (udev.marks / name).unlink(missing_ok=True)
         control_fd = kernel.open_loop_control()
         try:
             # Others on this machine may look at it, or have been given the number, now that it is
@@ -177,7 +187,9 @@ def bcache(path: Path) -> Path:
 # The stories
 
 
-def test_a_marked_image_takes_no_link_from_the_device_that_has_it(udev: Udev, area: Path) -> None:
+def test_a_marked_image_takes_no_link_from_the_device_that_has_it(
+    udev: MarkedUdev, area: Path
+) -> None:
     """Links of udev."""
     filesystem = uuid.uuid4()
     by_uuid = Path(f"/dev/disk/by-uuid/{filesystem}")
@@ -200,13 +212,13 @@ def test_a_marked_image_takes_no_link_from_the_device_that_has_it(udev: Udev, ar
             assert by_label.resolve().name == theirs
 
 
-def test_a_marked_disk_keeps_the_name_of_its_attachment(udev: Udev, area: Path) -> None:
+def test_a_marked_disk_keeps_the_name_of_its_attachment(udev: MarkedUdev, area: Path) -> None:
     with bound(udev, blank(area / "blank"), marked=True) as name:
         diskseq = Path(f"/sys/block/{name}/diskseq").read_text().strip()
         assert Path(f"/dev/disk/by-diskseq/{diskseq}").resolve().name == name
 
 
-def test_a_partition_goes_by_the_mark_of_its_disk(udev: Udev, area: Path) -> None:
+def test_a_partition_goes_by_the_mark_of_its_disk(udev: MarkedUdev, area: Path) -> None:
     """Links of udev."""
     filesystem = uuid.uuid4()
     image = blank(area / "disk")
@@ -236,7 +248,7 @@ def test_a_partition_goes_by_the_mark_of_its_disk(udev: Udev, area: Path) -> Non
     ids=["an LVM physical volume", "an MD member", "btrfs", "bcache", "what blkid cannot name"],
 )
 def test_nothing_assembles_a_marked(
-    udev: Udev, area: Path, image: Callable[[Path], Path], kind: str | None
+    udev: MarkedUdev, area: Path, image: Callable[[Path], Path], kind: str | None
 ) -> None:
     """Links of udev."""
     path = image(area / "image")
@@ -252,6 +264,6 @@ def test_nothing_assembles_a_marked(
         assert properties(udev, name)["LOOPD_TEST"] == "assembled"
 
 
-def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: Udev, area: Path) -> None:
+def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: MarkedUdev, area: Path) -> None:
     with bound(udev, ext4(area / "image", uuid.uuid4()), marked=True) as name:
         assert "SYSTEMD_READY" not in properties(udev, name)
