@@ -2,7 +2,8 @@
 """`python -m bench.killed`: a client with 256 devices is killed; how long until they are gone.
 
 Unbound: the kernel has let go of each file. Gone: there is no node any more either. Beside it the
-kernel by itself: CLR_FD and close one after the other, CTL_REMOVE by sixteen threads.
+kernel by itself: CLR_FD and close one after the other, CTL_REMOVE by sixteen threads; and the same
+where each device is written back first.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import statistics
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from tests.harness.daemon import LIBRARIES
 
 ROUNDS = 3
 DEVICES = 256
-RAW = "raw ioctls"
+RAW, SYNCED = "raw ioctls", "raw ioctls and fsync"
 LIBRARY = "loopd.loopdev"
 
 
@@ -34,8 +36,9 @@ def measure() -> Result:
     times: dict[str, list[tuple[float, float]]] = {}
     with rig.image() as image:
         for _ in range(ROUNDS):
-            alone_ = raw.many(image, DEVICES)
-            times.setdefault(RAW, []).append((alone_.unbind, alone_.remove))
+            for name in (RAW, SYNCED):
+                by_kernel = raw.many(image, DEVICES, sync=name == SYNCED)
+                times.setdefault(name, []).append((by_kernel.unbind, by_kernel.remove))
             times.setdefault(LIBRARY, []).append(by_itself(image))
             for library in LIBRARIES:
                 with rig.running(library, rig.ROOM) as (bus, _):
@@ -101,6 +104,9 @@ def victim(bus: PrivateBus, image: Path) -> Iterator[tuple[int, list[Bound]]]:
                 with os.fdopen(writing, "w") as out:
                     json.dump([each.number for each in made], out)
                 signal.pause()
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(1)
     os.close(writing)
