@@ -5,12 +5,14 @@ Each step by itself, so that it can be subtracted: a call that does nothing, pol
 loopd does to the kernel. One at a time for the latency, and by sixteen programs for the rate.
 """
 
+import asyncio
 import time
 from collections.abc import Iterator
 
 from bench import raw, rig
 from bench.pairs import library_pair, losetup_pair
 from bench.results import Result, alone, median, percentile
+from loopd.threads import Threads
 from tests.harness import wire
 from tests.harness.bus import POLKIT
 from tests.harness.caller import MANAGER_PATH
@@ -23,6 +25,10 @@ CLIENTS = 16
 MANY = 1000
 RAW, LIBRARY, LOSETUP = "raw ioctls, a pair", "loopd.loopdev, a pair", "losetup, a pair"
 CALL, QUESTION = "the bus, a call", "polkit, a question"
+HANDOVER = "a thread, there and back"
+HANDOVERS = 4
+"""Of a pair, as bench.steps counts them."""
+_REST = 0.002
 PEER = "org.freedesktop.DBus.Peer"
 AUTHORITY = "org.freedesktop.PolicyKit1.Authority"
 AUTHORITY_PATH = "/org/freedesktop/PolicyKit1/Authority"
@@ -37,6 +43,7 @@ def measure() -> Result:
             times.setdefault(RAW, []).extend(sum(raw.pair(image)) for _ in range(CALLS))
             times.setdefault(LIBRARY, []).extend(sum(library_pair(image)) for _ in range(CALLS))
             times.setdefault(LOSETUP, []).extend(sum(losetup_pair(image)) for _ in range(CALLS))
+            times.setdefault(HANDOVER, []).extend(asyncio.run(hand_over()))
             for library in LIBRARIES:
                 with rig.running(library, rig.ROOM) as (bus, _):
                     with rig.clients(bus, CLIENTS) as clients, bus.connect(rig.USER) as subject:
@@ -57,18 +64,32 @@ def measure() -> Result:
 def sums(medians: dict[str, float]) -> Iterator[str]:
     """What a pair cannot cost less than, by these medians."""
     for library in LIBRARIES:
-        root = 2 * medians[idle(library)] + medians[LIBRARY]
+        calls = 2 * medians[idle(library)] + HANDOVERS * medians[HANDOVER]
+        root = calls + medians[LIBRARY]
         user = root + medians[QUESTION]
         yield (
-            f"{library}: two calls and {LIBRARY} are {root:.2f} ms, which is raw + "
-            f"{root - medians[RAW]:.2f} ms; with a question to polkit it is {user:.2f} ms, "
-            f"{user / medians[LOSETUP]:.2f} of losetup's pair"
+            f"{library}: two calls, {HANDOVERS} times a thread and {LIBRARY} are {root:.2f} ms, "
+            f"which is raw + {root - medians[RAW]:.2f} ms; with a question to polkit it is "
+            f"{user:.2f} ms, {user / medians[LOSETUP]:.2f} of losetup's pair"
         )
     least = 2 * medians[CALL] + medians[QUESTION] + medians[RAW]
     yield (
         f"two calls that only the bus answers, a question to polkit and raw ioctls are {least:.2f} "
         f"ms, {least / medians[LOSETUP]:.2f} of losetup's pair"
     )
+
+
+async def hand_over() -> list[float]:
+    """The seconds until a thread has done nothing, each time after a rest as between calls."""
+    threads = Threads()
+    times = []
+    for _ in range(CALLS):
+        await asyncio.sleep(_REST)
+        begun = time.perf_counter()
+        await threads.run(lambda: None)
+        times.append(time.perf_counter() - begun)
+    threads.stop(1)
+    return times
 
 
 def idle(library: str) -> str:
