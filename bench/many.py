@@ -2,6 +2,7 @@
 """`python -m bench.many`: what it costs to have 512 devices: lists of them, and one pair more."""
 
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -10,8 +11,11 @@ from bench.results import Result, Target, alone, median
 from tests.harness.caller import MANAGER, OBJECT_MANAGER
 from tests.harness.daemon import LIBRARIES
 
-STEPS = (0, 64, 512, 64, 0)
-"""How many devices there are, up and down, so that a machine's moods meet all alike."""
+CYCLE = (0, 64, 512, 64)
+"""How many devices there are, up and down; each count is compared with none of the same cycle, as a
+machine's moods change within a minute."""
+CYCLES = 3
+STEPS = (*CYCLE * CYCLES, 0)
 PAIRS = 60
 LISTS = 20
 
@@ -25,17 +29,20 @@ def measure() -> Result:
     most = max(STEPS)
     for library in LIBRARIES:
         pairs: dict[int, list[float]] = {}
+        medians: list[float] = []
         lists = {}
         for count, worker in with_devices(library):
             worker.pairs(5)
-            pairs.setdefault(count, []).extend(map(sum, worker.pairs(PAIRS)))
+            found = [sum(pair) for pair in worker.pairs(PAIRS)]
+            pairs.setdefault(count, []).extend(found)
+            medians.append(median(found))
             if count not in lists:
                 lists[count] = [
                     worker.do("calls", MANAGER, "ListDevices", LISTS),
                     worker.do("calls", OBJECT_MANAGER, "GetManagedObjects", LISTS),
                 ]
         for count, found in pairs.items():
-            ratio = median(found) / median(pairs[0])
+            ratio = growth(medians, count)
             told = [cell for times, size in lists[count] for cell in (median(times), str(size))]
             result.rows[f"{library}, {count}"] = [median(found), ratio, *told]
             if count:
@@ -52,6 +59,18 @@ def measure() -> Result:
     result.rows["raw, 0"] = [without, 1.0, None, None, None, None]
     result.rows[f"raw, {most}"] = [found, found / without, None, None, None, None]
     return result
+
+
+def growth(medians: list[float], count: int) -> float:
+    """How much longer a pair took with so many devices, by the medians of all steps."""
+    ratios = []
+    for first in range(0, len(STEPS) - 1, len(CYCLE)):
+        cycle = slice(first, first + len(CYCLE) + 1)
+        by_count: dict[int, list[float]] = {}
+        for step, each in zip(STEPS[cycle], medians[cycle], strict=True):
+            by_count.setdefault(step, []).append(each)
+        ratios.append(statistics.mean(by_count[count]) / statistics.mean(by_count[0]))
+    return statistics.median(ratios)
 
 
 def with_devices(library: str) -> Iterator[tuple[int, rig.Worker]]:
