@@ -316,16 +316,14 @@ def _attach(
     )
     try:
         if proposal.may_hang:
-            status = loopinfo.status(loop.number)
-        else:
-            args = loop.number, loop.binding, loop.diskseq
-            status = loopinfo.status_by_fd(loop.fd.fileno(), *args)
-        # The last close of a device waits for its file, and not for ever in systemd.
-        if not proposal.may_hang:
-            name = label(f"loop{loop.number}", loop.diskseq)
-            loop.fd = store.keep(name, loop.fd)
-            if loop.lock:
-                loop.lock = store.keep(store.name(name, "lock"), loop.lock)
+            # Not kept: the last close of a device waits for its file, and not for ever in systemd.
+            return loop, loopinfo.status(loop.number)
+        args = loop.number, loop.binding, loop.diskseq
+        status = loopinfo.status_by_fd(loop.fd.fileno(), *args)
+        name = label(f"loop{loop.number}", loop.diskseq)
+        loop.fd = store.keep(name, loop.fd)
+        if loop.lock:
+            loop.lock = store.keep(store.name(name, "lock"), loop.lock)
         return loop, status
     except BaseException:
         _undo(loop)

@@ -28,7 +28,7 @@ class Table:
     def filesystem(self, mount: int, device: int) -> str:
         """The type of the filesystem of a mount, else of a device number as os.makedev makes it.
 
-        Empty if neither is in the table. Raises OSError.
+        Empty if neither is in the table. Raises OSError, and ValueError for what is no table.
         """
         with self._lock:
             self._refresh()
@@ -39,10 +39,9 @@ class Table:
 
     def _refresh(self) -> None:
         if self._fd is None:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             # The kernel's word for a change; it says so once.
-            self._changed.register(fd, select.POLLPRI)
-            self._fd = fd
+            self._changed.register(self._fd, select.POLLPRI)
         elif not self._changed.poll(0):
             return
         try:
@@ -72,7 +71,7 @@ def prepare() -> None:
 def filesystem(mount: int, device: int) -> str:
     """The type of the filesystem of a mount, else of a device number; empty if none can be seen."""
     for table in _TABLES:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if found := table.filesystem(mount, device):
                 return found
     return ""
@@ -87,7 +86,8 @@ def _parsed(text: bytes) -> tuple[dict[int, str], dict[int, str]]:
         mount, _, number, *others = line.split(b" ")
         # After the optional fields; what follows a dot is the subtype that a FUSE server chose for
         # itself.
-        kind = others[others.index(b"-") + 1].partition(b".")[0].decode(errors="replace")
+        name, *_ = others[others.index(b"-") + 1 :]
+        kind = name.partition(b".")[0].decode(errors="replace")
         major, _, minor = number.partition(b":")
         by_mount[int(mount)] = kind
         by_device.setdefault(os.makedev(int(major), int(minor)), kind)

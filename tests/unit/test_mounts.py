@@ -74,6 +74,20 @@ def test_an_empty_table_has_nothing(tmp_path: Path) -> None:
         assert made.filesystem(22, os.makedev(8, 1)) == ""
 
 
+@pytest.mark.parametrize("text", [b"22 1\n", b"22 1 8:1 / / rw\n", b"22 1 8:1 / / rw -\n", b"x\n"])
+def test_what_is_no_table_has_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    """Nobody's file stays open for that it cannot be told whether its close may hang."""
+    path = tmp_path / "mountinfo"
+    path.write_bytes(text)
+    with table(path) as made:
+        monkeypatch.setattr(mounts, "_TABLES", [made])
+        assert mounts.filesystem(22, os.makedev(8, 1)) == ""
+        path.write_bytes(MOUNTINFO)
+        assert mounts.filesystem(22, -1) == "ext4"
+
+
 def test_of_two_tables_the_second_is_for_what_is_not_in_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
