@@ -5,6 +5,7 @@ Each test is a story that is told over and over, and ends each time at another p
 ends it before each change; with LOOPD_THOROUGH=1 also where loopd only looks.
 """
 
+import errno
 import fcntl
 import os
 import signal
@@ -169,7 +170,12 @@ def require_no_lock(unit: Service, client: RawClient) -> None:
     os.close(fd)
     for it in unit.devices(client).values():
         with suppress(FileNotFoundError):
-            fd = os.open(it["Node"], os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(it["Node"], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as exc:
+                if exc.errno in (errno.ENXIO, errno.ENODEV):  # it is being removed
+                    continue
+                raise
             try:
                 if it["Locked"] == "none":
                     wait_lockable(fd)
