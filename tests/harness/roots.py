@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.harness.leaks import adopt_orphans
@@ -73,13 +73,17 @@ class Release:
     bus: str
     python: str
     systemd: int
+    packages: tuple[str, ...] = ()
+    """Beside those that all have."""
+    hooks: tuple[str, ...] = ()
+    """Options of mmdebstrap's, beside those that all have."""
 
     @property
     def command(self) -> list[str]:
         """What makes the root, but for where."""
-        include = ",".join(sorted((*_PACKAGES, self.bus)))
+        include = ",".join(sorted((*_PACKAGES, *self.packages, self.bus)))
         hooks = [f"--customize-hook={hook}" for hook in _CUSTOMIZE]
-        return ["mmdebstrap", *_OPTIONS, f"--include={include}", *hooks, self.name]
+        return ["mmdebstrap", *_OPTIONS, f"--include={include}", *hooks, *self.hooks, self.name]
 
     @property
     def path(self) -> Path:
@@ -95,6 +99,41 @@ RELEASES = {
         Release(name="trixie", bus="dbus-broker", python="3.13", systemd=257),
     )
 }
+
+# With its own kernel, and with what assembles things from disks; by an initrd for the disk of
+# `emulated` alone, which is half as large as one for all.
+_KERNEL_PACKAGES = (
+    "btrfs-progs busybox cryptsetup-bin initramfs-tools linux-image-cloud-amd64 lvm2 mdadm xfsprogs zstd"
+).split()
+_AGENT = Path(__file__).with_name("agent_program.py").read_text()
+_AGENT_UNIT = """[Unit]
+Requires=dev-virtio\\x2dports-%N.device
+After=dev-virtio\\x2dports-%N.device systemd-logind.service dbus.service polkit.service
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/lib/agent.py /dev/virtio-ports/%N
+"""
+# A session is active for polkit where it has a seat and a virtual terminal of its own.
+_SESSION = """PAMName=login
+User=alice
+Environment=XDG_SEAT=seat0 XDG_VTNR=1 XDG_SESSION_CLASS=user XDG_SESSION_TYPE=tty
+ExecStartPre=+chown alice /dev/virtio-ports/%N
+"""
+_UNITS = "$1/etc/systemd/system"
+_KERNEL_HOOKS = (
+    '--essential-hook=mkdir -p "$1/etc/initramfs-tools/conf.d"',
+    '--essential-hook=echo MODULES=list >"$1/etc/initramfs-tools/conf.d/tests"',
+    '--essential-hook=printf "virtio_pci\nvirtio_blk\next4\n" >"$1/etc/initramfs-tools/modules"',
+    f"--customize-hook=cat >$1/usr/local/lib/agent.py <<'END'\n{_AGENT}END",
+    f"--customize-hook=cat >{_UNITS}/root.service <<'END'\n{_AGENT_UNIT}END",
+    f"--customize-hook=cat >{_UNITS}/alice.service <<'END'\n{_AGENT_UNIT}{_SESSION}END",
+    f"--customize-hook=ln -s ../root.service {_UNITS}/multi-user.target.wants/root.service",
+)
+
+KERNELS = {
+    name: replace(release, packages=tuple(_KERNEL_PACKAGES), hooks=_KERNEL_HOOKS)
+    for name, release in RELEASES.items()
+}
+"""The releases as `emulated` boots them."""
 
 
 class CannotMakeError(Exception):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""loopd on the kernels that Debian ships, emulated."""
