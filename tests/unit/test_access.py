@@ -21,6 +21,7 @@ from loopd.errors import AccessDenied, LimitsExceeded, LoopError, NotSupported
 from loopd.leases import Lease, Leases, Quota
 
 MANAGE = {Action.MANAGE_OTHERS}
+OPEN_OTHERS = {Action.OPEN_OTHERS_DEVICE}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,11 @@ MANAGE = {Action.MANAGE_OTHERS}
         (Operation.DETACH, set(), MANAGE, MANAGE),
         (Operation.RESIZE, set(), MANAGE, MANAGE),
         (Operation.SYNC, set(), MANAGE, MANAGE),
-        (Operation.OPEN, {Action.OPEN_DEVICE}, MANAGE, MANAGE),
+        (Operation.OPEN, {Action.OPEN_DEVICE}, OPEN_OTHERS, OPEN_OTHERS),
+        (
+            *(Operation.OPEN_READ_ONLY, {Action.OPEN_READ_ONLY_DEVICE}),
+            *(OPEN_OTHERS, OPEN_OTHERS),
+        ),
         (Operation.SET_AUTOCLEAR, {Action.KEEP}, MANAGE, MANAGE),
         (Operation.SET_DIRECT_IO, set(), MANAGE, MANAGE),
         (Operation.SET_REFERENCE, set(), MANAGE, MANAGE),
