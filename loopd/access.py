@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from .errors import AccessDenied, LoopError, NotSupported
+from .errors import AccessDenied, LoopError, NotSupported, UnsupportedFile
 
 ROOT = 0
 NOBODY = 0xFFFFFFFF
@@ -168,6 +168,17 @@ def needed_to_attach(
     if keeps:
         needed.add(Action.KEEP)
     return strongest(needed)
+
+
+def require_may_write(uid: int, guarded_by: str) -> None:
+    """Raise UnsupportedFile where a device would write for a user what the user's own writes do not.
+
+    `guarded_by` is as in BackingFile. Root may do without the device what it does by it.
+    """
+    if guarded_by and uid != ROOT:
+        raise UnsupportedFile(
+            f"the file is {guarded_by}, which a loop device would not heed: attach it read-only"
+        )
 
 
 def strongest(actions: Iterable[Action]) -> frozenset[Action]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import kernel, mounts
 from .errors import UnsupportedFile, UntrustedFilesystem
-from .uapi import STATX_MNT_ID, statx_buf
+from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, statx_buf
 
 # Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
 TRUSTED_FILESYSTEMS = frozenset(
@@ -96,6 +96,8 @@ class BackingFile:
     """A memfd that nobody can write to any more."""
     filesystem: str
     """The type as in mountinfo; empty for a block device, and where no mount can be seen."""
+    guarded_by: str = ""
+    """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
 
     @property
     def closes_quickly(self) -> bool:
@@ -192,7 +194,34 @@ def examine(fd: int) -> BackingFile:
         writable=access == os.O_RDWR and not sealed,
         sealed=sealed,
         filesystem=filesystem,
+        guarded_by=_guard(buf),
     )
+
+
+def guarded_by(fd: int) -> str:
+    """What keeps an ordinary user's writes from a file or marks them now, as in BackingFile."""
+    return _guard(_look(fd))
+
+
+def _guard(buf: statx_buf) -> str:
+    """What write(2) and fallocate(2) of an ordinary user heed, and a worker of the driver's not.
+
+    write(2) takes the set-id bits away, and fallocate(2) refuses to make holes, by an fd from
+    before the flag was set, too. The driver calls the filesystem with root's rights, and without
+    the checks that come before that: Linux 6.18 discards what is in an immutable file.
+    """
+    if not stat.S_ISREG(buf.stx_mode):
+        return ""
+    if buf.stx_attributes & STATX_ATTR_IMMUTABLE:
+        return "immutable"
+    if buf.stx_attributes & STATX_ATTR_APPEND:
+        return "append-only"
+    if buf.stx_mode & stat.S_ISUID:
+        return "set-user-ID"
+    # Without the latter no program gets the group's rights by it.
+    if buf.stx_mode & stat.S_ISGID and buf.stx_mode & stat.S_IXGRP:
+        return "set-group-ID"
+    return ""
 
 
 def closes_quickly(fd: int) -> bool:
