@@ -17,11 +17,6 @@ from . import kernel, mounts
 from .errors import UnsupportedFile, UntrustedFilesystem
 from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, statx_buf
 
-# Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
-TRUSTED_FILESYSTEMS = frozenset(
-    "bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs nilfs2 ntfs3 overlay ramfs "
-    "reiserfs squashfs tmpfs udf ufs vfat xfs zfs".split()
-)
 # Filesystems of the kernel's own making, whose files have no blocks to map.
 _PSEUDO_FILESYSTEMS = frozenset(
     "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
@@ -95,14 +90,15 @@ class BackingFile:
     sealed: bool
     """A memfd that nobody can write to any more."""
     filesystem: str
-    """The type as in mountinfo; empty for a block device, and where no mount can be seen."""
+    """The type as in mountinfo, or the name of what it stands on that is not trusted, as mounts
+    says; empty for a block device, and where no mount can be seen."""
     guarded_by: str = ""
     """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
 
     @property
     def closes_quickly(self) -> bool:
         """Whether a close of it is sure to end, as `closes_quickly` finds out of any fd."""
-        return self.identity.block is None and self.filesystem in TRUSTED_FILESYSTEMS
+        return self.identity.block is None and self.filesystem in mounts.TRUSTED_FILESYSTEMS
 
 
 def identify(fd: int) -> FileIdentity:
@@ -233,7 +229,7 @@ def closes_quickly(fd: int) -> bool:
         buf = kernel.statx(fd)
         if not stat.S_ISREG(buf.stx_mode):
             return False
-        return _seals(fd) is not None or _filesystem(fd, buf) in TRUSTED_FILESYSTEMS
+        return _seals(fd) is not None or _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
     except OSError:
         return False
 
