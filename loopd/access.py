@@ -171,9 +171,9 @@ def needed_to_attach(
 
 
 def require_may_write(uid: int, guarded_by: str) -> None:
-    """Raise UnsupportedFile where a device would write for a user what the user's own writes do not.
+    """Raise UnsupportedFile for a guarded file, whose guard a loop device does not heed.
 
-    `guarded_by` is as in BackingFile. Root may do without the device what it does by it.
+    `guarded_by` is as in BackingFile. Root is not bound by the guard without a device either.
     """
     if guarded_by and uid != ROOT:
         raise UnsupportedFile(

@@ -175,7 +175,7 @@ _loop_files: LoopFiles = _no_loop_files
 
 def ask_for_loops(loop_files: LoopFiles) -> None:
     """Have the file behind a loop number told by this, in threads; None if it is not known."""
-    global _loop_files  # noqa: PLW0603  the tables are one for the process, too
+    global _loop_files
     _loop_files = loop_files
 
 
@@ -218,7 +218,9 @@ def _parsed(text: bytes) -> tuple[dict[int, _Mount], dict[int, _Mount]]:
 
 def _plain(field: str) -> str:
     """A field without the escapes for white space and backslashes."""
-    return re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), field) if "\\" in field else field
+    return (
+        re.sub(r"\\(\d{3})", lambda found: chr(int(found[1], 8)), field) if "\\" in field else field
+    )
 
 
 def _layers(options: str) -> Iterator[str]:

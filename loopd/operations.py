@@ -215,6 +215,9 @@ class Operations:
             raise NotSupported("before Linux 6.11 only root may be given a device's fd")
         # The kernel's state, not ours: root can make a device read-only behind our back.
         read_only = device.number is not None and loopinfo.is_read_only(device.number)
+        if read_only and writable:
+            # Nobody is asked for a password for what cannot be.
+            raise InvalidArgs(f"mode: {device.node} is read-only: open it with r")
         operation = Operation.OPEN_READ_ONLY if read_only else Operation.OPEN
         await self._manager.require(caller, operation, device)
         function = partial(

@@ -60,7 +60,7 @@ class Proposal:
     """None if it is a regular file."""
     request: AttachRequest
     trusted: bool
-    """Whether its filesystem is a local one on local devices, or an administrator vouches for it."""
+    """Whether its filesystem and its devices are local, or an administrator vouches for them."""
 
     @property
     def may_hang(self) -> bool:

@@ -126,7 +126,9 @@ def test_a_guard_that_comes_while_polkit_thinks_is_seen(world: World, guard: str
         with pytest.raises(CallError, match="read-only") as refusal:
             call.end()
         assert refusal.value.name == UNSUPPORTED
-        assert not [each for each in loops.bound_loops().values() if each.backing_file == str(image)]
+        assert not [
+            each for each in loops.bound_loops().values() if each.backing_file == str(image)
+        ]
         assert world.device_count() == 0
 
 

@@ -147,9 +147,7 @@ def image_in(directory: Path, name: str = "image", size: int = MIB) -> Path:
     return make_plain(directory / name, size, owner=USER)
 
 
-def refuses(
-    world: World, caller: Caller, file: Path, filesystem: str, mode: str = "rw"
-) -> None:
+def refuses(world: World, caller: Caller, file: Path, filesystem: str, mode: str = "rw") -> None:
     """Fail unless the file is refused, and polkit was told for what."""
     world.polkit.questions.clear()
     with pytest.raises(CallError) as refusal:

@@ -71,7 +71,7 @@ def test_an_nvme_tells_its_transport(
 
 
 def test_what_stands_on_several_stands_on_all_of_them(sysfs: Sysfs) -> None:
-    """Trust by type: LUKS on LVM on MD on a disk, a partition of a network one and a loop device."""
+    """Trust by type: LUKS on LVM on MD on a disk and a network one, and on a loop device."""
     disk = sysfs.add((8, 1), "pci0/block/sda")
     remote = sysfs.add((43, 0), "virtual/block/nbd0")
     part = sysfs.add((43, 1), "nbd0p1", partition_of=remote)
