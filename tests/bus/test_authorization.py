@@ -564,7 +564,7 @@ def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
         world.polkit.on(managing(operation), Answer.HANG)
         member, signature, args = OPERATIONS[operation]
         call = other.call_begin(attached.path, f"{LOOPD}.Device", member, signature, *args)
-        question = world.polkit.wait_question(MANAGE)
+        question = world.polkit.wait_question(managing(operation))
         caller.detach(attached.path)
         again = caller.attach(world.image())
         world.polkit.release(Answer.ALLOW, question)
