@@ -61,6 +61,7 @@ class Table:
         self._by_mount: dict[int, _Mount] = {}
         self._by_device: dict[int, _Mount] = {}
         self._below: dict[int, frozenset[int | str | _Mount]] = {}
+        self._root: _Mount | None = None
 
     def filesystem(self, mount: int, device: int) -> str:
         """The type of the filesystem of a mount, else of a device number as os.makedev makes it.
@@ -68,8 +69,8 @@ class Table:
         For one that is trusted by its type, but stands on something that is not, it is the type or
         the name of that: "fuse" for an ext4 on a loop device over a file on FUSE, "nbd" for one on
         a network block device, "loop" for one on a loop device over a file that is not known. Empty
-        if neither is in the table, or sysfs does not have the device. Raises OSError, and
-        ValueError for what is no table.
+        if neither is in the table, or sysfs does not have the device. The root filesystem goes by
+        its type alone. Raises OSError, and ValueError for what is no table.
         """
         with self._lock:
             self._refresh()
@@ -83,12 +84,17 @@ class Table:
         """What a mount depends on, itself included, that is not trusted."""
         if mount.kind not in TRUSTED_FILESYSTEMS:
             yield mount.kind
-        elif mount.device not in above:
+        elif mount.device not in above and not self._is_root(mount):
             below = self._below.get(mount.device)
             if below is None:
                 # Kept until the table changes. What root adds to a mounted device later is missed.
                 below = self._below[mount.device] = frozenset(self._look_below(mount))
             yield from self._doubts_below(below, (*above, mount.device))
+
+    def _is_root(self, mount: _Mount) -> bool:
+        # No user has chosen what it is on, and if it hangs so does the machine. A live system has
+        # it on loop devices whose files no mount shows any more, others have it on iSCSI.
+        return self._root is not None and mount.device == self._root.device
 
     def _doubts_below(
         self, below: Iterable[int | str | _Mount], above: tuple[int, ...]
@@ -149,6 +155,7 @@ class Table:
         try:
             self._below.clear()
             self._by_mount, self._by_device = _parsed(_whole(self._fd))
+            self._root = self._mounted_at("/")
         except BaseException:
             self.close()  # for the change would not be told again
             raise

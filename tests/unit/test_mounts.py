@@ -182,6 +182,32 @@ def test_a_filesystem_is_trusted_no_more_than_what_it_stands_on(
             assert made.filesystem(mount, -1) == filesystem
 
 
+@pytest.mark.parametrize(
+    ("root", "kind"),
+    [
+        ("0:50 / / rw - overlay overlay rw,lowerdir=/run/live", "overlay"),
+        ("253:0 / / rw - ext4 /dev/mapper/live-rw rw", "ext4"),
+        ("43:0 / / rw - ext4 /dev/nbd0 rw", "ext4"),
+        ("0:60 / / rw - nfs server:/ rw", "nfs"),
+    ],
+)
+def test_what_the_machine_itself_stands_on_is_trusted(tmp_path: Path, root: str, kind: str) -> None:
+    """Trust by type: a live system, whose loop devices are over files that no mount shows; and a
+    filesystem beside it on the same device is none of it.
+    """
+    sysfs = Sysfs(tmp_path / "sys")
+    loop = sysfs.add((7, 0), "virtual/block/loop0")
+    sysfs.add((253, 0), "virtual/block/dm-0", slaves=[loop])
+    sysfs.add((43, 0), "virtual/block/nbd0")
+    path = tmp_path / "mountinfo"
+    path.write_text(
+        f"19 1 0:2 / / rw - ramfs x rw\n20 1 {root}\n21 20 7:0 / /run/live ro - squashfs x ro\n"
+    )
+    with table(path, sysfs.root) as made:
+        assert made.filesystem(20, -1) == kind
+        assert made.filesystem(21, -1) == "loop"
+
+
 def test_what_becomes_known_of_a_loop_device_counts_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
