@@ -236,5 +236,5 @@ def test_a_sysfs_that_cannot_be_read_now_is_read_again(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(OSError(24, "full")))
             with pytest.raises(OSError, match="full"):
-                made.filesystem(22, -1)
-        assert made.filesystem(22, -1) == "ext4"
+                made.filesystem(30, -1)
+        assert made.filesystem(30, -1) == "btrfs"
