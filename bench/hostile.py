@@ -25,7 +25,7 @@ from tests.harness.raw import BUS, DisconnectedError, RawClient
 from tests.harness.wire import METHOD_RETURN, CallError
 from tests.harness.world import OTHER, USER, World, make_world
 
-MANAGE_OTHERS = "org.example.loop1.manage-others"
+NOT_OURS = ("org.example.loop1.manage-others", "org.example.loop1.open-others-device")
 KINDS = 3000
 """Different messages."""
 PER_CLIENT = 400
@@ -49,7 +49,8 @@ def main() -> None:
         for policy in ("our policy", "no policy"):
             options = {} if policy == "our policy" else {"policies": []}
             with make_world(library=library, **options) as world, world.test():
-                world.polkit.on(MANAGE_OTHERS, Answer.DENY)  # nobody else's devices
+                for action in NOT_OURS:
+                    world.polkit.on(action, Answer.DENY)
                 print(f"{library}, {policy}: {attack(world, made, share)}", flush=True)
 
 

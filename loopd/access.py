@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from .errors import AccessDenied, LoopError, NotSupported
+from .errors import AccessDenied, LoopError, NotSupported, UnsupportedFile
 
 ROOT = 0
 NOBODY = 0xFFFFFFFF
@@ -65,6 +65,8 @@ class Action(StrEnum):
     ATTACH_UNTRUSTED_FILESYSTEM = "org.example.loop1.attach-untrusted-filesystem"
     KEEP = "org.example.loop1.keep"
     OPEN_DEVICE = "org.example.loop1.open-device"
+    OPEN_READ_ONLY_DEVICE = "org.example.loop1.open-read-only-device"
+    OPEN_OTHERS_DEVICE = "org.example.loop1.open-others-device"
     MANAGE_OTHERS = "org.example.loop1.manage-others"
 
 
@@ -90,6 +92,7 @@ class Operation(Enum):
     DETACH = "Detach"
     RESIZE = "Resize"
     OPEN = "Open"
+    OPEN_READ_ONLY = "Open read-only"
     SYNC = "Sync"
     SET_AUTOCLEAR = "SetAutoclear"
     SET_DIRECT_IO = "SetDirectIO"
@@ -105,6 +108,8 @@ class Operation(Enum):
 _FREE: frozenset[Action] = frozenset()
 _KEEP = frozenset({Action.KEEP})
 _OPEN_DEVICE = frozenset({Action.OPEN_DEVICE})
+_OPEN_READ_ONLY_DEVICE = frozenset({Action.OPEN_READ_ONLY_DEVICE})
+_OPEN_OTHERS_DEVICE = frozenset({Action.OPEN_OTHERS_DEVICE})
 _MANAGE_OTHERS = frozenset({Action.MANAGE_OTHERS})
 
 Needed = frozenset[Action] | type[LoopError]
@@ -112,7 +117,10 @@ _TABLE: dict[Operation, tuple[Needed, Needed, Needed]] = {
     # operation: owner, another uid, a foreign device
     Operation.DETACH: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.RESIZE: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
-    Operation.OPEN: (_OPEN_DEVICE, _MANAGE_OTHERS, _MANAGE_OTHERS),
+    Operation.OPEN: (_OPEN_DEVICE, _OPEN_OTHERS_DEVICE, _OPEN_OTHERS_DEVICE),
+    # The holder of an fd on a read-only device can put any file of the same size behind it, also
+    # one that is open for writing only (LOOP_CHANGE_FD), and so read what it may not read.
+    Operation.OPEN_READ_ONLY: (_OPEN_READ_ONLY_DEVICE, _OPEN_OTHERS_DEVICE, _OPEN_OTHERS_DEVICE),
     Operation.SYNC: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.SET_AUTOCLEAR: (_KEEP, _MANAGE_OTHERS, _MANAGE_OTHERS),
     Operation.SET_DIRECT_IO: (_FREE, _MANAGE_OTHERS, _MANAGE_OTHERS),
@@ -160,6 +168,17 @@ def needed_to_attach(
     if keeps:
         needed.add(Action.KEEP)
     return strongest(needed)
+
+
+def require_may_write(uid: int, guarded_by: str) -> None:
+    """Raise UnsupportedFile for a guarded file, whose guard a loop device does not heed.
+
+    `guarded_by` is as in BackingFile. Root is not bound by the guard without a device either.
+    """
+    if guarded_by and uid != ROOT:
+        raise UnsupportedFile(
+            f"the file is {guarded_by}, which a loop device would not heed: attach it read-only"
+        )
 
 
 def strongest(actions: Iterable[Action]) -> frozenset[Action]:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
-from . import access, attachment, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
+from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
@@ -93,6 +93,8 @@ class Attaching:
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
             proposal = await self._look(fd, options)
+            if not proposal.request.read_only:
+                access.require_may_write(caller.uid, proposal.file.guarded_by)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
@@ -190,6 +192,7 @@ class Attaching:
             passed = blockdev.opened(fd.release()) if quick else fd.move()
             attach = partial(
                 _attach,
+                caller.uid,
                 passed,
                 proposal,
                 partial(self._claim, caller.uid),
@@ -298,6 +301,7 @@ def _now() -> int:
 
 
 def _attach(
+    uid: int,
     fd: OwnedFd,
     proposal: Proposal,
     claim: attachment.Claim,
@@ -305,11 +309,17 @@ def _attach(
     choose: attachment.Choose,
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
+    def claim_at_last(number: int) -> loopdev.Release:
+        if not proposal.request.read_only:
+            # Just before it is bound, since the file's mode may have changed.
+            access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+        return claim(number)
+
     loop = attachment.attach(
         fd,
         proposal.file,
         proposal.request,
-        claim,
+        claim_at_last,
         publish,
         choose=choose,
         may_hang=proposal.may_hang,

@@ -15,13 +15,8 @@ from pathlib import Path
 
 from . import kernel, mounts
 from .errors import UnsupportedFile, UntrustedFilesystem
-from .uapi import STATX_MNT_ID, statx_buf
+from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, statx_buf
 
-# Local filesystems, whose calls end. Overlay hands calls on to its layers, local in practice.
-TRUSTED_FILESYSTEMS = frozenset(
-    "bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs nilfs2 ntfs3 overlay ramfs "
-    "reiserfs squashfs tmpfs udf ufs vfat xfs zfs".split()
-)
 # Filesystems of the kernel's own making, whose files have no blocks to map.
 _PSEUDO_FILESYSTEMS = frozenset(
     "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
@@ -95,12 +90,15 @@ class BackingFile:
     sealed: bool
     """A memfd that nobody can write to any more."""
     filesystem: str
-    """The type as in mountinfo; empty for a block device, and where no mount can be seen."""
+    """The type as in mountinfo, or the name of what it stands on that is not trusted, as mounts
+    says; empty for a block device, and where no mount can be seen."""
+    guarded_by: str = ""
+    """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
 
     @property
     def closes_quickly(self) -> bool:
         """Whether a close of it is sure to end, as `closes_quickly` finds out of any fd."""
-        return self.identity.block is None and self.filesystem in TRUSTED_FILESYSTEMS
+        return self.identity.block is None and self.filesystem in mounts.TRUSTED_FILESYSTEMS
 
 
 def identify(fd: int) -> FileIdentity:
@@ -192,7 +190,34 @@ def examine(fd: int) -> BackingFile:
         writable=access == os.O_RDWR and not sealed,
         sealed=sealed,
         filesystem=filesystem,
+        guarded_by=_guard(buf),
     )
+
+
+def guarded_by(fd: int) -> str:
+    """What keeps an ordinary user's writes from a file or marks them now, as in BackingFile."""
+    return _guard(_look(fd))
+
+
+def _guard(buf: statx_buf) -> str:
+    """What write(2) and fallocate(2) of an ordinary user heed, and a worker of the driver's not.
+
+    write(2) takes the set-id bits away, and fallocate(2) refuses to make holes, by an fd from
+    before the flag was set, too. The driver calls the filesystem with root's rights, and without
+    the checks that come before that: Linux 6.18 discards what is in an immutable file.
+    """
+    if not stat.S_ISREG(buf.stx_mode):
+        return ""
+    if buf.stx_attributes & STATX_ATTR_IMMUTABLE:
+        return "immutable"
+    if buf.stx_attributes & STATX_ATTR_APPEND:
+        return "append-only"
+    if buf.stx_mode & stat.S_ISUID:
+        return "set-user-ID"
+    # Without the latter no program gets the group's rights by it.
+    if buf.stx_mode & stat.S_ISGID and buf.stx_mode & stat.S_IXGRP:
+        return "set-group-ID"
+    return ""
 
 
 def closes_quickly(fd: int) -> bool:
@@ -204,7 +229,7 @@ def closes_quickly(fd: int) -> bool:
         buf = kernel.statx(fd)
         if not stat.S_ISREG(buf.stx_mode):
             return False
-        return _seals(fd) is not None or _filesystem(fd, buf) in TRUSTED_FILESYSTEMS
+        return _seals(fd) is not None or _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
     except OSError:
         return False
 

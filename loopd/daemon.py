@@ -204,6 +204,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
 
     listeners = Listeners(added=added, changed=changed, removed=removed)
     registry = Registry(threads, markers, listeners, loop_numbers)
+    mounts.ask_for_loops(registry.file_behind)
     announcer = Announcer(
         registry, config.limits, emit=lambda *signal, uid: bus.emit(*signal, uid=uid)
     )

@@ -60,7 +60,7 @@ class UnsupportedFile(LoopError):
 
 
 class UntrustedFilesystem(LoopError):
-    """The administrator does not allow files from this filesystem."""
+    """The administrator does not allow files from this filesystem, or from what it stands on."""
 
     dbus_name = _LOOP1 + "UntrustedFilesystem"
 

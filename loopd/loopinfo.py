@@ -130,6 +130,18 @@ def status_by_fd(loop_fd: int, number: int, binding: int, diskseq: int) -> Statu
         raise
 
 
+def is_read_only(number: int) -> bool:
+    """Whether the kernel takes the device for read-only, partitions included.
+
+    Each device that takes LOOP_CHANGE_FD is: the driver's own flag sets this one, and since Linux
+    5.11 BLKROSET does not clear it. Raises NoSuchDevice, OSError.
+    """
+    try:
+        return kernel.loop_attribute(number, "ro") != b"0"
+    except FileNotFoundError as exc:
+        raise NoSuchDevice(f"{node(number)} is gone") from exc
+
+
 def block_status(number: int, *, read_only: bool) -> Status:
     """The same of a block device that needs no loop device; `number` is as os.makedev makes it.
 

@@ -322,16 +322,25 @@ def resize_partition(device: LoopDevice, partition: int, *, size: int | None) ->
     return partitions.resize(device.fd.fileno(), device.number, partition, size)
 
 
-def open_node(device: LoopDevice, *, writable: bool, partition: int | None = None) -> OwnedFd:
+def open_node(
+    device: LoopDevice,
+    *,
+    writable: bool,
+    partition: int | None = None,
+    read_only_too: bool = True,
+) -> OwnedFd:
     """Open the device or a partition of it for a client, and make sure that it will still go.
 
-    Raises InvalidArgs when asked for more access than the backing file was attached with, and
-    NoSuchDevice if there is no such partition.
+    Without `read_only_too` a device that the kernel takes for read-only is not opened. Raises
+    InvalidArgs when asked for more access than the backing file was attached with, NoSuchDevice if
+    there is no such partition, DeviceBusy for a read-only device that is not to be opened.
     """
     if writable and not device.writable:
         raise InvalidArgs(f"mode: {device.node} is read-only, so it cannot be opened for writing")
     with _opened_node(device, os.O_RDWR if writable else os.O_RDONLY, partition) as fd:
         _require_binding(device)
+        if not read_only_too and loopinfo.is_read_only(device.number):
+            raise DeviceBusy(f"{device.node} became read-only while it was opened: try again")
         # By sysfs first: asking the device asks its file's filesystem.
         if device.autoclear and kernel.loop_attribute(device.number, "loop/autoclear") != b"1":
             _set_status(device, kernel.loop_get_status64(device.fd.fileno()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from . import access, blockdev, kernel, loopdev, loopops, overlap
+from . import access, blockdev, kernel, loopdev, loopinfo, loopops, overlap
 from .access import ROOT, Caller, Operation
 from .blockdev import Lock
 from .device import Device
@@ -213,13 +213,21 @@ class Operations:
         if caller.uid != ROOT and blockdev.unbinds_while_open():
             # CLR_FD by the last opener would unbind and leave it an fd on the next user's image.
             raise NotSupported("before Linux 6.11 only root may be given a device's fd")
-        await self._manager.require(caller, Operation.OPEN, device)
-        fd = await self._manager.with_loop(
-            caller,
-            device,
-            partial(loopops.open_node, writable=writable, partition=partition),
-            late=_close,
+        # The kernel's state, not ours: root can make a device read-only behind our back.
+        read_only = device.number is not None and loopinfo.is_read_only(device.number)
+        if read_only and writable:
+            # Nobody is asked for a password for what cannot be.
+            raise InvalidArgs(f"mode: {device.node} is read-only: open it with r")
+        operation = Operation.OPEN_READ_ONLY if read_only else Operation.OPEN
+        await self._manager.require(caller, operation, device)
+        function = partial(
+            loopops.open_node,
+            writable=writable,
+            partition=partition,
+            # Looked at again where it is opened, unless what was allowed covers both.
+            read_only_too=read_only or caller.uid == ROOT or caller.uid != device.owner,
         )
+        fd = await self._manager.with_loop(caller, device, function, late=_close)
         with self._closed_on_failure(caller, fd):
             caller.client.require_present()
             self._manager.require_attached(device)

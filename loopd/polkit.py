@@ -93,8 +93,8 @@ class Authority:
             )
         if action is Action.ATTACH_UNTRUSTED_FILESYSTEM:
             raise UntrustedFilesystem(
-                "the file is on a filesystem that may hang (FUSE, network or unknown), which the "
-                "administrator does not allow: copy it to a local disk"
+                "the file is on a filesystem that may hang (FUSE, network or unknown), or on a "
+                "device over one, which the administrator does not allow: copy it to a local disk"
             )
         raise AccessDenied(f"polkit does not allow {action}")
 

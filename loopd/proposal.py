@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from . import backing, blockdev, kernel, loopinfo
+from . import backing, blockdev, kernel, loopinfo, mounts
 from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
@@ -60,7 +60,7 @@ class Proposal:
     """None if it is a regular file."""
     request: AttachRequest
     trusted: bool
-    """Whether its filesystem is one of the local ones, or an administrator vouches for it."""
+    """Whether its filesystem and its devices are local, or an administrator vouches for them."""
 
     @property
     def may_hang(self) -> bool:
@@ -90,7 +90,7 @@ class Proposals:
     def __init__(self, config: Config, threads: Threads) -> None:
         self._config = config
         self._threads = threads
-        self._trusted = backing.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
+        self._trusted = mounts.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
 
     async def look(self, fd: OwnedFd, options: AttachOptions) -> Proposal:
         """Make a proposal of an fd, which stays the caller's, and of options.

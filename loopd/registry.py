@@ -19,6 +19,7 @@ from .access import NOBODY
 from .device import Device
 from .errors import LoopError, NoSuchDevice
 from .marker import Markers
+from .mounts import LoopFile
 from .overlap import Mapping
 from .tasks import Tasks
 from .threads import Threads, Work
@@ -87,6 +88,19 @@ class Registry:
     def numbered(self, number: int) -> Device | None:
         """The device with this loop number."""
         return self._by_number.get(number)
+
+    def file_behind(self, number: int) -> LoopFile | None:
+        """The file behind a loop device, None if it is not known; for threads, as it only reads."""
+        device = self._by_number.get(number)
+        file = device.file if device else None
+        # By LOOP_CHANGE_FD, which raises the diskseq, it may be another one by now.
+        if device is None or file is None or device.status.diskseq != device.diskseq:
+            return None
+        return LoopFile(
+            device=file.block.number if file.block else file.device,
+            is_block=file.block is not None,
+            vouched_for=device.managed and not device.may_hang and file.block is None,
+        )
 
     def over(self, mapping: Mapping) -> list[Device]:
         """The devices over the same file, of which none has gone by unnoticed yet.

@@ -52,6 +52,8 @@ AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 STATX_BASIC_STATS = 0x7FF
 STATX_MNT_ID = 0x1000
+STATX_ATTR_IMMUTABLE = 0x10
+STATX_ATTR_APPEND = 0x20
 
 
 class loop_info64(ctypes.Structure):  # noqa: N801  the kernel's name
@@ -131,6 +133,7 @@ class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
     """struct statx."""
 
     stx_mask: int
+    stx_attributes: int
     stx_mode: int
     stx_ino: int
     stx_size: int

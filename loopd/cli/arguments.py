@@ -250,7 +250,9 @@ def parser() -> argparse.ArgumentParser:
         "the device's node is needed. $LOOPFD is the number of the file descriptor, as in "
         "sh -c 'sha256sum <&$LOOPFD', and every {} in the arguments becomes /dev/fd/ and that "
         "number, which most programs open anew, and so only where they may open the node. A device "
-        "that is detached meanwhile goes when the command ends. " + _ENDS_AS_COMMAND,
+        "that is detached meanwhile goes when the command ends. A read-only device takes an "
+        "administrator's password by default, since who has it open can put another file behind "
+        "it. " + _ENDS_AS_COMMAND,
     )
     opening.usage_code = RunExitCode.FAILED
     opening.usage = "loopctl open [OPTION...] DEVICE-OR-FILE [-- COMMAND [ARGUMENT...]]"

@@ -107,8 +107,9 @@ class Device:
 
         It never allows more than the backing file's did. The device stays, in state detaching,
         until the fd is closed. `partition` is the number of a partition to open instead of the
-        whole. Raises InvalidArgs, AccessDenied, NotSupported, and NoSuchDevice also where there is
-        no such partition.
+        whole. A read-only device takes an administrator's yes by default, since its holder can put
+        another file behind it. Raises InvalidArgs, AccessDenied, NotSupported, DeviceBusy if the
+        device became read-only meanwhile, and NoSuchDevice also where there is no such partition.
         """
         options = make_options(("partition", "u", partition))
         return await self._fd("Open", "sa{sv}", [checked("mode", "s", mode), options])

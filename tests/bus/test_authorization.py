@@ -13,7 +13,7 @@ import pytest
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.bus import LOOPD, POLKIT
-from tests.harness.caller import MANAGER_PATH, Attached, Caller, options
+from tests.harness.caller import DEVICE, MANAGER_PATH, Attached, Caller, options
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_plain, memfd
@@ -27,6 +27,8 @@ PREFIX = "org.example.loop1."
 ATTACH = f"{PREFIX}attach"
 UNTRUSTED = f"{PREFIX}attach-untrusted-filesystem"
 OPEN = f"{PREFIX}open-device"
+OPEN_READ_ONLY = f"{PREFIX}open-read-only-device"
+OPEN_OTHERS = f"{PREFIX}open-others-device"
 MANAGE = f"{PREFIX}manage-others"
 
 DENIED = f"{BUS}.Error.AccessDenied"
@@ -429,41 +431,85 @@ def test_the_owner_asks_nothing_but_to_open(world: World) -> None:
     assert world.polkit.questions == []
 
 
+def managing(operation: str) -> str:
+    """The action for what is done to a device of somebody else's."""
+    return OPEN_OTHERS if operation.startswith("Open") else MANAGE
+
+
+def test_a_device_that_became_read_only_while_polkit_thought_is_not_opened(world: World) -> None:
+    """LOOP_CHANGE_FD: what was allowed was the opening of a writable one."""
+    caller = world.caller()
+    attached = caller.attach(world.image())
+    world.polkit.on(OPEN, Answer.HANG)
+    call = caller.call_begin(attached.path, DEVICE, "Open", "sa{sv}", "r", {})
+    world.polkit.wait_question(count=2)
+    with loops.set_read_only(attached.node):
+        world.polkit.release(Answer.ALLOW)
+        with pytest.raises(CallError, match="read-only") as failure:
+            call.end()
+        assert failure.value.name == f"{LOOPD}.Error.DeviceBusy"
+        world.polkit.questions.clear()
+        caller.open_device(attached.path, "r").close()
+    assert [question.action for question in world.polkit.questions] == [OPEN_READ_ONLY]
+
+
+@pytest.mark.parametrize(
+    ("operation", "read_only"), [("Open r", False), ("Open r", True), ("Open rw", False)]
+)
+def test_who_manages_others_does_not_open_for_that(
+    world: World, operation: str, read_only: bool
+) -> None:
+    caller, other = world.caller(), world.caller(OTHER)
+    attached = caller.attach(world.image(), read_only=read_only)
+    world.polkit.reset(Answer.ALLOW)
+    world.polkit.on(OPEN_OTHERS, Answer.DENY)
+    assert error_of(operate, other, attached.path, operation) == DENIED
+    assert [question.action for question in world.polkit.questions] == [OPEN_OTHERS]
+
+
+def test_nobody_is_asked_for_what_cannot_be_opened(world: World) -> None:
+    attached = world.caller().attach(world.image(), "r")
+    world.polkit.questions.clear()
+    for caller in (world.caller(), world.caller(OTHER), world.caller(None)):
+        with pytest.raises(CallError, match="mode") as failure:
+            caller.open_device(attached.path, "rw")
+        assert failure.value.name == f"{BUS}.Error.InvalidArgs"
+    assert world.polkit.questions == []
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_another_users_device_needs_manage_others_and_nothing_else(
+def test_another_users_device_needs_one_action_and_nothing_else(
     world: World, operation: str
 ) -> None:
     caller, other = world.caller(), world.caller(OTHER)
     attached = caller.attach(world.image())
     world.polkit.reset(Answer.ALLOW)
-    world.polkit.on(MANAGE, Answer.DENY)
+    world.polkit.on(managing(operation), Answer.DENY)
     before = caller.get_all(attached.path)
     assert error_of(operate, other, attached.path, operation) == DENIED
     question = only_question(world.polkit)
-    assert (question.action, question.bus_name) == (MANAGE, other.unique_name)
+    assert (question.action, question.bus_name) == (managing(operation), other.unique_name)
     assert question.details == {"device": attached.node}
     assert caller.get_all(attached.path) == before
     world.polkit.reset(Answer.DENY)
-    world.polkit.on(MANAGE, Answer.ALLOW)
+    world.polkit.on(managing(operation), Answer.ALLOW)
     operate(other, attached.path, operation)
-    assert [question.action for question in world.polkit.questions] == [MANAGE]
+    assert [question.action for question in world.polkit.questions] == [managing(operation)]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_foreign_device_needs_manage_others_and_nothing_else(
-    world: World, operation: str
-) -> None:
+def test_a_foreign_device_needs_one_action_and_nothing_else(world: World, operation: str) -> None:
     caller = world.caller()
     with foreign_device(world.image(owner=None)) as loop:
         path = path_of(caller, loop)
-        world.polkit.on(MANAGE, Answer.DENY)
+        world.polkit.on(managing(operation), Answer.DENY)
         assert error_of(operate, caller, path, operation) == DENIED
-        assert [question.action for question in world.polkit.questions] == [MANAGE]
+        assert [question.action for question in world.polkit.questions] == [managing(operation)]
         assert loops.loop_is_bound(loop.number, loop.diskseq)
         world.polkit.reset(Answer.DENY)
-        world.polkit.on(MANAGE, Answer.ALLOW)
+        world.polkit.on(managing(operation), Answer.ALLOW)
         result = operate(caller, path, operation)
-        assert [question.action for question in world.polkit.questions] == [MANAGE]
+        assert [question.action for question in world.polkit.questions] == [managing(operation)]
         if "Open" in operation:
             result[0].close()
         if "Detach" in operation:
@@ -500,7 +546,7 @@ def test_operations_take_everything_but_yes_for_no(
     attached = caller.attach(world.image())
     for operation in OPERATIONS:
         world.polkit.reset(Answer.ALLOW)
-        world.polkit.on(MANAGE, answer)
+        world.polkit.on(managing(operation), answer)
         expected = CHALLENGED if answer is Answer.CHALLENGE else DENIED
         assert error_of(operate, other, attached.path, operation) == expected, operation
         if answer is Answer.DIE:
@@ -515,10 +561,10 @@ def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
     caller, other = world.caller(), world.caller(OTHER)
     for operation in OPERATIONS:
         attached = caller.attach(world.image())
-        world.polkit.on(MANAGE, Answer.HANG)
+        world.polkit.on(managing(operation), Answer.HANG)
         member, signature, args = OPERATIONS[operation]
         call = other.call_begin(attached.path, f"{LOOPD}.Device", member, signature, *args)
-        question = world.polkit.wait_question(MANAGE)
+        question = world.polkit.wait_question(managing(operation))
         caller.detach(attached.path)
         again = caller.attach(world.image())
         world.polkit.release(Answer.ALLOW, question)

@@ -28,6 +28,7 @@ from tests.harness.world import World
 
 FAILED = "loopd failed; its log says why"
 MANAGE_OTHERS = "org.example.loop1.manage-others"
+OPEN_OTHERS = "org.example.loop1.open-others-device"
 
 moments = settings(
     max_examples=30,
@@ -46,7 +47,8 @@ def fuzzed(world: World) -> Iterator[World]:
 
     Fails in the end if loopd has answered what it should not have, which only the bus sees.
     """
-    world.polkit.on(MANAGE_OTHERS, Answer.DENY)
+    for action in (MANAGE_OTHERS, OPEN_OTHERS):
+        world.polkit.on(action, Answer.DENY)
     printed = len(world.bus.process.log.text)
     yield world
     refused = [

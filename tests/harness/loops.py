@@ -2,7 +2,7 @@
 """Facts about the machine's loop devices, from sysfs, and waiting for them by the kernel's uevents.
 
 Loop devices belong to the whole machine, so everything here looks and nothing here changes, but
-detach_leaked(), which takes away exactly one attachment.
+detach_leaked(), which takes away exactly one attachment, and set_read_only(), which undoes itself.
 """
 
 import errno
@@ -10,7 +10,8 @@ import fcntl
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -155,6 +156,16 @@ def losetup(file: Path | str, *options: str, timeout: float | None = None) -> st
         gone = any(os.strerror(code) in done.stderr for code in (errno.ENXIO, errno.ENOENT))
         assert gone, done.stderr
         assert deadline.remaining, done.stderr
+
+
+@contextmanager
+def set_read_only(node: str) -> Iterator[None]:
+    """Have a device be read-only by root's word, which outlives the binding if it is not undone."""
+    subprocess.run(["blockdev", "--setro", node], check=True, timeout=60)
+    try:
+        yield
+    finally:
+        subprocess.run(["blockdev", "--setrw", node], check=True, timeout=60)
 
 
 def detach_leaked(loop: BoundLoop) -> None:

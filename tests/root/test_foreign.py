@@ -24,7 +24,10 @@ NOBODY = 0xFFFFFFFF
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
-    rules = rules_allowing("org.example.loop1.manage-others", users=("games",))
+    rules = rules_allowing(
+        *("org.example.loop1.manage-others", "org.example.loop1.open-others-device"),
+        users=("games",),
+    )
     rules += rules_allowing("org.example.loop1.attach", users=("nobody",))
     with make_world(authority=rules) as made:
         yield made

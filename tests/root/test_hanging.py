@@ -31,7 +31,9 @@ AT_ONCE = 5.0
 
 
 RULES = rules_allowing(
-    "org.example.loop1.attach", "org.example.loop1.open-device", users=(USER, OTHER, "mail")
+    "org.example.loop1.attach",
+    "org.example.loop1.open-read-only-device",
+    users=(USER, OTHER, "mail"),
 )
 
 

@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's own mount table, in a mount namespace where it can be changed."""
+"""The kernel's own mount table, and filesystems whose devices stand on something that can hang."""
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.harness.area import CHECKOUT
+import pytest
+
+from tests.harness import loops
+from tests.harness.area import CHECKOUT, area
+from tests.harness.bus import LOOPD
+from tests.harness.caller import Caller
+from tests.harness.fuse import Fuse
+from tests.harness.images import MIB, make_plain, make_sparse
+from tests.harness.polkit import Answer
+from tests.harness.wire import CallError
+from tests.harness.world import USER, World, make_world
+
+UNTRUSTED = "org.example.loop1.attach-untrusted-filesystem"
+REFUSED = f"{LOOPD}.Error.UntrustedFilesystem"
+SIZE = 16 * MIB
 
 PROGRAM = """
 import os, subprocess, sys
@@ -53,3 +69,160 @@ def test_a_table_is_read_again_only_when_it_has_changed(tmp_path: Path) -> None:
     ).stdout.splitlines()
     kinds = (below, "ramfs", "tmpfs", "ramfs")
     assert found == [f"{kind} {kind} {count}" for count, kind in enumerate(kinds, start=1)]
+
+
+# What a filesystem stands on
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[World]:
+    with make_world() as made:
+        yield made
+
+
+@pytest.fixture
+def world(shared: World) -> Iterator[World]:
+    with shared.test() as testing:
+        testing.polkit.on(UNTRUSTED, Answer.DENY)
+        yield testing
+
+
+@pytest.fixture
+def caller(world: World) -> Caller:
+    return world.caller()
+
+
+@pytest.fixture
+def fuse() -> Iterator[Fuse]:
+    with Fuse(SIZE) as running:
+        try:
+            yield running
+        finally:
+            running.release()
+
+
+def known(caller: Caller, loop: loops.BoundLoop) -> None:
+    """Wait until loopd has asked a device of somebody else's what is behind it."""
+    path = f"/org/example/Loop1/device/loop{loop.number}_{loop.diskseq}"
+    if path not in caller.managed_objects():
+        caller.wait_signal("InterfacesAdded", lambda it: it.args[0] == path)
+
+
+@contextmanager
+def looped(caller: Caller, file: Path) -> Iterator[str]:
+    """A loop device that root made, as udisks2 does for a user."""
+    node = loops.losetup(file)
+    loop = loops.look_at(int(node.removeprefix("/dev/loop")))
+    assert loop
+    try:
+        known(caller, loop)
+        yield node
+    finally:
+        loops.detach_leaked(loop)
+
+
+@contextmanager
+def mounted(*arguments: str) -> Iterator[Path]:
+    """Mount something for all to see until the end of the block."""
+    with area("mounted") as directory:
+        directory.chmod(0o755)
+        subprocess.run(["mount", *arguments, directory], check=True, timeout=60)
+        try:
+            yield directory
+        finally:
+            # Lazily: nothing of a test that fails keeps it.
+            subprocess.run(["umount", "--lazy", directory], check=True, timeout=60)
+
+
+@contextmanager
+def ext4_on(node: str) -> Iterator[Path]:
+    """A new ext4 on a device, mounted."""
+    make = ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-E", "nodiscard", node]
+    subprocess.run(make, check=True, timeout=60)
+    with mounted(node) as directory:
+        yield directory
+
+
+def image_in(directory: Path, name: str = "image", size: int = MIB) -> Path:
+    return make_plain(directory / name, size, owner=USER)
+
+
+def refuses(world: World, caller: Caller, file: Path, filesystem: str, mode: str = "rw") -> None:
+    """Fail unless the file is refused, and polkit was told for what."""
+    world.polkit.questions.clear()
+    with pytest.raises(CallError) as refusal:
+        caller.attach(file, mode)
+    assert refusal.value.name == REFUSED
+    (question,) = world.polkit.questions
+    assert (question.action, question.details["filesystem"]) == (UNTRUSTED, filesystem)
+
+
+def test_a_filesystem_is_trusted_no_more_than_the_file_its_device_is_over(
+    world: World, caller: Caller, fuse: Fuse
+) -> None:
+    """Trust by type: and it is refused without a request to the server."""
+    with looped(caller, fuse.file) as node, ext4_on(node) as directory:
+        image = image_in(directory)
+        subprocess.run(["sync", "--file-system", image], check=True, timeout=60)
+        fuse.seen()
+        fuse.hang("GETATTR", "FLUSH", "STATFS", "FSYNC")
+        refuses(world, caller, image, "fuse")
+        world.wait_idle_fds()
+        assert fuse.seen() == []
+        fuse.release()
+
+
+def test_a_file_that_no_mount_shows_any_more_is_not_known(world: World, caller: Caller) -> None:
+    """Trust by type: its path would be that of a file on a local disk, as it is for one that a user
+    has mounted in a namespace of its own.
+    """
+    with Fuse(SIZE) as fuse, looped(caller, fuse.file) as node, ext4_on(node) as directory:
+        image = image_in(directory)
+        subprocess.run(["umount", "--lazy", fuse.file.parent], check=True, timeout=60)
+        refuses(world, caller, image, "loop")
+
+
+def test_it_is_as_deep_as_one_likes(world: World, caller: Caller, fuse: Fuse) -> None:
+    """Trust by type."""
+    with looped(caller, fuse.file) as node, ext4_on(node) as directory:
+        inner = make_sparse(directory / "inner", 8 * MIB)
+        with looped(caller, inner) as upper, ext4_on(upper) as above:
+            refuses(world, caller, image_in(above), "fuse")
+            with mounted("-t", "overlay", "-o", f"lowerdir={above}:{directory}", "none") as merged:
+                refuses(world, caller, merged / "image", "fuse", "r")
+
+
+def through_losetup(caller: Caller, file: Path) -> Iterator[str]:
+    with looped(caller, file) as node:
+        yield node
+
+
+def through_loopd(caller: Caller, file: Path) -> Iterator[str]:
+    attached = caller.attach(file)
+    yield attached.node
+    assert caller.detach(attached.path) is True
+
+
+@pytest.mark.parametrize("through", [through_losetup, through_loopd])
+def test_over_a_local_file_it_is_trusted(
+    world: World, caller: Caller, through: Callable[[Caller, Path], Iterator[str]]
+) -> None:
+    device = contextmanager(through)(caller, make_sparse(world.new_path(), SIZE, owner=USER))
+    with device as node, ext4_on(node) as directory:
+        world.polkit.questions.clear()
+        attached = caller.attach(image_in(directory))
+        (question,) = world.polkit.questions
+        assert question.details["filesystem"] == "ext4"
+        assert caller.detach(attached.path) is True
+
+
+def test_what_loopd_attached_of_a_file_that_hangs_is_not_trusted(
+    world: World, caller: Caller, fuse: Fuse
+) -> None:
+    """Trust by type."""
+    world.polkit.on(UNTRUSTED, Answer.ALLOW)
+    attached = caller.attach(fuse.file)
+    with ext4_on(attached.node) as directory:
+        world.polkit.on(UNTRUSTED, Answer.DENY)
+        refuses(world, caller, image_in(directory), "fuse")
+    assert caller.detach(attached.path) is True

@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,21 +12,26 @@ from typing import Any
 import pytest
 
 from tests.harness import loops
-from tests.harness.caller import Attached, Caller, Variant
-from tests.harness.images import MIB, ext4_label, make_ext4, make_sparse, pattern
+from tests.harness.caller import Attached, Caller, RemoteFd, Variant
+from tests.harness.images import MIB, ext4_label, make_ext4, make_gpt, make_sparse, pattern
 from tests.harness.polkit import rules_allowing
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World, make_world
 
 INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
 SIZE = 64 * 1024
+WRITER = "mail"
+"""Somebody who may open writable devices only."""
+OPEN = "org.example.loop1.open-device"
+OPEN_READ_ONLY = "org.example.loop1.open-read-only-device"
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     # Who is not USER may attach, and opens nothing, not even what is its own.
     rules = rules_allowing("org.example.loop1.attach")
-    rules += rules_allowing("org.example.loop1.open-device", users=(USER,))
+    rules += rules_allowing(OPEN, OPEN_READ_ONLY, users=(USER,))
+    rules += rules_allowing(OPEN, users=(WRITER,))
     with make_world(authority=rules) as made:
         yield made
 
@@ -181,7 +187,7 @@ def test_another_user_gets_none(world: World, owner: Caller) -> None:
     attached = owner.attach(world.image(SIZE))
     other = world.caller(OTHER)
     for mode in ("r", "rw"):
-        with pytest.raises(CallError, match=r"InteractiveAuthorizationRequired.*manage-others"):
+        with pytest.raises(CallError, match=r"InteractiveAuthorizationRequired.*open-others-"):
             other.open_device(attached.path, mode)
     with pytest.raises(CallError, match=r"InteractiveAuthorizationRequired.*manage-others"):
         other.device(attached.path, "Sync", "a{sv}", {})
@@ -203,6 +209,110 @@ def test_another_connection_of_the_owner_and_root_get_one(world: World, owner: C
         fd = caller.open_device(attached.path, "rw")
         assert fd.read(512) == pattern(0, 512)
         fd.close()
+
+
+# LOOP_CHANGE_FD
+
+SWAP_AND_READ = """
+import fcntl, os, sys
+device, log = map(int, sys.argv[1:])
+fcntl.ioctl(device, 0x4C06, log)  # LOOP_CHANGE_FD
+print(os.pread(device, 64, 0).split(b"\\0")[0].decode())
+"""
+
+
+@contextmanager
+def log_of_roots(world: World) -> Iterator[int]:
+    """A file of root's that a user got as its output: open for appending, and for it alone."""
+    path = world.new_path()
+    path.write_bytes(b"root's secret".ljust(SIZE, b"\0"))
+    path.chmod(0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def fetched(remote: RemoteFd) -> Iterator[int]:
+    """Have a caller's fd, and close it in both places."""
+    fd = remote.fetch()
+    remote.close()
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def swap_and_read(device: int, log: int) -> str:
+    """Put the log behind the device as an ordinary user, and read it there."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", SWAP_AND_READ, str(device), str(log)],
+        user=USER,
+        pass_fds=[device, log],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("partition", [{}, {"partition": 1}], ids=["disk", "partition"])
+def test_a_read_only_device_is_opened_by_an_action_of_its_own(
+    world: World, partition: dict[str, int]
+) -> None:
+    """LOOP_CHANGE_FD: else an inherited output of root's could be read through the device."""
+    writer = world.caller(WRITER)
+    image = make_gpt(world.new_path(), [(2048, 2048)], size=4 * MIB, owner=WRITER)
+    attached = writer.attach(image, "r", partition_scan=True)
+    for interactive in (False, True):
+        with pytest.raises(CallError, match=r"(Required|AccessDenied).*open-read-only-device"):
+            writer.device(
+                *(attached.path, "Open", "sa{sv}", "r"),
+                {name: Variant("u", value) for name, value in partition.items()},
+                interactive=interactive,
+            )
+    assert writer.detach(attached.path) is True
+    attached = writer.attach(image, "rw", partition_scan=True)
+    writer.open_device(attached.path, "r", partition).close()
+    assert writer.detach(attached.path) is True
+
+
+def test_what_that_action_is_for(world: World, owner: Caller) -> None:
+    """LOOP_CHANGE_FD: who is allowed it reads what it may only write to; if this fails, the kernel
+    has learned to look at the file's mode, and the action is not needed any more.
+    """
+    attached = owner.attach(world.image(SIZE), "r")
+    with fetched(owner.open_device(attached.path, "r")) as fd, log_of_roots(world) as log:
+        assert swap_and_read(fd, log) == "root's secret"
+
+
+def test_a_writable_device_takes_no_other_file(world: World, owner: Caller) -> None:
+    """LOOP_CHANGE_FD."""
+    attached = owner.attach(world.image(SIZE))
+    for mode in ("r", "rw"):
+        with (
+            fetched(owner.open_device(attached.path, mode)) as fd,
+            log_of_roots(world) as log,
+            pytest.raises(subprocess.CalledProcessError) as caught,
+        ):
+            swap_and_read(fd, log)
+        assert "Invalid argument" in caught.value.stderr
+
+
+def test_the_kernel_says_which_devices_are_read_only(world: World) -> None:
+    """LOOP_CHANGE_FD: root may have changed it since, of which nobody tells loopd."""
+    writer = world.caller(WRITER)
+    attached = writer.attach(world.image(SIZE, owner=WRITER))
+    with loops.set_read_only(attached.node):
+        with pytest.raises(CallError, match=r"Required.*open-read-only-device"):
+            writer.open_device(attached.path, "r")
+    writer.open_device(attached.path, "r").close()
+    # The other way round it is what the driver goes by, and not what root says.
+    reader = writer.attach(world.image(SIZE, owner=WRITER), "r")
+    subprocess.run(["blockdev", "--setrw", reader.node], check=True)
+    with pytest.raises(CallError, match=r"Required.*open-read-only-device"):
+        writer.open_device(reader.path, "r")
 
 
 # What it keeps

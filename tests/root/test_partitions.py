@@ -55,7 +55,8 @@ Extents = dict[int, tuple[int, int]]
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
-    rules += rules_allowing("org.example.loop1.manage-others", users=(MANAGING,))
+    managing = ("org.example.loop1.manage-others", "org.example.loop1.open-others-device")
+    rules += rules_allowing(*managing, users=(MANAGING,))
     with make_world(authority=rules) as made:
         yield made
 

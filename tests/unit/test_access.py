@@ -15,12 +15,20 @@ from loopd.access import (
     needed_for,
     needed_to_attach,
     relation,
+    require_may_write,
     strongest,
 )
-from loopd.errors import AccessDenied, LimitsExceeded, LoopError, NotSupported
+from loopd.errors import (
+    AccessDenied,
+    LimitsExceeded,
+    LoopError,
+    NotSupported,
+    UnsupportedFile,
+)
 from loopd.leases import Lease, Leases, Quota
 
 MANAGE = {Action.MANAGE_OTHERS}
+OPEN_OTHERS = {Action.OPEN_OTHERS_DEVICE}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +37,11 @@ MANAGE = {Action.MANAGE_OTHERS}
         (Operation.DETACH, set(), MANAGE, MANAGE),
         (Operation.RESIZE, set(), MANAGE, MANAGE),
         (Operation.SYNC, set(), MANAGE, MANAGE),
-        (Operation.OPEN, {Action.OPEN_DEVICE}, MANAGE, MANAGE),
+        (Operation.OPEN, {Action.OPEN_DEVICE}, OPEN_OTHERS, OPEN_OTHERS),
+        (
+            *(Operation.OPEN_READ_ONLY, {Action.OPEN_READ_ONLY_DEVICE}),
+            *(OPEN_OTHERS, OPEN_OTHERS),
+        ),
         (Operation.SET_AUTOCLEAR, {Action.KEEP}, MANAGE, MANAGE),
         (Operation.SET_DIRECT_IO, set(), MANAGE, MANAGE),
         (Operation.SET_REFERENCE, set(), MANAGE, MANAGE),
@@ -95,6 +107,15 @@ def test_only_the_strongest_actions_are_needed(
 def test_an_action_that_nothing_implies_stays() -> None:
     given = {Action.KEEP, Action.ATTACH, Action.OPEN_DEVICE}
     assert strongest(given) == {Action.KEEP, Action.OPEN_DEVICE}
+
+
+def test_only_root_writes_to_what_is_guarded() -> None:
+    """Guarded files."""
+    for uid in (0, 1000):
+        require_may_write(uid, "")
+    require_may_write(0, "immutable")
+    with pytest.raises(UnsupportedFile, match="immutable"):
+        require_may_write(1000, "immutable")
 
 
 def test_nothing_is_done_for_a_client_that_has_left() -> None:

@@ -176,6 +176,28 @@ def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
     assert all("AT_STATX_DONT_SYNC" in line for line in calls if line.startswith("statx"))
 
 
+@pytest.mark.parametrize(
+    ("mode", "guard"),
+    [
+        (0o644, ""),
+        (0o1777, ""),
+        (0o2664, ""),  # which nobody gets a group's rights by
+        (0o2674, "set-group-ID"),
+        (0o4600, "set-user-ID"),
+        (0o6775, "set-user-ID"),
+    ],
+)
+def test_a_file_with_set_id_bits_is_guarded(
+    image: Path, opened: list[int], mode: int, guard: str
+) -> None:
+    """Guarded files."""
+    image.chmod(mode)
+    opened.append(os.open(image, os.O_RDONLY))
+    assert backing.examine(opened[0]).guarded_by == backing.guarded_by(opened[0]) == guard
+    image.chmod(0o644)
+    assert backing.guarded_by(opened[0]) == ""
+
+
 def test_only_local_files_are_sure_to_close_at_once(image: Path, opened: list[int]) -> None:
     opened += [os.open(image, os.O_RDONLY), os.memfd_create("x")]
     assert all(backing.closes_quickly(fd) for fd in opened)

@@ -108,6 +108,8 @@ def test_polkit_is_asked_for_what_the_interface_promises() -> None:
         "attach-untrusted-filesystem": ("auth_admin", "auth_admin", "auth_admin", attach),
         "keep": ("auth_admin", "auth_admin", "auth_admin_keep", attach),
         "open-device": ("auth_admin", "auth_admin", "yes", None),
+        "open-read-only-device": ("auth_admin", "auth_admin", "auth_admin_keep", None),
+        "open-others-device": ("auth_admin", "auth_admin", "auth_admin", None),
         "manage-others": ("auth_admin", "auth_admin", "auth_admin_keep", None),
     }
 

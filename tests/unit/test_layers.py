@@ -56,7 +56,7 @@ LAYERS = (
     ("loopinfo", "request", "table", "udevlinks"),
     ("access", "blockdev", "backing", "codec", "instance"),
     ("kernel", "mounts", "errors", "fd", "frame"),
-    ("uapi", "tablereader", "journal"),
+    ("uapi", "storage", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
 )
 RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from loopd import mounts
+from loopd.mounts import LoopFile
+from tests.harness.sysfs import Sysfs
 
 MOUNTINFO = (
     b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
@@ -20,8 +22,15 @@ MOUNTINFO = (
 
 
 @contextmanager
-def table(path: Path) -> Iterator[mounts.Table]:
-    made = mounts.Table(path)
+def table(path: Path, sysfs: Path | None = None) -> Iterator[mounts.Table]:
+    if sysfs is None:
+        # The disks of the tables here are local.
+        made_sysfs = Sysfs(path.parent / "sys")
+        for number, disk in enumerate(("sda", "sda1", "sda2")):
+            made_sysfs.add((8, number), f"pci0/{disk}")
+        made_sysfs.btrfs("uuid", "sdb", made_sysfs.add((8, 16), "pci0/sdb"))
+        sysfs = made_sysfs.root
+    made = mounts.Table(path, sysfs)
     try:
         yield made
     finally:
@@ -92,13 +101,140 @@ def test_of_two_tables_the_second_is_for_what_is_not_in_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / "none", tmp_path / "one", tmp_path / "two"]
-    paths[1].write_bytes(b"22 1 8:1 / / rw - ext4 x rw\n")
-    paths[2].write_bytes(b"22 1 8:1 / / rw - xfs x rw\n23 1 8:2 / / rw - btrfs x rw\n")
+    paths[1].write_bytes(b"22 1 0:1 / / rw - tmpfs x rw\n")
+    paths[2].write_bytes(b"22 1 0:1 / / rw - ramfs x rw\n23 1 0:2 / / rw - nfs x rw\n")
     tables = [mounts.Table(path) for path in paths]
     monkeypatch.setattr(mounts, "_TABLES", tables)
     try:
         mounts.prepare()
-        assert [mounts.filesystem(mount, -1) for mount in (22, 23, 24)] == ["ext4", "btrfs", ""]
+        assert [mounts.filesystem(mount, -1) for mount in (22, 23, 24)] == ["tmpfs", "nfs", ""]
     finally:
         for each in tables:
             each.close()
+
+
+# What a filesystem stands on
+
+STACKS = """\
+20 1 8:1 / / rw - ext4 /dev/sda1 rw
+21 1 0:30 / /mnt/fuse rw - fuse.x server rw
+22 1 7:0 / /mnt/a rw - ext4 /dev/loop0 rw
+23 1 7:1 / /mnt/b rw - xfs /dev/loop1 rw
+24 1 7:2 / /mnt/c rw - ext4 /dev/loop2 rw
+25 1 7:3 / /mnt/d rw - ext4 /dev/loop3 rw
+26 1 7:4 / /mnt/e rw - ext4 /dev/loop4 rw
+27 1 253:0 / /home rw - ext4 /dev/mapper/home rw
+28 1 0:40 / /mnt/btrfs rw - btrfs /dev/mapper/pool rw
+29 1 0:41 / /mnt/over rw - overlay overlay rw,lowerdir=/usr:/mnt/a\\040b,upperdir=/up
+30 1 0:42 / /mnt/fused rw - overlay overlay rw,lowerdir=/usr:/mnt/fuse/x
+31 1 43:0 / /mnt/nbd rw - ext4 /dev/nbd0 rw
+32 1 0:43 / /mnt/erofs rw - erofs /mnt/fuse/x rw
+33 1 0:44 / / rw - overlay overlay rw,lowerdir=/run/gone
+34 1 7:5 / /mnt/f rw - ext4 /dev/loop5 rw
+35 1 0:45 / /mnt/btrfs2 rw - btrfs /dev/root rw
+"""
+FILES = {
+    0: LoopFile(os.makedev(0, 30), is_block=False, vouched_for=False),
+    1: LoopFile(os.makedev(8, 1), is_block=False, vouched_for=False),
+    2: LoopFile(os.makedev(0, 99), is_block=False, vouched_for=False),
+    3: LoopFile(os.makedev(7, 0), is_block=False, vouched_for=False),
+    4: LoopFile(os.makedev(0, 99), is_block=False, vouched_for=True),
+    5: LoopFile(os.makedev(43, 0), is_block=True, vouched_for=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("mount", "filesystem"),
+    [
+        (20, "ext4"),
+        (21, "fuse"),
+        (22, "fuse"),  # a loop device over a file there
+        (23, "xfs"),  # over one on a local disk
+        (24, "loop"),  # over one on what no mount is of
+        (25, "fuse"),  # over one on the first
+        (26, "ext4"),  # over one that loopd saw to be harmless
+        (27, "loop"),  # device-mapper over a disk and the third
+        (28, "loop"),  # a btrfs with that
+        (29, "overlay"),
+        (30, "fuse"),
+        (31, "nbd"),
+        (32, ""),  # of a file, which nobody says which it is
+        (33, "overlay"),  # a path that means nothing any more
+        (34, "nbd"),  # a loop device over a block device
+        (35, "loop"),  # which of all btrfs is not told
+    ],
+)
+def test_a_filesystem_is_trusted_no_more_than_what_it_stands_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: int, filesystem: str
+) -> None:
+    """Trust by type."""
+    sysfs = Sysfs(tmp_path / "sys")
+    disk = sysfs.add((8, 1), "pci0/sda1")
+    loops = [sysfs.add((7, each), f"virtual/block/loop{each}") for each in range(6)]
+    pool = sysfs.add((253, 0), "virtual/block/dm-0", slaves=[disk, loops[2]], name="pool")
+    sysfs.add((43, 0), "virtual/block/nbd0")
+    sysfs.btrfs("one", "dm-0", pool)
+    monkeypatch.setattr(mounts, "_loop_files", FILES.get)
+    path = tmp_path / "mountinfo"
+    path.write_text(STACKS)
+    with table(path, sysfs.root) as made:
+        for _ in range(2):  # the second time by what was kept
+            assert made.filesystem(mount, -1) == filesystem
+
+
+@pytest.mark.parametrize(
+    ("root", "kind"),
+    [
+        ("0:50 / / rw - overlay overlay rw,lowerdir=/run/live", "overlay"),
+        ("253:0 / / rw - ext4 /dev/mapper/live-rw rw", "ext4"),
+        ("43:0 / / rw - ext4 /dev/nbd0 rw", "ext4"),
+        ("0:60 / / rw - nfs server:/ rw", "nfs"),
+    ],
+)
+def test_what_the_machine_itself_stands_on_is_trusted(tmp_path: Path, root: str, kind: str) -> None:
+    """Trust by type: a live system, whose loop devices are over files that no mount shows; and a
+    filesystem beside it on the same device is none of it.
+    """
+    sysfs = Sysfs(tmp_path / "sys")
+    loop = sysfs.add((7, 0), "virtual/block/loop0")
+    sysfs.add((253, 0), "virtual/block/dm-0", slaves=[loop])
+    sysfs.add((43, 0), "virtual/block/nbd0")
+    path = tmp_path / "mountinfo"
+    path.write_text(
+        f"19 1 0:2 / / rw - ramfs x rw\n20 1 {root}\n21 20 7:0 / /run/live ro - squashfs x ro\n"
+    )
+    with table(path, sysfs.root) as made:
+        assert made.filesystem(20, -1) == kind
+        assert made.filesystem(21, -1) == "loop"
+
+
+def test_what_becomes_known_of_a_loop_device_counts_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trust by type."""
+    sysfs = Sysfs(tmp_path / "sys")
+    sysfs.add((8, 1), "pci0/sda1")
+    sysfs.add((7, 1), "virtual/block/loop1")
+    path = tmp_path / "mountinfo"
+    path.write_text(STACKS)
+    files: dict[int, LoopFile] = {}
+    monkeypatch.setattr(mounts, "_loop_files", files.get)
+    with table(path, sysfs.root) as made:
+        assert made.filesystem(23, -1) == "loop"
+        files[1] = FILES[1]
+        assert made.filesystem(23, -1) == "xfs"
+        files.clear()
+        assert made.filesystem(23, -1) == "loop"
+
+
+def test_a_sysfs_that_cannot_be_read_now_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mountinfo"
+    path.write_bytes(MOUNTINFO)
+    with table(path) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(OSError(24, "full")))
+            with pytest.raises(OSError, match="full"):
+                made.filesystem(30, -1)
+        assert made.filesystem(30, -1) == "btrfs"
