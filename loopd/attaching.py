@@ -194,7 +194,7 @@ class Attaching:
                 proposal,
                 partial(self._claim, caller.uid),
                 partial(self._publish, caller.uid, proposal),
-                partial(self._spares.choose, caller.uid),
+                self._spares.numbers(caller.uid),
                 self._store,
             )
             try:
@@ -302,7 +302,7 @@ def _attach(
     proposal: Proposal,
     claim: attachment.Claim,
     publish: attachment.Publish,
-    choose: attachment.Choose,
+    numbers: attachment.Numbers,
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     loop = attachment.attach(
@@ -311,7 +311,7 @@ def _attach(
         proposal.request,
         claim,
         publish,
-        choose=choose,
+        numbers=numbers,
         may_hang=proposal.may_hang,
     )
     try:
