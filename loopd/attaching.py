@@ -31,7 +31,7 @@ from .proposal import AttachOptions, Proposal, Proposals
 from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
-from .threads import Threads, Work
+from .threads import Threads, Work, remaining
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,13 @@ class Attaching:
         """Check overlap and quota, and begin to bind; from here on a task goes to the end."""
         file, request = proposal.file, proposal.request
         size = request.size_limit or max(file.size - request.offset, 0)
-        mapping = Mapping.of(file.identity, request.offset, size, writable=not request.read_only)
+        mapping = Mapping.of(
+            file.identity,
+            request.offset,
+            size,
+            writable=not request.read_only,
+            owner=caller.uid,
+        )
         if not proposal.options.allow_overlap:
             others = self._registry.over(mapping)
             bound = ((other.node, other.mapping) for other in others if other.mapping)
@@ -181,8 +187,11 @@ class Attaching:
             admitted.callback(unclaim)
             admitted.enter_context(fd)
             request = proposal.request
+            # Its bytes stay claimed meanwhile, and this user's other calls may never end.
+            deadline = self._loop.time() + self._config.deadlines.operation
             for work in (Work.OPERATION, Work.SCAN)[: 2 if request.partition_scan else 1]:
-                admitted.callback(await self._threads.turn(caller.uid, work, None))
+                turn = await self._threads.turn(caller.uid, work, remaining(deadline))
+                admitted.callback(turn)
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
             # Looking once more whether a close may hang would cost as much as the close.

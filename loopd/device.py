@@ -108,7 +108,13 @@ class Device:
         status = self.status
         if self.file is None or self.private:
             return None
-        return Mapping.of(self.file, status.offset, status.size, writable=not status.read_only)
+        return Mapping.of(
+            self.file,
+            status.offset,
+            status.size,
+            writable=not status.read_only,
+            owner=self.owner,
+        )
 
     @property
     def lifetime(self) -> str:

@@ -39,6 +39,7 @@ class ResizeOptions:
     offset: int | None = None
     size_limit: int | None = None
     force: bool = False
+    allow_overlap: bool = False
 
 
 class Operations:
@@ -105,7 +106,10 @@ class Operations:
         )
 
     def _claim_range(self, device: Device, options: ResizeOptions, over: ExitStack) -> None:
-        """Claim what the device is to map; Overlap if it would reach into what another one maps."""
+        """Claim what the device is to map.
+
+        Raises Overlap if it would reach into what another one maps, unless that is allowed.
+        """
         now = device.mapping
         if now is None:
             return
@@ -113,15 +117,16 @@ class Operations:
         limit = device.status.size_limit if options.size_limit is None else options.size_limit
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
-        others = (other for other in self._registry.over(now) if other is not device)
-        self._claims.require_none(
-            then,
-            bound=(
-                (other.node, other.mapping)
-                for other in others
-                if other.mapping and not now.conflicts_with(other.mapping)
-            ),
-        )
+        if not options.allow_overlap:
+            others = (other for other in self._registry.over(now) if other is not device)
+            self._claims.require_none(
+                then,
+                bound=(
+                    (other.node, other.mapping)
+                    for other in others
+                    if other.mapping and not now.conflicts_with(other.mapping)
+                ),
+            )
         over.callback(self._claims.claim(then))
 
     async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
@@ -129,8 +134,12 @@ class Operations:
         device, partition = await self._manager.named(caller, fd)
         if partition is None:
             return await self.resize(caller, device, options)
-        if options.offset is not None or options.force:
-            key = "force" if options.offset is None else "offset"
+        others = {
+            "offset": options.offset is not None,
+            "force": options.force,
+            "allow-overlap": options.allow_overlap,
+        }
+        for key in (key for key, given in others.items() if given):
             raise InvalidArgs(f"{key}: a partition can be given another size-limit only")
         await self._manager.require(caller, Operation.RESIZE, device)
         return await self._set(

@@ -834,6 +834,8 @@ def test_two_writable_devices_do_not_share_a_block_device(
     other = world.caller(OTHER)
     for caller in (owner, other):
         for options in ({"offset": 4096}, {"reference": "x"}, {"read_only": True}):
+            if caller is other and options == {"read_only": True}:
+                continue  # it is in nobody's way
             error = error_of(attach, caller, disk.node, **options)
             assert error.name == f"{ERROR}Overlap"
             assert first.node in error.message
