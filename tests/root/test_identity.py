@@ -188,7 +188,7 @@ def test_a_file_names_no_device_of_another_user(world: World, asking: str | None
     user, caller = world.caller(USER), world.caller(asking)
     theirs = [user.attach(image, "r", offset=index * MIB) for index in range(2)]
     for call in by_file(caller, image):
-        with pytest.raises(CallError, match="Error.NoSuchDevice") as failure:
+        with pytest.raises(CallError, match=r"Error\.NoSuchDevice") as failure:
             call()
         assert all(each.node in failure.value.message for each in theirs)
     own = caller.attach(image, "r")
@@ -210,7 +210,7 @@ def test_a_file_names_the_device_of_the_caller_then_of_root(world: World) -> Non
     callers, devices = (root, user, other), (of_root, of_user, of_other)
     assert [named(caller, image) for caller in callers] == [each.path for each in devices]
     second = user.attach(image, "r")
-    with pytest.raises(CallError, match="Error.Ambiguous") as failure:
+    with pytest.raises(CallError, match=r"Error\.Ambiguous") as failure:
         named(user, image)
     assert of_user.node in failure.value.message
     assert second.node in failure.value.message

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from loopd.access import NOBODY, ROOT
 from loopd.backing import FileIdentity
 from loopd.config import Config, Deadlines
-from loopd.device import Device
 from loopd.errors import Overlap, TimedOut
 from loopd.operations import ResizeOptions
 from loopd.overlap import Mapping
@@ -147,16 +146,16 @@ def test_a_call_that_hangs_is_in_nobodys_way(tmp_path: Path, image: Path, writes
         while not inside.claims._claimed:
             assert deadline.remaining
             await asyncio.sleep(0)
-        device: Device | None = None
         if writes:  # it is about to write
             with pytest.raises(Overlap, match="allow-overlap"):
                 await inside.attach(root, image)
         else:
             device = await inside.attach(root, image)
+            assert await inside.manager.detach(root, device)
         with pytest.raises(TimedOut):
             await hanging
         await inside.until_none(lambda: [*map(str, inside.claims._claimed)])
-        device = device or await inside.attach(root, image)
+        device = await inside.attach(root, image)
         assert await inside.manager.detach(root, device)
         for give_back in turns:
             give_back()

@@ -4,6 +4,8 @@
 import asyncio
 import errno
 import itertools
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,7 +225,7 @@ def test_a_number_that_cannot_be_made_is_not_taken_for_one_that_is_there(tmp_pat
         assert await inside.manager.detach(caller, device)
         for code in (errno.EPERM, errno.ENOSPC):  # it is there, unbound
             script.fail("loop_ctl_add", code)
-            with pytest.raises(OSError) as failure:
+            with pytest.raises(OSError, match=re.escape(os.strerror(code))) as failure:
                 await inside.attach(caller, image, number=5)
             assert failure.value.errno == code
             assert inside.scripted.bound() == []
