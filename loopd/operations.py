@@ -272,7 +272,7 @@ class Operations:
     async def lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         """Take, change or drop the BSD lock of the caller's connection."""
         await self._manager.require(caller, Operation.LOCK, device)
-        self._require_no_other_holder(caller, device)
+        self._require_may_lock(caller, device, kind)
         if kind is Lock.NONE:
             self._locks.drop(device)
             return
@@ -281,7 +281,7 @@ class Operations:
 
         def admit(over: ExitStack) -> None:
             nonlocal own, held
-            self._require_no_other_holder(caller, device)
+            self._require_may_lock(caller, device, kind)
             if device.loop and device.loop.lock:
                 # A copy, because the lock may be dropped while it is being changed.
                 own = OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close)
@@ -311,9 +311,10 @@ class Operations:
             device.loop.lock = fd or device.loop.lock
         self._locks.note(device, caller.client, kind)
 
-    def _require_no_other_holder(self, caller: Caller, device: Device) -> None:
+    def _require_may_lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         if self._locks.holder(device) not in (None, caller.client):
             raise DeviceBusy(f"another connection holds the lock on {device.node}")
+        self._locks.require_time(device, caller.client, kind)
 
     @contextmanager
     def _closed_on_failure(self, caller: Caller, fd: OwnedFd | None) -> Iterator[None]:
