@@ -70,23 +70,63 @@ class Operations:
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
         admit: Callable[[ExitStack], None] = lambda _: None,
+        note: Callable[[_T], None] = lambda _: None,
         *,
         scans: bool = False,
     ) -> _T:
-        """Do what changes the device, and take up the change."""
-
-        def change(loop: loopdev.LoopDevice) -> _T:
-            try:
-                return function(loop)
-            finally:
-                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
-                device.sector_size = loopops.sector_size(loop)
-
+        """Do what changes the device as `_change` does, and tell of the change."""
         try:
-            return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)
+            return await self._change(caller, device, function, admit, note, scans=scans)
         finally:
             await self._registry.refresh(device)
             self._registry.changed(device)
+
+    async def _change(
+        self,
+        caller: Caller,
+        device: Device,
+        function: Callable[[loopdev.LoopDevice], _T],
+        admit: Callable[[ExitStack], None] = lambda _: None,
+        note: Callable[[_T], None] = lambda _: None,
+        *,
+        scans: bool = False,
+    ) -> _T:
+        """Do what changes the device in a thread, and take up its result by `note`.
+
+        That is on the event loop, and before the next operation on the device begins, also when
+        nobody waits for the result any more: of two changes the later one stays.
+        """
+        results: list[_T] = []
+        sector_sizes: list[int] = []
+        waiting = True
+
+        def change(loop: loopdev.LoopDevice) -> _T:
+            try:
+                result = function(loop)
+                results.append(result)
+                return result
+            finally:
+                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
+                sector_sizes.append(loopops.sector_size(loop))
+
+        def take_up() -> None:
+            for size in sector_sizes:
+                device.sector_size = size
+            for result in results:
+                note(result)
+            if not waiting:
+                self._registry.changed(device)
+
+        def admit_change(over: ExitStack) -> None:
+            admit(over)
+            over.callback(take_up)
+
+        try:
+            return await self._manager.with_loop(
+                caller, device, change, admit=admit_change, scans=scans
+            )
+        finally:
+            waiting = False
 
     # --- size -----------------------------------------------------------------------------------
 
@@ -161,15 +201,8 @@ class Operations:
             if device.managed and device.lifetime != SYSTEM:
                 raise leased
 
-        await self._set(caller, device, partial(self._set_autoclear, device, enable), admit)
-
-    @staticmethod
-    def _set_autoclear(device: Device, enable: bool, loop: loopdev.LoopDevice) -> None:
-        if device.loop:
-            device.loop.autoclear = enable
-        loopops.set_autoclear(loop, enable)
-        if device.lease and device.lease.lifetime == SYSTEM:
-            device.lease.autoclear = enable
+        function = partial(loopops.set_autoclear, enable=enable)
+        await self._set(caller, device, function, admit, partial(_note_autoclear, device, enable))
 
     async def set_direct_io(self, caller: Caller, device: Device, enable: bool) -> bool:
         """Turn direct I/O on or off; returns what is in effect."""
@@ -180,12 +213,11 @@ class Operations:
         """Change the free-form name."""
         await self._manager.require(caller, Operation.SET_REFERENCE, device)
 
-        def rename(loop: loopdev.LoopDevice) -> None:
-            loopops.set_reference(loop, reference)
-            # The kernel tells nobody; here, so that of two names the later one stays.
-            self._registry.renamed(device, reference)
+        def note(_: bool) -> None:
+            self._registry.renamed(device, reference)  # the kernel tells nobody
 
-        await self._set(caller, device, rename)
+        function = partial(loopops.set_reference, reference=reference)
+        await self._set(caller, device, function, note=note)
 
     async def set_sector_size(self, caller: Caller, device: Device, size: int | None) -> None:
         """Change the logical sector size, in bytes; None means as the partition table says."""
@@ -258,8 +290,11 @@ class Operations:
         try:
             # On disk first: a loopd that dies in between leaves no device without a lease.
             self._lifetimes.announce(device, caller.client, lifetime)
-            function = partial(self._set_autoclear, device, lifetime != SYSTEM)
-            await self._manager.with_loop(caller, device, function)
+            autoclear = lifetime != SYSTEM
+            function = partial(loopops.set_autoclear, enable=autoclear)
+            note = partial(_note_autoclear, device, autoclear)
+            # Its record stays the one that was announced until the lease is granted.
+            await self._change(caller, device, function, note=note)
             self._manager.require_attached(device)
             self._lifetimes.grant(device, caller.client, lifetime)
             if lifetime == CONNECTION and caller.client.gone:
@@ -330,3 +365,11 @@ class Operations:
 def _close(fd: OwnedFd | None) -> None:
     if fd:
         fd.close()
+
+
+def _note_autoclear(device: Device, enable: bool, _: bool) -> None:
+    """Take up what the kernel was told about a device's last close."""
+    if device.loop:
+        device.loop.autoclear = enable
+    if device.lease and device.lease.lifetime == SYSTEM:
+        device.lease.autoclear = enable

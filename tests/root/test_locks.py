@@ -481,10 +481,9 @@ def test_an_exclusive_lock_of_an_ordinary_user_ends(hasty: World, how: str) -> N
             lock(caller, attached, "exclusive")
             break
         except CallError as exc:
-            assert exc.name == f"{ERROR}DeviceBusy"
-            assert re.search(r"try again in [123] s$", exc.message)
-            assert deadline.remaining
-            refusals += 1
+            if exc.name != f"{ERROR}DeviceBusy" or not deadline.remaining:
+                raise
+            refusals += re.search(r"try again in [123] s$", exc.message) is not None
     assert refusals >= 2
     assert owner.get(attached.path, "State") == "attached"
 
