@@ -137,6 +137,21 @@ def operate(name: str, *args: Any, **named: Any) -> Act:
     return act
 
 
+def hold_with_a_store() -> Act:
+    """As under systemd, which is given a copy of what keeps a device."""
+
+    async def act(stage: Stage) -> OwnedFd:
+        device, store = stage.device, stage.inside.store
+        assert device
+        with (
+            mock.patch.object(store, "keeps", lambda name: name == device.label),
+            mock.patch.object(store, "keep", lambda _, fd: fd.move()),
+        ):
+            return await stage.inside.operations.hold(stage.caller, device)
+
+    return act
+
+
 def look_up() -> Act:
     async def act(stage: Stage) -> Device:
         fd = OwnedFd(image_fd(stage), kernel.close)
@@ -194,6 +209,7 @@ SCENARIOS = {
         act=operate("open", writable=False, partition=1), attached=PARTITIONS
     ),
     "hold": Scenario(act=operate("hold"), attached={}),
+    "hold under systemd": Scenario(act=hold_with_a_store(), attached={}),
     "keep for ever": Scenario(act=operate("set_lifetime", SYSTEM), attached={}),
     "keep no longer": Scenario(
         act=operate("set_lifetime", CONNECTION), attached={"lifetime": SYSTEM}
@@ -421,7 +437,10 @@ UNFAILING_SCENARIOS = ("lazy detach", "hold")
 UNFAILING = ("Threads.turn:", "Manager._take:", "Attaching.attach:", "Manager.detach:")
 CANCELLED = tuple(
     f"{each}.<locals>.act"
-    for each in ("attach", "detach", "resize", "resize_by", "operate", "look_up", "pass_through")
+    for each in (
+        *("attach", "detach", "resize", "resize_by"),
+        *("operate", "hold_with_a_store", "look_up", "pass_through"),
+    )
 )
 USE_CASES = (*CANCELLED, "Attaching._bind")
 ERRORS: dict[str, Callable[[], BaseException]] = {
@@ -515,7 +534,10 @@ def test_the_caller_may_leave_at_each_await(
     trouble.require_none()
 
 
-KEEPING = ("open", "open a partition", "hold", "keep for ever", "keep no longer", "lock")
+KEEPING = (
+    *("open", "open a partition", "hold", "hold under systemd"),
+    *("keep for ever", "keep no longer", "lock"),
+)
 """What cannot be had of a device that is being detached."""
 
 
