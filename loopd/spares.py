@@ -67,7 +67,8 @@ class Spares:
         if all(self._suits(uid, number) for number in self._left):
             yield -1
         for number in itertools.count():
-            if self._suits(uid, number):
+            bound = number in self._owners and number not in self._left
+            if self._suits(uid, number) and not bound:
                 yield number
 
     def _suits(self, uid: int, number: int) -> bool:

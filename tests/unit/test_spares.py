@@ -133,6 +133,8 @@ def test_a_new_device_gets_no_number_of_another_user() -> None:
         keep(2, 3, 4, 5)(spares)
         assert first_new(spares, UID + 1, 3) == [1, 6, 7]
         assert first_new(spares, UID, 3) == [-1, 0, 1]
+        spares.take(6, UID + 1)
+        assert first_new(spares, UID + 1, 2) == [1, 7]
 
     assert removed(story) == [5]
 
