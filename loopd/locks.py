@@ -70,14 +70,14 @@ class Locks:
         self._hold(device, client, kind, expires)
 
     def require_time(self, device: Device, client: Client, kind: Lock) -> None:
-        """Raise DeviceBusy if the owner has had its time of exclusive lock, and no pause since."""
+        """Raise DeviceBusy if the owner's time of exclusive locks is used up and no pause was."""
         if kind is not Lock.EXCLUSIVE or device.lock is kind or client.uid == ROOT:
             return
         pause = self._pause_left(device)
         if pause and not device.exclusive_left:
             raise DeviceBusy(
-                f"{device.node} was locked exclusively for {self._exclusive_for:g} s, and others "
-                f"have it now: try again in {math.ceil(pause)} s"
+                f"{device.node} was locked exclusively for {self._exclusive_for:g} s, so udev has "
+                f"its turn now: try again in {math.ceil(pause)} s"
             )
 
     def _pause_left(self, device: Device) -> float:

@@ -74,7 +74,7 @@ class Operations:
         *,
         scans: bool = False,
     ) -> _T:
-        """Do what changes the device as `_change` does, and tell of the change."""
+        """Change the device as `_change` does, and tell of the change."""
         try:
             return await self._change(caller, device, function, admit, note, scans=scans)
         finally:
@@ -91,10 +91,10 @@ class Operations:
         *,
         scans: bool = False,
     ) -> _T:
-        """Do what changes the device in a thread, and take up its result by `note`.
+        """Change the device in a thread, and pass the result to `note` on the event loop.
 
-        That is on the event loop, and before the next operation on the device begins, also when
-        nobody waits for the result any more: of two changes the later one stays.
+        That comes before the next operation on the device, also after a time-out: of two changes
+        the later one stays.
         """
         results: list[_T] = []
         sector_sizes: list[int] = []
