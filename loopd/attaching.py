@@ -31,7 +31,7 @@ from .proposal import AttachOptions, Proposal, Proposals
 from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
-from .threads import Threads, Work
+from .threads import Threads, Work, remaining
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,13 @@ class Attaching:
         """Check overlap and quota, and begin to bind; from here on a task goes to the end."""
         file, request = proposal.file, proposal.request
         size = request.size_limit or max(file.size - request.offset, 0)
-        mapping = Mapping.of(file.identity, request.offset, size, writable=not request.read_only)
+        mapping = Mapping.of(
+            file.identity,
+            request.offset,
+            size,
+            writable=not request.read_only,
+            owner=caller.uid,
+        )
         if not proposal.options.allow_overlap:
             others = self._registry.over(mapping)
             bound = ((other.node, other.mapping) for other in others if other.mapping)
@@ -183,8 +189,11 @@ class Attaching:
             admitted.callback(unclaim)
             admitted.enter_context(fd)
             request = proposal.request
+            # Its bytes stay claimed meanwhile, and this user's other calls may never end.
+            deadline = self._loop.time() + self._config.deadlines.operation
             for work in (Work.OPERATION, Work.SCAN)[: 2 if request.partition_scan else 1]:
-                admitted.callback(await self._threads.turn(caller.uid, work, None))
+                turn = await self._threads.turn(caller.uid, work, remaining(deadline))
+                admitted.callback(turn)
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
             # Looking once more whether a close may hang would cost as much as the close.
@@ -197,7 +206,7 @@ class Attaching:
                 proposal,
                 partial(self._claim, caller.uid),
                 partial(self._publish, caller.uid, proposal),
-                partial(self._spares.choose, caller.uid),
+                self._spares.numbers(caller.uid),
                 self._store,
             )
             try:
@@ -306,7 +315,7 @@ def _attach(
     proposal: Proposal,
     claim: attachment.Claim,
     publish: attachment.Publish,
-    choose: attachment.Choose,
+    numbers: attachment.Numbers,
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
@@ -321,7 +330,7 @@ def _attach(
         proposal.request,
         claim_at_last,
         publish,
-        choose=choose,
+        numbers=numbers,
         may_hang=proposal.may_hang,
     )
     try:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -41,7 +41,19 @@ THIS_KERNEL = Driver()
 
 Claim = Callable[[int], Release]
 Publish = Callable[[int, int], None]
-Choose = Callable[[int], int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Which devices may be taken. A number that is wanted by the request is not asked about."""
+
+    choose: Callable[[int], int | None] = lambda number: number
+    """Gets the number of a free device, and returns which one is taken; None for a new one."""
+    new: Callable[[], Iterable[int]] = lambda: (-1,)
+    """The numbers to try for a new device, in their order; -1 means any."""
+
+
+ANY = Numbers()
 
 
 def attach(
@@ -51,7 +63,7 @@ def attach(
     claim: Claim = lambda _: lambda _: None,
     publish: Publish = lambda number, diskseq: None,
     *,
-    choose: Choose = lambda number: number,
+    numbers: Numbers = ANY,
     may_hang: bool = False,
     driver: Driver = THIS_KERNEL,
 ) -> LoopDevice:
@@ -59,10 +71,9 @@ def attach(
 
     Takes over `file_fd`, whatever happens. `claim` is called with the number just before the file
     is bound to it, and returns what is to be called in the end (`LoopDevice.release`); `publish`
-    with number and diskseq once that is done, before udev may look at the device. `choose` gets the
-    number of a free device, and returns which one is taken, or None if a new one is to be made; it
-    is not asked about a wanted number. The device carries autoclear: it goes when the
-    last opener, us included, is gone. With `may_hang` no lock is held while the file's filesystem
+    with number and diskseq once that is done, before udev may look at the device. `numbers` says
+    which devices may be taken. The device carries autoclear: it goes when the last opener, us
+    included, is gone. With `may_hang` no lock is held while the file's filesystem
     is asked, and a number of its own is taken. With `request.partition_scan` the partitions' nodes
     are there when it returns.
 
@@ -82,7 +93,7 @@ def attach(
             request=request,
             claim=claim,
             publish=publish,
-            choose=choose,
+            numbers=numbers,
             may_hang=may_hang,
             driver=driver,
             # Of a device that is there already, a former user may have an fd that sees our file.
@@ -132,7 +143,7 @@ class _Attempt:
     request: AttachRequest
     claim: Claim
     publish: Publish
-    choose: Choose
+    numbers: Numbers
     may_hang: bool
     driver: Driver
     fresh: bool
@@ -174,18 +185,27 @@ class _Attempt:
     def _allocate(self) -> tuple[int, bool]:
         """The number of a device that may be free, and whether it was made for us."""
         wanted = self.request.number
-        if wanted is None:
-            if not self.fresh:
-                number = self.choose(kernel.loop_ctl_get_free(self.control_fd))
-                if number is not None:
-                    return number, False
-            return kernel.loop_ctl_add(self.control_fd, -1), True
+        if wanted is not None:
+            return wanted, self._add(wanted) is not None
+        if not self.fresh:
+            number = self.numbers.choose(kernel.loop_ctl_get_free(self.control_fd))
+            if number is not None:
+                return number, False
+        for each in self.numbers.new():
+            number = self._add(each)
+            # Somebody may have let go of that very number meanwhile.
+            if number is not None and self.numbers.choose(number) == number:
+                return number, True
+        raise Taken("no number is left for a new device")
+
+    def _add(self, number: int) -> int | None:
+        """Make a device and return its number; None if it is there already."""
         try:
-            return kernel.loop_ctl_add(self.control_fd, wanted), True
+            return kernel.loop_ctl_add(self.control_fd, number)
         except OSError as exc:
             if exc.errno != errno.EEXIST:
                 raise
-        return wanted, False
+        return None
 
     @contextmanager
     def _free_device(self, number: int) -> Iterator[tuple[OwnedFd, OwnedFd]]:

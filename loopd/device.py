@@ -56,6 +56,10 @@ class Device:
     """For which connection we hold it."""
     lock_expires: float | None = None
     """Until when, by CLOCK_MONOTONIC."""
+    exclusive_left: float = 0
+    """How many seconds of exclusive lock its owner has left without a pause."""
+    exclusive_ended: float | None = None
+    """When the last exclusive lock ended, by CLOCK_MONOTONIC."""
     state: str = ATTACHED
     ending: bool = False
     """Whether its detach has begun."""
@@ -108,7 +112,13 @@ class Device:
         status = self.status
         if self.file is None or self.private:
             return None
-        return Mapping.of(self.file, status.offset, status.size, writable=not status.read_only)
+        return Mapping.of(
+            self.file,
+            status.offset,
+            status.size,
+            writable=not status.read_only,
+            owner=self.owner,
+        )
 
     @property
     def lifetime(self) -> str:

@@ -118,9 +118,12 @@ class Ending:
             await self._clear(device)
             return
         # The hold on a block device that needed no loop device: nothing of it is ours.
-        if device.held:
-            await self._threads.run_in_turn(device.owner, Work.ENDING, device.held.close)
-        self._registry.forget(device)
+        try:
+            if device.held:
+                await self._threads.run_in_turn(device.owner, Work.ENDING, device.held.close)
+        finally:
+            # The fd is gone, whatever close(2) says.
+            self._registry.forget(device)
 
     async def _clear(self, device: Device) -> None:
         def detach() -> tuple[LoopDevice, bool]:

@@ -2,12 +2,14 @@
 """Who holds which BSD lock on a device, and until when: one a device, of one connection.
 
 The locks themselves are taken in `loopops`. udev waits for a lock for three minutes and then gives
-up on the device for good, so an exclusive one of an ordinary user ends before that.
+up on the device for good, so an exclusive one of an ordinary user ends before that. Locks that
+follow each other closely have no more time together, and then udev has a pause to look.
 """
 
 import asyncio
 import fcntl
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # How long a new lock waits for the end of the last one, which systemd may have to take note of.
 _END_TIMEOUT = 10.0
+# Seconds without an exclusive lock, in which udev has its look: it tries each 0.2 s.
+_PAUSE = 3.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,8 +62,29 @@ class Locks:
         """Note the lock that has been taken on a device, in place of the one there was."""
         if kind is device.lock:
             return  # an exclusive one does not begin anew: nobody else had a chance
-        ends = kind is Lock.EXCLUSIVE and client.uid != ROOT
-        self._hold(device, client, kind, self._loop.time() + self._exclusive_for if ends else None)
+        expires = None
+        if kind is Lock.EXCLUSIVE and client.uid != ROOT:
+            if not self._pause_left(device):
+                device.exclusive_left = self._exclusive_for
+            expires = self._loop.time() + device.exclusive_left
+        self._hold(device, client, kind, expires)
+
+    def require_time(self, device: Device, client: Client, kind: Lock) -> None:
+        """Raise DeviceBusy if the owner's time of exclusive locks is used up and no pause was."""
+        if kind is not Lock.EXCLUSIVE or device.lock is kind or client.uid == ROOT:
+            return
+        pause = self._pause_left(device)
+        if pause and not device.exclusive_left:
+            raise DeviceBusy(
+                f"{device.node} was locked exclusively for {self._exclusive_for:g} s, so udev has "
+                f"its turn now: try again in {math.ceil(pause)} s"
+            )
+
+    def _pause_left(self, device: Device) -> float:
+        """The seconds until the owner of a device may have it exclusively for all of the time."""
+        if device.exclusive_ended is None:
+            return 0
+        return max(device.exclusive_ended + _PAUSE - self._loop.time(), 0)
 
     def take_back(
         self, device: Device, client: Client | None, kind: Lock, expires: float | None
@@ -124,8 +149,12 @@ class Locks:
             extra={"UID": held.device.owner, **held.device.fields},
         )
         self.drop(held.device)
+        held.device.exclusive_left = 0  # timers may be a little early
 
     def _forget(self, device: Device) -> None:
         held = self._held.pop(device.path, None)
         if held and held.expiry:
             held.expiry.cancel()
+            now = self._loop.time()
+            device.exclusive_left = max((device.lock_expires or now) - now, 0)
+            device.exclusive_ended = now

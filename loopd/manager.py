@@ -10,13 +10,14 @@ import asyncio
 import errno
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
 from . import access, blockdev, loopdev, loopinfo
-from .access import Caller, Client, Operation
+from .access import NOBODY, ROOT, Caller, Client, Operation
+from .backing import FileIdentity
 from .config import Config
 from .device import ATTACHED, Device
 from .ending import Ending, opened
@@ -94,8 +95,7 @@ class Manager:
         """The device that an fd names, and the partition by which it does so.
 
         That is the loop device it is open on, or has a partition open, else the one whose backing
-        file it is: the caller's own come first. Takes the fd over.
-        Raises NoSuchDevice, Ambiguous.
+        file it is (`_over_file`). Takes the fd over. Raises NoSuchDevice, Ambiguous.
         """
         fd = fd.move()
         try:
@@ -108,19 +108,33 @@ class Manager:
         if named.number is not None:
             # A loop device may also be the backing file of another, but it is itself first.
             return self.device_by_node(f"loop{named.number}"), named.partition
-        found = [
+        return self._over_file(caller, named.file), None
+
+    def _over_file(self, caller: Caller, file: FileIdentity) -> Device:
+        """The device over a file that a caller means: one of its own, else one that root set up.
+
+        Another user's is never taken, since that user may have chosen which part of the file it
+        maps, and attached it only to be mistaken for another.
+        """
+        seen = [
             device
             for device in self._registry.seen_by(caller.uid)
-            if device.file and device.file.is_same_as(named.file)
+            if device.file and device.file.is_same_as(file)
         ]
-        found = [device for device in found if device.owner == caller.uid] or found
+        found = [device for device in seen if device.owner == caller.uid]
+        found = found or [device for device in seen if device.owner in (ROOT, NOBODY)]
         found = [device for device in found if device.state == ATTACHED] or found
-        if not found:
-            raise NoSuchDevice("the file is not attached to a loop device")
         if len(found) > 1:
-            nodes = ", ".join(sorted(device.node for device in found))
-            raise Ambiguous(f"the file is attached more than once ({nodes}): name the device")
-        return found[0], None
+            raise Ambiguous(
+                f"the file is attached more than once ({_nodes(found)}): name the device"
+            )
+        if found:
+            return found[0]
+        if seen:
+            raise NoSuchDevice(
+                f"the file is attached by another user only ({_nodes(seen)}): name the device"
+            )
+        raise NoSuchDevice("the file is not attached to a loop device")
 
     # --- who may do what, and doing it ----------------------------------------------------------
 
@@ -252,6 +266,10 @@ class Manager:
         """Let go of all that a connection held."""
         self._locks.client_left(client)
         self._lifetimes.client_left(client)
+
+
+def _nodes(devices: Iterable[Device]) -> str:
+    return ", ".join(sorted(device.node for device in devices))
 
 
 def _at_whose_expense(caller: Caller, device: Device) -> int:

@@ -39,6 +39,7 @@ class ResizeOptions:
     offset: int | None = None
     size_limit: int | None = None
     force: bool = False
+    allow_overlap: bool = False
 
 
 class Operations:
@@ -69,23 +70,63 @@ class Operations:
         device: Device,
         function: Callable[[loopdev.LoopDevice], _T],
         admit: Callable[[ExitStack], None] = lambda _: None,
+        note: Callable[[_T], None] = lambda _: None,
         *,
         scans: bool = False,
     ) -> _T:
-        """Do what changes the device, and take up the change."""
-
-        def change(loop: loopdev.LoopDevice) -> _T:
-            try:
-                return function(loop)
-            finally:
-                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
-                device.sector_size = loopops.sector_size(loop)
-
+        """Change the device as `_change` does, and tell of the change."""
         try:
-            return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)
+            return await self._change(caller, device, function, admit, note, scans=scans)
         finally:
             await self._registry.refresh(device)
             self._registry.changed(device)
+
+    async def _change(
+        self,
+        caller: Caller,
+        device: Device,
+        function: Callable[[loopdev.LoopDevice], _T],
+        admit: Callable[[ExitStack], None] = lambda _: None,
+        note: Callable[[_T], None] = lambda _: None,
+        *,
+        scans: bool = False,
+    ) -> _T:
+        """Change the device in a thread, and pass the result to `note` on the event loop.
+
+        That comes before the next operation on the device, also after a time-out: of two changes
+        the later one stays.
+        """
+        results: list[_T] = []
+        sector_sizes: list[int] = []
+        waiting = True
+
+        def change(loop: loopdev.LoopDevice) -> _T:
+            try:
+                result = function(loop)
+                results.append(result)
+                return result
+            finally:
+                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
+                sector_sizes.append(loopops.sector_size(loop))
+
+        def take_up() -> None:
+            for size in sector_sizes:
+                device.sector_size = size
+            for result in results:
+                note(result)
+            if not waiting:
+                self._registry.changed(device)
+
+        def admit_change(over: ExitStack) -> None:
+            admit(over)
+            over.callback(take_up)
+
+        try:
+            return await self._manager.with_loop(
+                caller, device, change, admit=admit_change, scans=scans
+            )
+        finally:
+            waiting = False
 
     # --- size -----------------------------------------------------------------------------------
 
@@ -105,7 +146,10 @@ class Operations:
         )
 
     def _claim_range(self, device: Device, options: ResizeOptions, over: ExitStack) -> None:
-        """Claim what the device is to map; Overlap if it would reach into what another one maps."""
+        """Claim what the device is to map.
+
+        Raises Overlap if it would reach into what another one maps, unless that is allowed.
+        """
         now = device.mapping
         if now is None:
             return
@@ -113,15 +157,16 @@ class Operations:
         limit = device.status.size_limit if options.size_limit is None else options.size_limit
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
-        others = (other for other in self._registry.over(now) if other is not device)
-        self._claims.require_none(
-            then,
-            bound=(
-                (other.node, other.mapping)
-                for other in others
-                if other.mapping and not now.conflicts_with(other.mapping)
-            ),
-        )
+        if not options.allow_overlap:
+            others = (other for other in self._registry.over(now) if other is not device)
+            self._claims.require_none(
+                then,
+                bound=(
+                    (other.node, other.mapping)
+                    for other in others
+                    if other.mapping and not now.conflicts_with(other.mapping)
+                ),
+            )
         over.callback(self._claims.claim(then))
 
     async def resize_by_fd(self, caller: Caller, fd: OwnedFd, options: ResizeOptions) -> int:
@@ -129,8 +174,12 @@ class Operations:
         device, partition = await self._manager.named(caller, fd)
         if partition is None:
             return await self.resize(caller, device, options)
-        if options.offset is not None or options.force:
-            key = "force" if options.offset is None else "offset"
+        others = {
+            "offset": options.offset is not None,
+            "force": options.force,
+            "allow-overlap": options.allow_overlap,
+        }
+        for key in (key for key, given in others.items() if given):
             raise InvalidArgs(f"{key}: a partition can be given another size-limit only")
         await self._manager.require(caller, Operation.RESIZE, device)
         return await self._set(
@@ -152,15 +201,8 @@ class Operations:
             if device.managed and device.lifetime != SYSTEM:
                 raise leased
 
-        await self._set(caller, device, partial(self._set_autoclear, device, enable), admit)
-
-    @staticmethod
-    def _set_autoclear(device: Device, enable: bool, loop: loopdev.LoopDevice) -> None:
-        if device.loop:
-            device.loop.autoclear = enable
-        loopops.set_autoclear(loop, enable)
-        if device.lease and device.lease.lifetime == SYSTEM:
-            device.lease.autoclear = enable
+        function = partial(loopops.set_autoclear, enable=enable)
+        await self._set(caller, device, function, admit, partial(_note_autoclear, device, enable))
 
     async def set_direct_io(self, caller: Caller, device: Device, enable: bool) -> bool:
         """Turn direct I/O on or off; returns what is in effect."""
@@ -171,12 +213,11 @@ class Operations:
         """Change the free-form name."""
         await self._manager.require(caller, Operation.SET_REFERENCE, device)
 
-        def rename(loop: loopdev.LoopDevice) -> None:
-            loopops.set_reference(loop, reference)
-            # The kernel tells nobody; here, so that of two names the later one stays.
-            self._registry.renamed(device, reference)
+        def note(_: bool) -> None:
+            self._registry.renamed(device, reference)  # the kernel tells nobody
 
-        await self._set(caller, device, rename)
+        function = partial(loopops.set_reference, reference=reference)
+        await self._set(caller, device, function, note=note)
 
     async def set_sector_size(self, caller: Caller, device: Device, size: int | None) -> None:
         """Change the logical sector size, in bytes; None means as the partition table says."""
@@ -257,8 +298,11 @@ class Operations:
         try:
             # On disk first: a loopd that dies in between leaves no device without a lease.
             self._lifetimes.announce(device, caller.client, lifetime)
-            function = partial(self._set_autoclear, device, lifetime != SYSTEM)
-            await self._manager.with_loop(caller, device, function)
+            autoclear = lifetime != SYSTEM
+            function = partial(loopops.set_autoclear, enable=autoclear)
+            note = partial(_note_autoclear, device, autoclear)
+            # Its record stays the one that was announced until the lease is granted.
+            await self._change(caller, device, function, note=note)
             self._manager.require_attached(device)
             self._lifetimes.grant(device, caller.client, lifetime)
             if lifetime == CONNECTION and caller.client.gone:
@@ -271,7 +315,7 @@ class Operations:
     async def lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         """Take, change or drop the BSD lock of the caller's connection."""
         await self._manager.require(caller, Operation.LOCK, device)
-        self._require_no_other_holder(caller, device)
+        self._require_may_lock(caller, device, kind)
         if kind is Lock.NONE:
             self._locks.drop(device)
             return
@@ -280,7 +324,7 @@ class Operations:
 
         def admit(over: ExitStack) -> None:
             nonlocal own, held
-            self._require_no_other_holder(caller, device)
+            self._require_may_lock(caller, device, kind)
             if device.loop and device.loop.lock:
                 # A copy, because the lock may be dropped while it is being changed.
                 own = OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close)
@@ -310,9 +354,10 @@ class Operations:
             device.loop.lock = fd or device.loop.lock
         self._locks.note(device, caller.client, kind)
 
-    def _require_no_other_holder(self, caller: Caller, device: Device) -> None:
+    def _require_may_lock(self, caller: Caller, device: Device, kind: Lock) -> None:
         if self._locks.holder(device) not in (None, caller.client):
             raise DeviceBusy(f"another connection holds the lock on {device.node}")
+        self._locks.require_time(device, caller.client, kind)
 
     @contextmanager
     def _closed_on_failure(self, caller: Caller, fd: OwnedFd | None) -> Iterator[None]:
@@ -328,3 +373,11 @@ class Operations:
 def _close(fd: OwnedFd | None) -> None:
     if fd:
         fd.close()
+
+
+def _note_autoclear(device: Device, enable: bool, _: bool) -> None:
+    """Take up what the kernel was told about a device's last close."""
+    if device.loop:
+        device.loop.autoclear = enable
+    if device.lease and device.lease.lifetime == SYSTEM:
+        device.lease.autoclear = enable

@@ -116,6 +116,7 @@ def resize_options(given: Mapping[str, Variant]) -> ResizeOptions:
         offset=options.u64("offset"),
         size_limit=options.u64("size-limit"),
         force=options.boolean("force") or False,
+        allow_overlap=options.boolean("allow-overlap") or False,
     )
     options.end()
     return wanted

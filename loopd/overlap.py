@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether two loop devices would share bytes of a file that one of them can write: pure.
 
-Two filesystems mounted from the same bytes destroy each other, without a word from the kernel.
+Two filesystems mounted from the same bytes destroy each other, without a word from the kernel. A
+user is kept from doing that to itself. Between two users a read-only mapping is in nobody's way:
+else a user who may only read an image could keep its owner from attaching it.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+from .access import NOBODY, ROOT
 from .backing import FileIdentity
 from .errors import Overlap
 
@@ -22,15 +25,18 @@ class Mapping:
     start: int
     end: int
     writable: bool
+    uid: int
+    """Whose it is. A device of NOBODY's was set up by losetup or its like, so by root."""
 
     @classmethod
-    def of(cls, file: FileIdentity, offset: int, size: int, *, writable: bool) -> Self:
+    def of(cls, file: FileIdentity, offset: int, size: int, *, writable: bool, owner: int) -> Self:
         """So many bytes from an offset on; of a partition, those of its disk."""
         device, inode, start = file.device, file.inode, offset
         if file.block:
             # No file has the inode 0.
             device, inode, start = file.block.disk, 0, file.block.start + offset
-        return cls(device, inode, start, start + size, writable)
+        uid = ROOT if owner == NOBODY else owner
+        return cls(device, inode, start, start + size, writable, uid)
 
     @property
     def file(self) -> tuple[int, int]:
@@ -38,12 +44,16 @@ class Mapping:
         return self.device, self.inode
 
     def conflicts_with(self, other: "Mapping") -> bool:
-        """Whether both reach the same bytes and one could change them."""
+        """Whether both reach the same bytes, and both could change them, or one of one user's."""
+        if self.uid == other.uid:
+            matters = self.writable or other.writable
+        else:
+            matters = self.writable and other.writable
         return (
-            self.file == other.file
+            matters
+            and self.file == other.file
             and self.start < other.end
             and other.start < self.end
-            and (self.writable or other.writable)
         )
 
 
@@ -67,4 +77,7 @@ class Claims:
                     "detach it, attach both read-only, or pass allow-overlap"
                 )
         if any(mapping.conflicts_with(other) for other in self._claimed):
-            raise Overlap("another call is attaching the same bytes of the file")
+            raise Overlap(
+                "another call is attaching the same bytes of the file: try again, or pass "
+                "allow-overlap"
+            )

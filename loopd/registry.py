@@ -145,7 +145,7 @@ class Registry:
         self._listeners.changed(device)
 
     def renamed(self, device: Device, reference: bytes) -> None:
-        """Take up another reference, in the thread that has set it."""
+        """Take up another reference, before the next one is set."""
         device.reference = reference
         if device.number is not None:
             self._markers.rename(device.number, reference)

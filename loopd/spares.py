@@ -1,57 +1,83 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unbound devices of ours that are kept for a moment, because the next attach takes one of them.
+"""Loop devices and their numbers after a detach: which user may have them next, and until when.
 
+An unbound device of ours is kept for a moment, because the next attach of its user takes it.
 Removing a device takes 46 ms of the kernel's time, making it again half a millisecond and events
 for udev; together they were a fifth of an attach and a detach in a row.
 
-What is kept are the lowest numbers, for those are what LOOP_CTL_GET_FREE names. Whoever was named
-a device that is removed before it is opened gets ENXIO, which losetup takes for the end: of six
-runs of two of them beside the end of 256 devices, one failed while it was the oldest that went.
+The lowest numbers are kept, because LOOP_CTL_GET_FREE names the lowest. A program that opens a
+device which was removed after GET_FREE had named it gets ENXIO, and losetup gives up then.
 
-No other user gets one of them, unless by its number. Who is about to mount a device by its name, as
-udisks2 does for its owner, would mount what has that name by then.
+No other user gets the number for some seconds, also when the device has been removed, except by
+asking for that very number. A program that mounts a device by its name, as udisks2 does for its
+owner, would mount the other user's file.
+
+Threads read here. Only the event loop writes.
 """
 
 import asyncio
+import itertools
+from collections.abc import Iterator
+from functools import partial
 
 from . import loopdev
 from .access import NOBODY
+from .attachment import Numbers
 from .threads import Threads
 
-# Seconds since the last one of the same user came, so that none is removed in the middle of that
-# user's work, and how many: who lets go of hundreds wants to see their nodes gone.
+# Seconds since the last detach of the same user, so that no device is removed in the midst of that
+# user's work; and how many are kept: a user who detaches hundreds wants to see their nodes gone.
 _KEPT_FOR = 0.5
 _KEPT = 4
+# Seconds since the last detach of the same user in which its numbers go to no other user.
+_REMEMBERED_FOR = 10.0
 
 
 class Spares:
-    """Their numbers, and whose devices they were."""
+    """The numbers of our devices, and the users that had them last."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._numbers: set[int] = set()
+        self._kept: frozenset[int] = frozenset()
+        """The devices that are kept. Replaced, never changed, because threads read it."""
         self._owners: dict[int, int] = {}
-        """Also of those that are bound, and of those whose removal has just begun."""
-        self._left: set[int] = set()
-        """Those that have an owner and are not bound."""
+        """The users of bound devices, and the last users of unbound and removed ones."""
+        self._left: frozenset[int] = frozenset()
+        """The numbers that have an owner and are not bound. Replaced as well."""
         self._timers: dict[int, asyncio.TimerHandle] = {}
         """By owner."""
         self._loop = asyncio.get_running_loop()
 
-    def choose(self, uid: int, number: int) -> int | None:
-        """The device that a user gets where this one is free; None for a new one. For threads, too.
+    def numbers(self, uid: int) -> Numbers:
+        """Which devices a user may have, for the thread that attaches."""
+        return Numbers(choose=partial(self._choose, uid), new=partial(self._new, uid))
 
-        That one, unless it has just been another user's; then one that was this user's own.
-        """
-        if self._owners.get(number, uid) == uid:
+    def _choose(self, uid: int, number: int) -> int | None:
+        """The device for a user where this one is free; None for a new one."""
+        if self._suits(uid, number):
             return number
-        own = (each for each in tuple(self._numbers) if self._owners.get(each) == uid)
+        if number not in self._kept:
+            # The kernel may have made it again just now, and no other program would remove it.
+            self._loop.call_soon_threadsafe(self._keep_again, number)
+        own = (each for each in self._kept if self._owners.get(each) == uid)
         return min(own, default=None)
+
+    def _new(self, uid: int) -> Iterator[int]:
+        """The numbers to try for a new device."""
+        if all(self._suits(uid, number) for number in self._left):
+            yield -1
+        for number in itertools.count():
+            bound = number in self._owners and number not in self._left
+            if self._suits(uid, number) and not bound:
+                yield number
+
+    def _suits(self, uid: int, number: int) -> bool:
+        return self._owners.get(number, uid) == uid
 
     def take(self, number: int, uid: int) -> None:
         """Note that a device is in use, by a user of ours or by somebody else (NOBODY)."""
-        self._numbers.discard(number)
-        self._left.discard(number)
+        self._kept -= {number}
+        self._left -= {number}
         # Now, since it can be unbound, and offered, for a moment before we hear of it.
         if uid == NOBODY:
             self._owners.pop(number, None)
@@ -61,28 +87,38 @@ class Spares:
     def keep(self, number: int) -> None:
         """Keep a device of ours that has just been unbound; it is removed later if it still is."""
         uid = self._owners[number]
-        self._numbers.add(number)
-        self._left.add(number)
+        self._kept |= {number}
+        self._left |= {number}
         if timer := self._timers.get(uid):
             timer.cancel()
         self._timers[uid] = self._loop.call_later(_KEPT_FOR, self._end, uid)
-        if len(self._numbers) > _KEPT:
-            self._remove(max(self._numbers))
+        if len(self._kept) > _KEPT:
+            self._remove(max(self._kept))
+
+    def _keep_again(self, number: int) -> None:
+        if number in self._left:
+            self.keep(number)
 
     def remove_all(self) -> None:
         """Keep none any more."""
-        for number in sorted(self._numbers, reverse=True):
+        for number in sorted(self._kept, reverse=True):
             self._remove(number)
 
     def _end(self, uid: int) -> None:
-        del self._timers[uid]
-        for number in sorted(self._left, reverse=True):
+        """Remove the devices that are kept for a user, and remember their numbers for longer."""
+        for number in sorted(self._kept, reverse=True):
             if self._owners[number] == uid:
-                self._left.discard(number)
-                del self._owners[number]
-                if number in self._numbers:
-                    self._remove(number)
+                self._remove(number)
+        rest = _REMEMBERED_FOR - _KEPT_FOR
+        self._timers[uid] = self._loop.call_later(rest, self._forget, uid)
+
+    def _forget(self, uid: int) -> None:
+        del self._timers[uid]
+        over = {number for number in self._left if self._owners[number] == uid}
+        self._left -= over
+        for number in over:
+            del self._owners[number]
 
     def _remove(self, number: int) -> None:
-        self._numbers.discard(number)
+        self._kept -= {number}
         self._threads.remove(loopdev.remove, number)

@@ -194,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
     resize.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
     _add_range(resize)
     resize.add_argument("--force", action="store_true", help="shrink it even while it is in use")
+    _add_allow_overlap(resize)
 
     listing = command(
         "list",
@@ -314,11 +315,7 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="/dev/loopN and no other, which takes the right to manage the devices of others",
     )
-    parser.add_argument(
-        "--allow-overlap",
-        action="store_true",
-        help="even if another device has the same part of the file",
-    )
+    _add_allow_overlap(parser)
     parser.add_argument(
         "--in-memory",
         action="store_true",
@@ -332,6 +329,14 @@ def _add_range(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sizelimit", type=parse_size, metavar="SIZE", help="at most so much; 0 is to the end"
+    )
+
+
+def _add_allow_overlap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="even if another device has the same part of the file",
     )
 
 

@@ -84,7 +84,12 @@ async def _chosen(found: argparse.Namespace, client: Client) -> list[Device]:
 
 async def _resize(found: argparse.Namespace, client: Client) -> int:
     device = await find(client, found.target)
-    size = await device.resize(offset=found.offset, size_limit=found.sizelimit, force=found.force)
+    size = await device.resize(
+        offset=found.offset,
+        size_limit=found.sizelimit,
+        force=found.force,
+        allow_overlap=found.allow_overlap,
+    )
     if found.json:
         print(output.as_json({"object": device.path, "node": device.node, "size": size}))
     else:

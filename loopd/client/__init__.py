@@ -307,6 +307,7 @@ class Client:
         offset: int | None = None,
         size_limit: int | None = None,
         force: bool = False,
+        allow_overlap: bool = False,
     ) -> int:
         """As Device.resize, on the device that an fd names; returns the size now. All in bytes.
 
@@ -314,7 +315,7 @@ class Client:
         `size_limit` alone, which is its size then, 0 being as much as there is room for.
         Raises NoSuchDevice, Ambiguous, and what Device.resize does.
         """
-        options = resize_options(offset, size_limit, force)
+        options = resize_options(offset, size_limit, force, allow_overlap)
         fd = OwnedFd(os.dup(_fileno(file)))
         resizing = self._link.start_passing(PATH, NAME, "Resize", "ha{sv}", [0, options], fd)
         (size,) = await asyncio.shield(resizing)

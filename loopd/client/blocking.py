@@ -94,10 +94,15 @@ class Client:
         offset: int | None = None,
         size_limit: int | None = None,
         force: bool = False,
+        allow_overlap: bool = False,
     ) -> int:
         """As loopd.client.Client.resize_by_fd."""
         resizing = self._client.resize_by_fd(
-            file, offset=offset, size_limit=size_limit, force=force
+            file,
+            offset=offset,
+            size_limit=size_limit,
+            force=force,
+            allow_overlap=allow_overlap,
         )
         return self._runner.run(resizing)
 
@@ -196,10 +201,17 @@ class Device:
         return self._runner.run(self._device.detach(lazy=lazy))
 
     def resize(
-        self, *, offset: int | None = None, size_limit: int | None = None, force: bool = False
+        self,
+        *,
+        offset: int | None = None,
+        size_limit: int | None = None,
+        force: bool = False,
+        allow_overlap: bool = False,
     ) -> int:
         """As loopd.client.Device.resize."""
-        resizing = self._device.resize(offset=offset, size_limit=size_limit, force=force)
+        resizing = self._device.resize(
+            offset=offset, size_limit=size_limit, force=force, allow_overlap=allow_overlap
+        )
         return self._runner.run(resizing)
 
     def open(self, mode: Literal["r", "rw"] = "r", *, partition: int | None = None) -> OwnedFd:

@@ -91,13 +91,15 @@ class Device:
         offset: int | None = None,
         size_limit: int | None = None,
         force: bool = False,
+        allow_overlap: bool = False,
     ) -> int:
         """Take up the file's size, or set offset and limit; returns the size now. All in bytes.
 
         A `size_limit` of 0 is none. `force` shrinks a device that is in use, which otherwise
-        raises DeviceBusy. Raises InvalidArgs, Overlap, AccessDenied.
+        raises DeviceBusy; `allow_overlap` maps bytes that another device maps, which otherwise
+        raises Overlap. Raises InvalidArgs, AccessDenied.
         """
-        options = resize_options(offset, size_limit, force)
+        options = resize_options(offset, size_limit, force, allow_overlap)
         return int(await self._answer("Resize", "a{sv}", options))
 
     async def open(
@@ -250,10 +252,15 @@ class Device:
         return answer
 
 
-def resize_options(offset: int | None, size_limit: int | None, force: bool) -> Options:
+def resize_options(
+    offset: int | None, size_limit: int | None, force: bool, allow_overlap: bool
+) -> Options:
     """The options of both Resize methods; None and false leave one out."""
     return make_options(
-        ("offset", "t", offset), ("size-limit", "t", size_limit), ("force", "b", force or None)
+        ("offset", "t", offset),
+        ("size-limit", "t", size_limit),
+        ("force", "b", force or None),
+        ("allow-overlap", "b", allow_overlap or None),
     )
 
 

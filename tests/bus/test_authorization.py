@@ -522,7 +522,8 @@ def test_a_foreign_device_needs_one_action_and_nothing_else(world: World, operat
 @pytest.mark.parametrize("by", ["node", "file"])
 def test_an_fd_gives_no_more_rights_than_its_bearer_has(world: World, member: str, by: str) -> None:
     """Nobody's file can be read by all, and its device's node by nobody but root."""
-    caller, other = world.caller(), world.caller(OTHER)
+    # A file names no device of another user's, but those of root's.
+    caller, other = world.caller(None if by == "file" else USER), world.caller(OTHER)
     path = world.image()
     attached = caller.attach(path)
     world.polkit.reset(Answer.DENY)

@@ -597,7 +597,8 @@ def test_an_ordinary_user_without_polkits_yes_can_change_nothing(world: World) -
     """CVE-2026-26103, CVE-2026-26104, Transport rule 10 (deny by default)."""
     owner, root, other = world.caller(), world.caller(None), world.caller(OTHER)
     image = world.image(SIZE, mode=0o666)
-    attached = [owner.attach(image), attach(world, root)]
+    # A file names the device of root's.
+    attached = [attach(world, owner), root.attach(image)]
     world.polkit.reset(Answer.DENY)
     before = {each: other.get_all(each.path) for each in attached}
     samples = {"h": 0, "a{sv}": {}, "s": "r", "b": True, "u": 512}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import ending, registry, table
+from loopd import ending, registry, table, threads
 from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
@@ -203,6 +203,7 @@ class Inside:
         ]
         found += [f"{device.node} is recorded" for device in self.registry]
         found += [f"a lease on {lease.device}" for lease in self.leases]
+        found += [f"a lease of {holder}" for holder in self.leases._by_holder]
         found += [f"a lock on {held}" for held in self.locks._held]
         found += [f"a claim of {claimed}" for claimed in self.claims._claimed]
         found += [f"a claim of loop{number}" for number in self.markers._claims]
@@ -251,7 +252,7 @@ class Inside:
 def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKernel, Script]]:
     """Be on a scripted kernel, where waiting takes no time; nothing may stay open or run."""
     scripted, script = ScriptedKernel(traits), Script()
-    before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    before, running = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     interval = sys.getswitchinterval()
     with ExitStack() as stack:
         # Else whoever looks for an end keeps the threads from it that work at it.
@@ -263,12 +264,14 @@ def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKern
             (ending, "_CLEAR_PAUSES", (0.001,)),
             # A child of its own takes longer than all the rest.
             (table, "_ask", lambda _: TABLE),
+            # Clients' fds may be on devices of the script.
+            (threads, "_close", scripted.close),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(scripted.installed())
         stack.enter_context(script.running())
         yield scripted, script
-        for thread in set(threading.enumerate()) - threads:
+        for thread in set(threading.enumerate()) - running:
             thread.join(20)
             assert not thread.is_alive(), thread
     assert scripted.bound() == [], "left bound"

@@ -8,6 +8,7 @@ import pytest
 
 from tests.harness import loops
 from tests.harness.booted import Machine
+from tests.harness.caller import Caller
 from tests.harness.images import make_ext4
 from tests.harness.unit import Unit
 
@@ -57,6 +58,20 @@ def test_a_device_is_there_for_as_long_as_the_unit(
     assert machine.result("systemctl", "is-active", "consumer.service").stdout == "inactive\n"
     assert machine.result("findmnt", "/run/consumer").returncode != 0
     assert bound_to(image) is None
+
+
+def test_a_user_who_may_read_the_image_does_not_stop_it(
+    machine: Machine, attaching: tuple[str, Path], alice: Caller
+) -> None:
+    """Blocking an image's owner: the unit would not have been started again."""
+    name, image = attaching
+    machine.run("chmod", "0644", image)
+    theirs = alice.attach(image, "r")
+    machine.run("systemctl", "start", "consumer.service")
+    source = machine.run("findmnt", "--noheadings", "--output=SOURCE", "/run/consumer").strip()
+    assert source != theirs.node
+    machine.run("systemctl", "stop", name)
+    assert alice.get(theirs.path, "State") == "attached"
 
 
 @pytest.mark.parametrize("verb", ["restart", "kill"])

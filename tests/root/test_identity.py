@@ -4,16 +4,19 @@
 import fcntl
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loopd import kernel, uapi
 from tests.harness import loops
-from tests.harness.caller import RemoteFd
+from tests.harness.caller import Caller, File, RemoteFd
+from tests.harness.images import MIB
 from tests.harness.polkit import RULES_ALLOW_ALL
-from tests.harness.world import USER, World, make_world
+from tests.harness.wire import CallError
+from tests.harness.world import OTHER, USER, World, make_world
 
 LOOP_CHANGE_FD = 0x4C06
 
@@ -163,6 +166,55 @@ def test_a_path_that_sysfs_cannot_show_loses_nobody_a_device(world: World) -> No
     assert world.device_count() == 1
     device.close()
     assert caller.detach(attached.path) is True
+
+
+def named(caller: Caller, image: Path) -> Any:
+    """Return the object path of the device that an fd on a file names."""
+    (path,) = caller.manager("GetDevice", "h", 0, fds=[File(image, os.O_RDONLY)])
+    return path
+
+
+def by_file(caller: Caller, image: Path) -> Iterator[Callable[[], Any]]:
+    """Return each call that looks a device up by a file."""
+    yield lambda: named(caller, image)
+    yield lambda: caller.manager("Resize", "ha{sv}", 0, {}, fds=[File(image, os.O_RDONLY)])
+    yield lambda: caller.manager("Detach", "ha{sv}", 0, {}, fds=[File(image, os.O_RDONLY)])
+
+
+@pytest.mark.parametrize("asking", [None, OTHER], ids=["root", "another user"])
+def test_a_file_names_no_device_of_another_user(world: World, asking: str | None) -> None:
+    """Look-ups by file: root is not led to a part of its image that a user has chosen."""
+    image = world.image(2 * MIB, owner=None, mode=0o644)
+    user, caller = world.caller(USER), world.caller(asking)
+    theirs = [user.attach(image, "r", offset=index * MIB) for index in range(2)]
+    for call in by_file(caller, image):
+        with pytest.raises(CallError, match=r"Error\.NoSuchDevice") as failure:
+            call()
+        assert all(each.node in failure.value.message for each in theirs)
+    own = caller.attach(image, "r")
+    for call in by_file(caller, image):
+        call()
+    assert [user.get(each.path, "State") for each in theirs] == ["attached"] * 2
+    with pytest.raises(CallError, match=r"UnknownObject|NoSuchDevice"):
+        caller.get(own.path, "State")
+
+
+def test_a_file_names_the_device_of_the_caller_then_of_root(world: World) -> None:
+    """Look-ups by file."""
+    image = world.image(mode=0o644, owner=None)
+    root, user, other = world.caller(None), world.caller(USER), world.caller(OTHER)
+    of_other = other.attach(image, "r")
+    of_root = root.attach(image)
+    assert named(user, image) == of_root.path
+    of_user = user.attach(image, "r")
+    callers, devices = (root, user, other), (of_root, of_user, of_other)
+    assert [named(caller, image) for caller in callers] == [each.path for each in devices]
+    second = user.attach(image, "r")
+    with pytest.raises(CallError, match=r"Error\.Ambiguous") as failure:
+        named(user, image)
+    assert of_user.node in failure.value.message
+    assert second.node in failure.value.message
+    assert of_root.node not in failure.value.message
 
 
 def test_a_node_is_nobodys_while_a_user_has_the_device(world: World) -> None:

@@ -6,7 +6,6 @@ import itertools
 import os
 import pwd
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from tests.harness import loops
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Call, Caller, Variant
+from tests.harness.deadline import Deadline
 from tests.harness.images import pattern
 from tests.harness.polkit import rules_allowing
 from tests.harness.raw import BUS
@@ -28,8 +28,6 @@ pytestmark = pytest.mark.alone
 DEVICE_BUSY = f"{MANAGER}.Error.DeviceBusy"
 INVALID_ARGS = f"{BUS}.Error.InvalidArgs"
 SIZE = 64 * 1024
-KEPT_FOR = 0.5
-"""Seconds for which a device is kept for the next attach of its user's."""
 
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 
@@ -279,18 +277,52 @@ def test_those_who_want_any_are_not_disturbed_by_those_who_want_one(
             assert caller.detach(attached.path) is True
 
 
-def test_a_device_that_was_let_go_of_goes_to_nobody_else_at_once(world: World) -> None:
-    """Who is about to mount it by its name must not find another user's file there."""
-    former, next_one = world.caller(USER), world.caller(OTHER)
-    images = world.image(SIZE), world.image(SIZE, owner=OTHER)
-    for _ in range(20):
-        begun = time.monotonic()
-        attached = former.attach(images[0])
-        former.detach(attached.path)
-        other = next_one.attach(images[1])
-        in_time = time.monotonic() - begun < KEPT_FOR
-        next_one.detach(other.path)
-        if in_time:  # else it may be anybody's again
-            break
-    assert in_time
-    assert other.number != attached.number
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[World]:
+    """A world where a user may have as many devices as one test wants."""
+    with make_world(
+        authority=rules_allowing("org.example.loop1.attach"),
+        config="[limits]\ndevices_per_user = 64\n",
+    ) as made:
+        yield made
+
+
+def attach_all(caller: Caller, image: Path, count: int) -> list[Attached]:
+    """Attach so much of a file to each of so many devices."""
+    return [caller.attach(image, "r", offset=index * 512) for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 12, 64])
+@pytest.mark.parametrize(
+    ("former", "following"), [(USER, OTHER), (None, USER), (USER, None)], ids=["users", "to", "of"]
+)
+def test_no_number_goes_to_another_user_at_once(
+    roomy: World, former: str | None, following: str | None, count: int
+) -> None:
+    """Numbers of devices: who mounts a device by its name must not find another user's file."""
+    with roomy.test() as world:
+        first, second = world.caller(former), world.caller(following)
+        image = world.image(SIZE, mode=0o644)
+        before = attach_all(first, image, count)
+        for attached in before:
+            first.detach(attached.path)
+        after = attach_all(second, image, count)
+        assert {each.number for each in before} & {each.number for each in after} == set()
+        for attached in after:
+            second.detach(attached.path)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_number_that_was_removed_goes_to_no_other_user_either(roomy: World, count: int) -> None:
+    with roomy.test() as world:
+        former, following = world.caller(USER), world.caller(OTHER)
+        image = world.image(SIZE)
+        before = attach_all(former, image, count)
+        for attached in before:
+            former.detach(attached.path)
+        deadline = Deadline()
+        while any(os.path.exists(f"/sys/block/loop{each.number}") for each in before):
+            assert deadline.remaining, before
+            world.device_count()  # each look is paced by an answer
+        after = attach_all(following, image, count)
+        assert {each.number for each in before} & {each.number for each in after} == set()

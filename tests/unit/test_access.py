@@ -192,6 +192,19 @@ def test_leases_are_found_by_device_and_by_holder() -> None:
         leases.grant(two)
 
 
+@pytest.mark.parametrize("how", ["end", "over"])
+def test_nothing_is_kept_of_a_connection_that_has_left(how: str) -> None:
+    leases = Leases()
+    for number in range(3):
+        lease = Lease(f"/{number}", 1000, f":1.{number}", "connection")
+        leases.grant(lease)
+        if how == "end":
+            leases.end(lease.device)
+        else:
+            leases.over(lease)
+    assert leases._by_holder == {}
+
+
 def test_leases_of_a_connection_and_of_a_user_end_each_with_its_own() -> None:
     leases = Leases()
     one = Lease("/1", 1000, ":1.5", "connection")

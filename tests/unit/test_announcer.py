@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from loopd.announcer import Announcer
+from loopd.announcer import DEVICE, PATH, Announcer
 from loopd.config import Limits
-from loopd.device import Device
+from loopd.device import DETACHING, Device
 from loopd.loopinfo import Status
 from tests.harness.asynchronous import run_async
 
@@ -50,5 +50,30 @@ def test_changes_in_one_turn_are_told_at_once_as_they_are_in_the_end() -> None:
         announcer.changed(device)  # and nothing that is as it was
         await asyncio.sleep(0)
         assert len(told) == 1
+
+    run_async(body())
+
+
+def test_what_has_changed_is_told_before_the_end() -> None:
+    """A client that waits for a device to be detaching does not miss it."""
+
+    async def body() -> None:
+        told: list[Any] = []
+        registry = mock.Mock(managed=1)
+        announcer = Announcer(registry, Limits(), emit=lambda *args, uid: told.append(args))
+        announcer.start()
+        device = Device(number=0, name="loop0", diskseq=1, status=STATUS)
+        announcer.added(device)
+        await asyncio.sleep(0)
+        told.clear()
+        device.state = DETACHING
+        announcer.changed(device)
+        announcer.removed(device)
+        changed, removed = ((path, member, body) for path, _, member, _, body in told)
+        assert changed[:2] == (device.path, "PropertiesChanged")
+        assert {name: value.value for name, value in changed[2][1].items()} == {"State": DETACHING}
+        assert removed == (PATH, "InterfacesRemoved", [device.path, [DEVICE]])
+        await asyncio.sleep(0)
+        assert len(told) == 2  # and nothing of it afterwards
 
     run_async(body())

@@ -247,12 +247,12 @@ def test_what_an_fd_names_is_resized(bus: Bus, front: blocking.Client, file: Pat
     bus.answers["Resize"] = lambda: [2048]
     with file.open("rb") as opened:
         assert front.resize_by_fd(opened, size_limit=2048) == 2048
-        assert front.resize_by_fd(opened.fileno(), offset=0, force=True) == 2048
+        assert front.resize_by_fd(opened.fileno(), offset=0, force=True, allow_overlap=True) == 2048
         assert [each.st_ino for each in bus.passed] == [os.fstat(opened.fileno()).st_ino] * 2
     assert bus.calls == [(PATH, "Resize")] * 2
     assert [sent(options) for _, options in bus.bodies] == [
         {"size-limit": ("t", 2048)},
-        {"offset": ("t", 0), "force": ("b", True)},
+        {"offset": ("t", 0), "force": ("b", True), "allow-overlap": ("b", True)},
     ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Attach, Detach and Resize when anything fails in the midst, or their caller leaves.
+"""The use cases when anything fails in the midst, or their caller leaves.
 
 Each kernel call and each await of a use case is hit in turn.  Whatever it was: the caller has its
 answer or one of our errors, nothing is bound that has no record, nothing at all is when the client
@@ -27,7 +27,9 @@ from loopd.blockdev import Lock
 from loopd.device import Device
 from loopd.errors import BusError, Failed, LoopError, TimedOut
 from loopd.fd import OwnedFd
+from loopd.leases import CONNECTION, SYSTEM
 from loopd.operations import ResizeOptions
+from loopd.proposal import AttachOptions
 from tests.harness.images import MIB, make_gpt
 from tests.harness.inside import Inside, run_inside
 from tests.harness.script import Script
@@ -53,6 +55,8 @@ class Stage:
     device: Device | None = None
     openers: list[int] = field(default_factory=list)
     """Fds on the device of somebody else's."""
+    succeeded: bool = False
+    """Whether the use case has come to an end without an error."""
 
     def open(self, number: int, partition: int | None = None) -> int:
         """Be somebody else who has the device open."""
@@ -123,6 +127,52 @@ def resize_by(what: Callable[[Stage], int], **options: Any) -> Act:
     return act
 
 
+def operate(name: str, *args: Any, **named: Any) -> Act:
+    """Do one of the operations on the device."""
+
+    async def act(stage: Stage) -> Any:
+        method = getattr(stage.inside.operations, name)
+        return await method(stage.caller, stage.device, *args, **named)
+
+    return act
+
+
+def hold_with_a_store() -> Act:
+    """As under systemd, which is given a copy of what keeps a device."""
+
+    async def act(stage: Stage) -> OwnedFd:
+        device, store = stage.device, stage.inside.store
+        assert device
+        with (
+            mock.patch.object(store, "keeps", lambda name: name == device.label),
+            mock.patch.object(store, "keep", lambda _, fd: fd.move()),
+        ):
+            return await stage.inside.operations.hold(stage.caller, device)
+
+    return act
+
+
+def look_up() -> Act:
+    async def act(stage: Stage) -> Device:
+        fd = OwnedFd(image_fd(stage), kernel.close)
+        with fd:
+            return await stage.inside.manager.device_by_fd(stage.caller, fd)
+
+    return act
+
+
+def pass_through() -> Act:
+    """Attach a block device that needs no loop device: the device itself."""
+
+    async def act(stage: Stage) -> Device:
+        assert stage.device
+        assert stage.device.number is not None
+        fd = OwnedFd(kernel.open_loop(stage.device.number, os.O_RDWR), kernel.close)
+        return await stage.inside.attaching.attach(stage.caller, fd, AttachOptions())
+
+    return act
+
+
 def image_fd(stage: Stage) -> int:
     return os.open(stage.image, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -154,6 +204,28 @@ SCENARIOS = {
     "resize by partition": Scenario(
         act=resize_by(partition_fd, size_limit=MIB // 2), attached=PARTITIONS
     ),
+    "open": Scenario(act=operate("open", writable=True, partition=None), attached={}),
+    "open a partition": Scenario(
+        act=operate("open", writable=False, partition=1), attached=PARTITIONS
+    ),
+    "hold": Scenario(act=operate("hold"), attached={}),
+    "hold under systemd": Scenario(act=hold_with_a_store(), attached={}),
+    "keep for ever": Scenario(act=operate("set_lifetime", SYSTEM), attached={}),
+    "keep no longer": Scenario(
+        act=operate("set_lifetime", CONNECTION), attached={"lifetime": SYSTEM}
+    ),
+    "lock": Scenario(act=operate("lock", Lock.EXCLUSIVE), attached={}),
+    "change the lock": Scenario(
+        act=operate("lock", Lock.EXCLUSIVE), attached={"lock": Lock.SHARED}
+    ),
+    "set autoclear": Scenario(act=operate("set_autoclear", True), attached={"lifetime": SYSTEM}),
+    "set direct I/O": Scenario(act=operate("set_direct_io", False), attached={}),
+    "set the reference": Scenario(act=operate("set_reference", b"name"), attached={}),
+    "set the sector size": Scenario(act=operate("set_sector_size", 1024), attached=PARTITIONS),
+    "rescan partitions": Scenario(act=operate("rescan_partitions"), attached={}),
+    "sync": Scenario(act=operate("sync"), attached={}),
+    "look up": Scenario(act=look_up(), attached={}),
+    "pass a block device through": Scenario(act=pass_through(), attached={}),
 }
 EACH = pytest.mark.parametrize("name", SCENARIOS)
 
@@ -195,12 +267,17 @@ def play(
                 if not isinstance(exc, (LoopError, OSError, *kinds)):
                     raise exc
             else:
-                succeeded = not task.cancelled()
+                succeeded = stage.succeeded = not task.cancelled()
             await _settle(stage, scenario, succeeded)
+            if succeeded:
+                await _give_back(stage, task.result())
         script.clear()
         await _serve_again(stage, scenario, succeeded)
         stage.close()
         inside.leave(stage.caller)
+        for device in inside.registry:
+            if device.lifetime == SYSTEM:
+                await inside.manager.detach(inside.caller(UID), device)
         await inside.until_none(inside.remains)
         # Whoever comes next takes the same file, for writing.
         others = inside.caller(NEXT)
@@ -212,6 +289,14 @@ def play(
     # Its runtime directory: what one run leaves there is not another's.
     with TemporaryDirectory(dir=tmp_path) as directory:
         return run_inside(Path(directory), story, scenario.traits)
+
+
+async def _give_back(stage: Stage, result: Any) -> None:
+    """Let go of what a use case has given to its caller."""
+    if isinstance(result, OwnedFd):
+        result.close()
+    elif isinstance(result, Device) and result.private and not stage.caller.client.gone:
+        assert await stage.inside.manager.detach(stage.caller, result)
 
 
 async def _settle(stage: Stage, scenario: Scenario, succeeded: bool) -> None:
@@ -347,8 +432,16 @@ class Trouble:
 # --- the awaits ---------------------------------------------------------------------------------
 
 # Nothing but a cancellation comes out of these: they wait for a turn, or for an event.
+UNFAILING_SCENARIOS = ("lazy detach", "hold")
+"""They ask nobody anything."""
 UNFAILING = ("Threads.turn:", "Manager._take:", "Attaching.attach:", "Manager.detach:")
-CANCELLED = tuple(f"{each}.<locals>.act" for each in ("attach", "detach", "resize", "resize_by"))
+CANCELLED = tuple(
+    f"{each}.<locals>.act"
+    for each in (
+        *("attach", "detach", "resize", "resize_by"),
+        *("operate", "hold_with_a_store", "look_up", "pass_through"),
+    )
+)
 USE_CASES = (*CANCELLED, "Attaching._bind")
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "OSError": lambda: OSError(errno.EIO, os.strerror(errno.EIO)),
@@ -391,8 +484,7 @@ def test_each_await_may_fail(tmp_path: Path, image: Path, name: str) -> None:
     """CVE-2021-3560."""
     scenario, trouble = SCENARIOS[name], Trouble()
     points = points_of(tmp_path, image, scenario, may_fail)
-    # A lazy detach asks nobody anything: it only waits for the end.
-    assert points or scenario is SCENARIOS["lazy detach"]
+    assert points or name in UNFAILING_SCENARIOS
     for index, point in enumerate(points):
         for kind, make in ERRORS.items():
             with trouble.noted(f"{kind} from await {index}, of {point}"):
@@ -407,7 +499,7 @@ def test_each_await_may_fail(tmp_path: Path, image: Path, name: str) -> None:
 def test_each_await_may_be_cancelled(tmp_path: Path, image: Path, name: str, late: bool) -> None:
     scenario, trouble = SCENARIOS[name], Trouble()
     points = points_of(tmp_path, image, scenario, may_be_cancelled)
-    assert points
+    assert points or name == "hold"
     for index, point in enumerate(points):
         with trouble.noted(f"a cancellation at await {index}, of {point}"):
             suspensions = Suspensions(
@@ -439,4 +531,52 @@ def test_the_caller_may_leave_at_each_await(
     for index, point in enumerate(points[:MOST]):
         with trouble.noted(f"a client that left at await {index}, of {point}"):
             play(tmp_path, image, scenario, leaving(Suspensions(index, late=late)))
+    trouble.require_none()
+
+
+KEEPING = (
+    *("open", "open a partition", "hold", "hold under systemd"),
+    *("keep for ever", "keep no longer", "lock"),
+)
+"""What cannot be had of a device that is being detached."""
+
+
+def ending(suspensions: Suspensions, *, keeps: bool) -> Fault:
+    @contextmanager
+    def fault(stage: Stage, _script: Script) -> Iterator[None]:
+        device = stage.device
+        assert device
+        suspensions.action = lambda: stage.inside.ending.let_go(device)
+        with suspensions.installed():
+            yield
+        came = len(suspensions.points) > suspensions.index
+        assert not (came and keeps and stage.succeeded), "it was given what keeps a device"
+
+    return fault
+
+
+def may_be_detached(point: str) -> bool:
+    """Not after it was done, while its outcome is looked at."""
+    return may_be_cancelled(point) and not point.startswith("Threads.look:")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, scenario in SCENARIOS.items()
+        # The hold on the device itself would keep it.
+        if scenario.attached is not None and "detach" not in name and "through" not in name
+    ],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "when the wait is over"])
+def test_the_device_may_be_detached_at_each_await(
+    tmp_path: Path, image: Path, name: str, late: bool
+) -> None:
+    scenario, trouble = SCENARIOS[name], Trouble()
+    points = points_of(tmp_path, image, scenario, may_be_detached)
+    for index, point in enumerate(points[:MOST]):
+        with trouble.noted(f"a device that ended at await {index}, of {point}"):
+            suspensions = Suspensions(index, late=late, wanted=may_be_detached)
+            play(tmp_path, image, scenario, ending(suspensions, keeps=name in KEEPING))
     trouble.require_none()

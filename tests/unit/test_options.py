@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Options as clients send them: each mistake is named with its key."""
 
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loopd.blockdev import Lock
+from loopd.cli.arguments import parse
 from loopd.codec import Variant
 from loopd.errors import InvalidArgs, LoopError
 from loopd.operations import ResizeOptions
 from loopd.options import (
     Options,
     attach_options,
+    detach_options,
     lock_kind,
     open_options,
     resize_options,
     sector_size,
 )
 from loopd.proposal import AttachOptions
+from tests.harness.area import CHECKOUT
 
 TYPES = {
     "read-only": ("b", True),
@@ -117,14 +125,17 @@ def test_a_reference_may_have_62_bytes() -> None:
     assert attach_options({"reference": Variant("s", "ä" * 31)}).reference == "ä".encode() * 31
 
 
-def test_resize_takes_its_three() -> None:
+def test_resize_takes_its_four() -> None:
     assert resize_options({}) == ResizeOptions()
     given = {
         "offset": Variant("t", 0),
         "size-limit": Variant("t", 512),
         "force": Variant("b", True),
+        "allow-overlap": Variant("b", True),
     }
-    assert resize_options(given) == ResizeOptions(offset=0, size_limit=512, force=True)
+    assert resize_options(given) == ResizeOptions(
+        offset=0, size_limit=512, force=True, allow_overlap=True
+    )
     with pytest.raises(InvalidArgs, match="no such option"):
         resize_options({"lazy": Variant("b", True)})
 
@@ -185,3 +196,49 @@ def test_nothing_but_the_errors_of_ours_comes_of_any_options(given: dict[str, Va
         assert options.offset % 512 == 0
         assert len(options.reference) <= 62
     assert "\n" not in text
+
+
+# Advice in errors
+
+ADVISED: dict[str, dict[str, Callable[[dict[str, Variant]], object]]] = {
+    "lazy": {"Detach": detach_options},
+    "force": {"Resize": resize_options},
+    "allow-overlap": {"Attach": attach_options, "Resize": resize_options},
+}
+"""The options that errors advise to pass, and the methods that raise those errors."""
+COMMANDS = {
+    "Detach": (("detach", "x"),),
+    "Resize": (("resize", "x"),),
+    "Attach": (("attach", "x"), ("hold", "x"), ("run", "x", "--", "true")),
+}
+
+
+def advised(path: Path) -> Iterator[str]:
+    """Return the options that the errors of a module advise to pass."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield from re.findall(r"\bpass ([a-z-]+)", part.value)
+
+
+def test_there_is_no_advice_but_what_is_tested() -> None:
+    modules = (CHECKOUT / "loopd").glob("*.py")
+    assert {option for path in modules for option in advised(path)} == {*ADVISED}
+
+
+@pytest.mark.parametrize(
+    ("option", "method"), [(option, method) for option in ADVISED for method in ADVISED[option]]
+)
+def test_an_option_that_an_error_advises_works_there(option: str, method: str) -> None:
+    ADVISED[option][method]({option: Variant("b", True)})
+    for command, *rest in COMMANDS[method]:
+        assert getattr(parse([command, f"--{option}", *rest]), option.replace("-", "_")) is True
+    interface = ElementTree.parse(CHECKOUT / "dbus" / "org.example.Loop1.xml")
+    described = [
+        note.get("value", "")
+        for member in interface.iter("method")
+        if member.get("name") == method
+        for note in member.iter("annotation")
+    ]
+    assert sum(f"{option} b" in text for text in described) == (1 if method == "Attach" else 2)

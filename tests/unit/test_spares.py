@@ -2,12 +2,26 @@
 """Devices that are kept for the next attach: which, how many, and not for long."""
 
 import asyncio
+import errno
+import itertools
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from loopd import spares as module
-from loopd.access import NOBODY
+from loopd.access import NOBODY, ROOT
+from loopd.config import Config, Limits
 from loopd.spares import Spares
 from loopd.threads import Threads
+from tests.harness.asynchronous import run_async
+from tests.harness.deadline import Deadline
+from tests.harness.images import MIB, make_plain
+from tests.harness.inside import Inside, run_inside, scripted_kernel
+from tests.harness.script import Script
+from tests.harness.scripted import ScriptedKernel
 
 UID = 1000
 
@@ -78,34 +92,144 @@ def test_all_go_when_loopd_does() -> None:
     assert removed(lambda spares: (keep(2, 1)(spares), spares.remove_all())[1]) == [2, 1]
 
 
+def choose(spares: Spares, uid: int, number: int) -> int | None:
+    return spares.numbers(uid).choose(number)
+
+
+def first_new(spares: Spares, uid: int, count: int = 1) -> list[int]:
+    """Return the numbers that are tried first for a new device."""
+    return [*itertools.islice(spares.numbers(uid).new(), count)]
+
+
 def test_none_is_given_to_another_user() -> None:
-    """Who is about to mount one by its name would mount the other's file."""
+    """Numbers of devices: who mounts one by its name would mount the other's file."""
 
     def story(spares: Spares) -> None:
         keep(1, 2, 3, 4, 5)(spares)
         spares.take(6, UID)  # it can be unbound before anybody hears of it
         for number in (1, 5, 6):  # 5 is being removed, and may be offered yet
-            assert spares.choose(UID, number) == number
-            assert spares.choose(UID + 1, number) is None
-        assert spares.choose(UID + 1, 7) == 7
+            assert choose(spares, UID, number) == number
+            assert choose(spares, UID + 1, number) is None
+        assert choose(spares, UID + 1, 7) == 7
         spares.take(3, UID + 1)
         spares.keep(3)
-        assert spares.choose(UID + 1, 1) == 3  # its own
+        assert choose(spares, UID + 1, 1) == 3  # its own
         spares.take(1, UID + 1)
-        assert spares.choose(UID, 1) == 2
+        assert choose(spares, UID, 1) == 2
         spares.take(6, NOBODY)
-        assert spares.choose(UID + 1, 6) == 6
+        assert choose(spares, UID + 1, 6) == 6
 
     assert removed(story) == [5]
 
 
-def test_whose_they_were_is_forgotten_with_them() -> None:
-    kept: list[Spares] = []
+def test_a_new_device_gets_no_number_of_another_user() -> None:
+    """Numbers of devices."""
 
     def story(spares: Spares) -> None:
+        assert first_new(spares, UID) == [-1]
+        spares.take(0, UID)
+        assert first_new(spares, UID + 1) == [-1]  # it is there, so it is not made
+        spares.keep(0)
+        keep(2, 3, 4, 5)(spares)
+        assert first_new(spares, UID + 1, 3) == [1, 6, 7]
+        assert first_new(spares, UID, 3) == [-1, 0, 1]
+        spares.take(6, UID + 1)
+        assert first_new(spares, UID + 1, 2) == [1, 7]
+
+    assert removed(story) == [5]
+
+
+def test_what_was_made_again_in_vain_is_removed() -> None:
+    """LOOP_CTL_GET_FREE makes the lowest number that is not there."""
+
+    async def run() -> list[int]:
+        removals = Removals(5)
+        spares = Spares(removals)
+        keep(3)(spares)
+        spares.remove_all()
+        keep(*range(4, 7))(spares)
+        assert choose(spares, UID + 1, 3) is None
+        await asyncio.wait_for(removals.over.wait(), module._KEPT_FOR + 5)
+        return removals.numbers
+
+    assert asyncio.run(run()) == [3, 6, 5, 4, 3]
+
+
+def test_whose_they_were_is_remembered_beyond_their_removal() -> None:
+    """Numbers of devices."""
+
+    async def run() -> None:
+        removals = Removals(2)
+        spares = Spares(removals)
         keep(1, 2, 3)(spares)
         spares.take(3, UID)
-        kept.append(spares)
+        await asyncio.wait_for(removals.over.wait(), module._KEPT_FOR + 5)
+        assert removals.numbers == [2, 1]
+        assert [choose(spares, UID + 1, number) for number in (1, 2, 3)] == [None, None, None]
+        assert first_new(spares, UID + 1, 2) == [0, 4]
 
-    assert removed(story, later=2) == [2, 1]
-    assert [kept[0].choose(UID + 1, number) for number in (1, 2, 3)] == [1, 2, None]
+    asyncio.run(run())
+
+
+def test_whose_they_were_is_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_FOR", 0.01)
+    monkeypatch.setattr(module, "_REMEMBERED_FOR", 0.02)
+
+    async def run() -> None:
+        spares = Spares(Removals(0))
+        keep(1, 2, 3)(spares)
+        spares.take(3, UID)
+        deadline = Deadline()
+        while spares._timers:
+            assert deadline.remaining
+            await asyncio.sleep(0)
+        assert [choose(spares, UID + 1, number) for number in (1, 2, 3)] == [1, 2, None]
+        assert spares._owners == {3: UID}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 12, 64])
+def test_no_number_goes_to_another_user_by_whatever_way(tmp_path: Path, count: int) -> None:
+    """Numbers of devices, with root's among them."""
+    image = make_plain(tmp_path / "image", MIB)
+    config = Config(limits=Limits(devices_per_user=64))
+
+    async def main(scripted: ScriptedKernel) -> None:
+        inside = Inside(tmp_path, scripted, config=config)
+        left: dict[int, int] = {}
+        """The number of each device that somebody had, by the last one to have it."""
+        for uid in (UID, UID + 1, ROOT, UID, ROOT):
+            caller = inside.caller(uid)
+            devices = [
+                await inside.attach(caller, image, read_only=True, offset=index * 512)
+                for index in range(count)
+            ]
+            for device in devices:
+                assert device.number is not None
+                assert left.get(device.number, uid) == uid
+                left[device.number] = uid
+            for device in devices:
+                await inside.manager.detach(caller, device)
+            await inside.until_none(inside.remains)
+        await inside.end()
+
+    with scripted_kernel() as (scripted, _):
+        run_async(main(scripted))
+
+
+def test_a_number_that_cannot_be_made_is_not_taken_for_one_that_is_there(tmp_path: Path) -> None:
+    image = make_plain(tmp_path / "image", MIB)
+
+    async def story(inside: Inside, script: Script) -> None:
+        caller = inside.caller(ROOT)
+        device = await inside.attach(caller, image, number=5)
+        assert await inside.manager.detach(caller, device)
+        for code in (errno.EPERM, errno.ENOSPC):  # it is there, unbound
+            script.fail("loop_ctl_add", code)
+            with pytest.raises(OSError, match=re.escape(os.strerror(code))) as failure:
+                await inside.attach(caller, image, number=5)
+            assert failure.value.errno == code
+            assert inside.scripted.bound() == []
+
+    run_inside(tmp_path, story)

@@ -31,7 +31,7 @@ _loopctl_options() {
             printf '%s\n' -j --associated -O --output --output-all -n --noheadings --bytes
             ;;
         open) printf '%s\n' -w --read-write --partition ;;
-        resize) printf '%s\n' -o --offset --sizelimit --force ;;
+        resize) printf '%s\n' -o --offset --sizelimit --force --allow-overlap ;;
         set)
             printf '%s\n' --direct-io --loop-ref -b --sector-size --lifetime --autoclear
             ;;

@@ -80,7 +80,7 @@ complete -c loopctl -n "__loopctl_in $files set" -l direct-io=off -d 'Go through
 complete -c loopctl -n "__loopctl_in $files set" -l loop-ref -x -d 'A name for the device'
 complete -c loopctl -n "__loopctl_in $files" -l lock -x -a 'shared exclusive' -d 'Keep udev off'
 complete -c loopctl -n "__loopctl_in $files" -l number -x -d '/dev/loopN and no other'
-complete -c loopctl -n "__loopctl_in $files" -l allow-overlap -d 'Even if another has the same bytes'
+complete -c loopctl -n "__loopctl_in $files resize" -l allow-overlap -d 'Even if another has the same bytes'
 complete -c loopctl -n "__loopctl_in $files" -l in-memory -d 'Attach a copy'
 complete -c loopctl -n '__loopctl_in attach' -l lifetime -x -a 'connection user system' -d 'How long it stays'
 

@@ -71,6 +71,7 @@ _loopctl() {
             ;;
         resize)
             _arguments -s -S $all $range '--force[even while it is in use]' \
+                '--allow-overlap[even if another has the same bytes]' \
                 '1:device:_loopctl_targets'
             ;;
         list)
