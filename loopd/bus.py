@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from .config import Limits
 from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
 from .session import Session
-from .tasks import Tasks
+from .tasks import Tasks, charging
 from .threads import Threads, Work
-from .turns import Account, Turns, metered
+from .turns import Account, Turns
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,8 @@ class Bus:
         if session.account:
             session.account.sessions -= 1
         if session.client:
-            self._client_left(session.client)
+            with charging(session.charge):
+                self._client_left(session.client)
 
     def _session(self, name: str) -> Session:
         session = self._sessions.get(name)
@@ -291,7 +292,8 @@ class Bus:
         self._calls_of_nobody += 1
         session.waiting.append(call)
         if len(session.waiting) == 1:
-            self._tasks.start(self._charged(session.charge, self._identify(session)))
+            with charging(session.charge):
+                self._tasks.start(self._identify(session))
 
     def _admit(self, session: Session, client: Client, account: Account, call: Call) -> None:
         """Have a call served when it is its user's turn, or refuse it."""
@@ -338,13 +340,9 @@ class Bus:
             self._answer_error(header, Failed(_BUG))
             self._end(session, call)
         else:
-            serving = self._serve(session, client, call, method, target, arguments)
-            self._tasks.start(self._charged(session.charge, serving))
+            with charging(session.charge):
+                self._tasks.start(self._serve(session, client, call, method, target, arguments))
         session.charge(time.thread_time() - start)
-
-    @staticmethod
-    async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
-        await metered(work, charge)
 
     def _end(self, session: Session, call: Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
