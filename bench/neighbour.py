@@ -40,7 +40,7 @@ PARTITIONS = 250
 SETTLE = 20
 SUBORDINATE = range(100_000, 100_016)
 """Uids without any right."""
-LAZY = ("nobody", "daemon", "bin", "sys")
+LAZY = ("nobody", "daemon", "bin", "sys", "man")
 INTROSPECT = (f"{BUS}.Introspectable", "Introspect")
 OBJECTS = (OBJECT_MANAGER, "GetManagedObjects")
 
@@ -88,7 +88,7 @@ def under(library: str, attack: Callable[[Stage], None]) -> list[Cell]:
     with ExitStack() as stack:
         udev = stack.enter_context(Udev())
         files = stack.enter_context(area("neighbour"))
-        bus = stack.enter_context(PrivateBus())
+        bus = stack.enter_context(PrivateBus(accounts=SUBORDINATE))
         rules = rules_allowing(rig.ATTACH, users=LAZY)
         stack.enter_context(RealPolkit(bus, rules))
         daemon = stack.enter_context(
@@ -248,7 +248,7 @@ def subordinate(stage: Stage) -> None:
 
 
 def lazy(stage: Stage) -> None:
-    """Four users, each with 64 lazy detaches of devices that stay open."""
+    """Five users, each with 64 lazy detaches of devices that stay open."""
     for user in LAZY:
         stage.stack.enter_context(process(lambda user=user: detach_lazily(stage, user)))
 

@@ -35,6 +35,7 @@ LAYERS = (
         "session",
         "records",
         "spares",
+        "listing",
     ),
     (
         "device",
