@@ -31,7 +31,8 @@ from .proposal import AttachOptions, Proposal, Proposals
 from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
-from .threads import Threads, Work
+from .threads import Threads, Work, remaining
+from .uevents import DISK, PARTITION, Uevents
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Attaching:
         quota: Quota,
         store: FdStore,
         spares: Spares,
+        uevents: Uevents,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -76,6 +78,7 @@ class Attaching:
         self._quota = quota
         self._store = store
         self._spares = spares
+        self._uevents = uevents
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
@@ -118,6 +121,7 @@ class Attaching:
                 attempt.abandoned.set()
                 attempt.task.add_done_callback(self._give_up)
         if not ended:
+            self._uevents.require_no_wait(caller.uid)
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
 
@@ -181,8 +185,12 @@ class Attaching:
             admitted.callback(unclaim)
             admitted.enter_context(fd)
             request = proposal.request
+            deadline = self._loop.time() + self._config.deadlines.operation
             for work in (Work.OPERATION, Work.SCAN)[: 2 if request.partition_scan else 1]:
                 admitted.callback(await self._threads.turn(caller.uid, work, None))
+            if not abandoned.is_set():
+                # In turn, as only then it is known how many events those before it have caused.
+                await self._uevents.take(caller.uid, DISK, remaining(deadline))
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
             # Looking once more whether a close may hang would cost as much as the close.
@@ -206,6 +214,7 @@ class Attaching:
                     self._threads.close_fd(passed.release())
                 passed.close()
                 raise
+            self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)

@@ -25,6 +25,7 @@ from .manager import Manager
 from .registry import Registry
 from .tasks import Tasks
 from .threads import Threads, Work
+from .uevents import PARTITION, Uevents
 
 _T = TypeVar("_T")
 
@@ -53,6 +54,7 @@ class Operations:
         threads: Threads,
         lifetimes: Lifetimes,
         store: FdStore,
+        uevents: Uevents,
     ) -> None:
         self._manager = manager
         self._registry = registry
@@ -61,6 +63,7 @@ class Operations:
         self._threads = threads
         self._lifetimes = lifetimes
         self._store = store
+        self._uevents = uevents
         self._tasks = Tasks()
 
     async def _set(
@@ -71,18 +74,32 @@ class Operations:
         admit: Callable[[ExitStack], None] = lambda _: None,
         *,
         scans: bool = False,
+        events: int = 0,
     ) -> _T:
-        """Do what changes the device, and take up the change."""
+        """Do what changes the device, causing so many `events` at least, and take it up."""
+        caused = 0
 
         def change(loop: loopdev.LoopDevice) -> _T:
+            nonlocal caused
+            before = kernel.loop_partitions(loop.number) if scans else []
             try:
                 return function(loop)
             finally:
                 # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
                 device.sector_size = loopops.sector_size(loop)
+                # As if all were made anew, which is so where the sector size changes.
+                after = kernel.loop_partitions(loop.number) if scans else []
+                caused = PARTITION * max(len(before), len(after))
+
+        def admitted(over: ExitStack) -> None:
+            admit(over)
+            # Before the user's next scan, which waits for that.
+            over.callback(lambda: self._uevents.count(caller.uid, caused))
 
         try:
-            return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)
+            return await self._manager.with_loop(
+                caller, device, change, admit=admitted, scans=scans, events=events
+            )
         finally:
             await self._registry.refresh(device)
             self._registry.changed(device)
@@ -102,6 +119,7 @@ class Operations:
                 force=options.force,
             ),
             admit=partial(self._claim_range, device, options),
+            events=1,
         )
 
     def _claim_range(self, device: Device, options: ResizeOptions, over: ExitStack) -> None:
@@ -137,6 +155,7 @@ class Operations:
             caller,
             device,
             partial(loopops.resize_partition, partition=partition, size=options.size_limit),
+            events=1,
         )
 
     # --- settings -------------------------------------------------------------------------------
@@ -182,12 +201,13 @@ class Operations:
         """Change the logical sector size, in bytes; None means as the partition table says."""
         await self._manager.require(caller, Operation.SET_SECTOR_SIZE, device)
         function = partial(loopops.set_sector_size, size=size)
-        await self._set(caller, device, function, scans=True)
+        await self._set(caller, device, function, scans=True, events=1)
 
     async def rescan_partitions(self, caller: Caller, device: Device) -> int:
         """Bring the partition devices in step with the table; returns how many there are."""
         await self._manager.require(caller, Operation.RESCAN_PARTITIONS, device)
-        return len(await self._set(caller, device, loopops.rescan_partitions, scans=True))
+        rescan = loopops.rescan_partitions
+        return len(await self._set(caller, device, rescan, scans=True, events=1))
 
     # --- the rest -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import pytest
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Call, Caller
+from tests.harness.images import make_gpt
 from tests.harness.polkit import Answer
 from tests.harness.raw import BUS
 from tests.harness.wire import CallError
@@ -367,3 +368,44 @@ def test_the_questions_of_a_client_that_died_do_not_count(new_world: Callable[..
         world.polkit.wait_cancelled(question)
     world.polkit.on(ATTACH, Answer.ALLOW)
     attach(world, staying)
+
+
+# Uevents
+
+EVENTS = """
+from loopd import uevents
+uevents._BURST, uevents._RATE = 30, 1
+"""
+
+
+def test_who_makes_and_removes_partitions_too_often_waits_and_nobody_else_does(
+    new_world: Callable[..., World],
+) -> None:
+    """Within the limits."""
+    world = new_world(config="[deadlines]\noperation = 2\n", prelude=EVENTS)
+    parts = [(2048 + 8 * number, 8) for number in range(40)]
+    image = make_gpt(world.new_path(), parts, owner=USER, mode=0o666)
+    caller, same_user = world.caller(), world.caller()
+    other, root = world.caller(OTHER), world.caller(None)
+    device = caller.attach(image, partition_scan=True)
+    rescan = f"{MANAGER}.Device", "RescanPartitions", "a{sv}", {}
+    for call in (
+        lambda: same_user.attach(image, partition_scan=True, allow_overlap=True),
+        lambda: attach(world, same_user),
+        lambda: caller.call(device.path, *rescan),
+    ):
+        with pytest.raises(CallError, match="TimedOut.*too often for udev"):
+            call()
+    # It is not kept from letting go, nor from what udev does not hear of.
+    caller.manager("ListDevices")
+    caller.detach(device.path)
+    for each in (other, root):
+        attach(world, each)
+    # Its own scans count as well.
+    mine = other.attach(image, partition_scan=True)
+    with pytest.raises(CallError, match="TimedOut.*too often for udev"):
+        other.call(mine.path, *rescan)
+    for _ in range(3):
+        again = root.attach(image, partition_scan=True, allow_overlap=True)
+        root.call(again.path, *rescan)
+        root.detach(again.path)

@@ -49,6 +49,7 @@ LAYERS = (
         "idle",
         "fdstore",
         "cli.agent",
+        "uevents",
     ),
     (
         "budget",
