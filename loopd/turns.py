@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from .access import ROOT
 from .budget import Bucket
@@ -29,6 +30,12 @@ _FLOOD = 1.0
 _MANY = 256
 
 
+class _Waiting(NamedTuple):
+    begin: Callable[[], None]
+    refuse: Callable[[], None] | None
+    """Called instead where the call gives way to another user's; None if it cannot."""
+
+
 class Account:
     """What one user has under way, and how much of our time it has had."""
 
@@ -38,8 +45,10 @@ class Account:
         """Connections that have this account."""
         self.calls = 0
         """Calls under way, begun or not."""
-        self.waiting: deque[Callable[[], None]] = deque()
-        """What begins the calls that are not."""
+        self.waiting: deque[_Waiting] = deque()
+        """Those that are not."""
+        self.proven = uid == ROOT
+        """Whether a call of its has been authorized."""
         self.used = 0.0
         """Seconds, on a scale that leaves out the times when it wanted nothing."""
         self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
@@ -95,14 +104,40 @@ class Turns:
             account = self._accounts[uid] = Account(uid)
         return account
 
-    def add(self, account: Account, begin: Callable[[], None]) -> None:
-        """Have a call begun when it is its user's turn."""
+    def add(
+        self,
+        account: Account,
+        begin: Callable[[], None],
+        refuse: Callable[[], None] | None = None,
+    ) -> None:
+        """Have a call begun when it is its user's turn, unless it gives way before."""
         if not account.waiting:
             # Having wanted nothing for a time gives no claim to all the time since.
             account.used = max(account.used, self._used)
             self._waiting.add(account)
-        account.waiting.append(begin)
+        account.waiting.append(_Waiting(begin, refuse))
         self._wake(0.0)
+
+    def give_way(self, account: Account) -> bool:
+        """Refuse the latest waiting call of the user with most of them, if those are more.
+
+        Returns whether there was one.
+        """
+        most = sorted(self._waiting, key=lambda each: each.calls, reverse=True)
+        for other in most:
+            if other.uid == ROOT or other.calls <= account.calls:
+                continue
+            for call in reversed(other.waiting):
+                if call.refuse:
+                    self._remove(other, call)
+                    call.refuse()
+                    return True
+        return False
+
+    def _remove(self, account: Account, call: _Waiting) -> None:
+        account.waiting.remove(call)
+        if not account.waiting:
+            self._waiting.remove(account)
 
     def _wake(self, wait: float) -> None:
         if self._next and not wait:
@@ -116,15 +151,16 @@ class Turns:
 
     def _turn(self) -> None:
         self._next = None
+        if not self._waiting:
+            return  # the last one has given way
         waits = {account: account.wait() for account in self._waiting}
         account = min(waits, key=lambda each: (waits[each], each.used))
         if waits[account]:
             self._wake(waits[account])
             return
         self._used = account.used
-        begin = account.waiting.popleft()
-        if not account.waiting:
-            self._waiting.remove(account)
+        call = account.waiting[0]
+        self._remove(account, call)
         if self._waiting:
             self._wake(0.0)
-        begin()
+        call.begin()
