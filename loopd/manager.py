@@ -167,8 +167,9 @@ class Manager:
         """Run a function on the device in a thread, whatever becomes of the device meanwhile.
 
         One that is to be `alone` waits for the others that are; one that `scans` partitions, for
-        the user's other scans; one that causes `events`, until the caller may. `admit` is called just before, and may raise, or say what is to be
-        done when all is over; `late` gets what comes when nobody waits for it any more.
+        the user's other scans; one that causes `events`, until the caller may. `admit` is called
+        just before, and may raise, or say what is to be done when all is over; `late` gets what
+        comes when nobody waits for it any more.
         Raises TimedOut, NoSuchDevice, AccessDenied.
         """
         deadline = asyncio.get_running_loop().time() + self._config.deadlines.operation

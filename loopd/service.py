@@ -305,9 +305,7 @@ class Service:
     async def _introspect(self, caller: Caller, target: Target) -> _Answer:
         children = _ANCESTORS.get(target.path, [])
         if target.path == _DEVICES:
-            children = [
-                device.label for device in self._registry.seen_by(caller.uid)
-            ]
+            children = [device.label for device in self._registry.seen_by(caller.uid)]
         return (self._introspection.node(self._interfaces(target), children),)
 
     async def _ping(self, caller: Caller, target: Target) -> _Answer:

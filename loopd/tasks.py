@@ -67,9 +67,7 @@ async def _charged(work: Coroutine[Any, Any, _T], charge: Charge) -> _T:
 
 
 @types.coroutine
-def metered(
-    work: Coroutine[Any, Any, _T], charge: Charge
-) -> Generator[Any, Any, _T]:
+def metered(work: Coroutine[Any, Any, _T], charge: Charge) -> Generator[Any, Any, _T]:
     """Await a coroutine, and charge the processor time of its steps on the event loop."""
     step: Callable[[Any], Any] = work.send
     value: Any = None

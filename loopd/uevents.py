@@ -35,7 +35,7 @@ class Uevents:
         bucket = self._bucket(uid)
         try:
             async with asyncio.timeout(timeout):
-                while wait := bucket.wait():
+                while wait := bucket.wait():  # noqa: ASYNC110  for time to pass, not for others
                     await asyncio.sleep(wait)
         except TimeoutError as exc:
             raise self._timed_out(bucket) from exc

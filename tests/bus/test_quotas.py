@@ -439,7 +439,7 @@ def test_who_makes_and_removes_partitions_too_often_waits_and_nobody_else_does(
         lambda: attach(world, same_user),
         lambda: caller.call(device.path, *rescan),
     ):
-        with pytest.raises(CallError, match="TimedOut.*too often for udev"):
+        with pytest.raises(CallError, match=r"TimedOut.*too often for udev"):
             call()
     # It is not kept from letting go, nor from what udev does not hear of.
     caller.manager("ListDevices")
@@ -448,7 +448,7 @@ def test_who_makes_and_removes_partitions_too_often_waits_and_nobody_else_does(
         attach(world, each)
     # Its own scans count as well.
     mine = other.attach(image, partition_scan=True)
-    with pytest.raises(CallError, match="TimedOut.*too often for udev"):
+    with pytest.raises(CallError, match=r"TimedOut.*too often for udev"):
         other.call(mine.path, *rescan)
     for _ in range(3):
         again = root.attach(image, partition_scan=True, allow_overlap=True)

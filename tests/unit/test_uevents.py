@@ -82,7 +82,7 @@ def test_who_has_waited_for_as_long_as_there_is_is_told_for_how_long_more() -> N
         allowed = Uevents()
         allowed.require_no_wait(USER)
         allowed.count(USER, 1500)
-        with pytest.raises(TimedOut, match="try again in 1[01] s"):
+        with pytest.raises(TimedOut, match=r"try again in 1[01] s"):
             await allowed.take(USER, DISK, 0.001)
         with pytest.raises(TimedOut, match="too often for udev"):
             allowed.require_no_wait(USER)
