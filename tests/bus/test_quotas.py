@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness import loops
+from tests.harness import broker, loops
 from tests.harness.area import area
+from tests.harness.broker import PrivateBroker
+from tests.harness.bus import PrivateBus
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Call, Caller
 from tests.harness.images import make_gpt
 from tests.harness.polkit import Answer
@@ -279,11 +281,14 @@ def test_a_user_has_so_many_calls_under_way_by_all_connections(
     assert set(map(ended, calls[12:])) == {f"{BUS}.Error.AccessDenied"}
 
 
+@pytest.mark.parametrize("bus_type", [PrivateBus, PrivateBroker])
 def test_users_who_have_all_calls_they_get_leave_some_to_the_next_and_to_root(
-    new_world: Callable[..., World],
+    new_world: Callable[..., World], bus_type: type[PrivateBus]
 ) -> None:
     """Limits in all, Transport rule 6 (handlers)."""
-    world = new_world(config=CALLS)
+    if bus_type is PrivateBroker and not broker.installed():
+        pytest.skip("dbus-broker is not installed")
+    world = new_world(config=CALLS, bus_type=bus_type)
     user, same_user, other, root = map(world.caller, (USER, USER, OTHER, None))
     for caller in (user, other):
         prove(world, caller)
