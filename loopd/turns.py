@@ -24,6 +24,8 @@ _FLOOD_SHARE = 0.1
 _FLOOD_BURST = 0.05
 # How much of our time is worth waking up for, in seconds.
 _STEP = 0.005
+# How long calls are begun before what comes in is read, in seconds.
+_TURN = 0.005
 # How long a user counts as flooding after the last call that was too many, in seconds.
 _FLOOD = 1.0
 # Users to remember before those who do nothing are looked for.
@@ -85,7 +87,7 @@ class Account:
 
 
 class Turns:
-    """Begins the calls, one in each turn of the event loop: what comes in is read in between."""
+    """Begins the calls, one of a user in each turn of the event loop, which reads in between."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -152,15 +154,19 @@ class Turns:
     def _turn(self) -> None:
         self._next = None
         if not self._waiting:
-            return  # the last one has given way
-        waits = {account: account.wait() for account in self._waiting}
-        account = min(waits, key=lambda each: (waits[each], each.used))
-        if waits[account]:
-            self._wake(waits[account])
             return
-        self._used = account.used
-        call = account.waiting[0]
-        self._remove(account, call)
-        if self._waiting:
-            self._wake(0.0)
-        call.begin()
+        waits = {account: account.wait() for account in self._waiting}
+        if wait := min(waits.values()):
+            self._wake(wait)
+            return
+        ready = sorted((each for each in waits if not waits[each]), key=lambda each: each.used)
+        self._wake(0.0)
+        self._used = ready[0].used
+        end = time.monotonic() + _TURN
+        for account in ready:
+            # Who has used more waits for the others, and what comes in waits for all of this.
+            if account.used > self._used + _STEP or time.monotonic() > end:
+                break
+            call = account.waiting[0]
+            self._remove(account, call)
+            call.begin()

@@ -143,6 +143,40 @@ def test_calls_of_one_user_begin_in_their_order_one_in_a_turn() -> None:
     story(body)
 
 
+def test_of_many_users_each_has_a_call_begun_in_a_turn() -> None:
+    """Within the limits: the event loop reads in between, for up to 5 ms, and they would add up."""
+
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        for uid in range(1000, 1017):
+            account = queue.account(uid)
+            for _ in range(3):
+                queue.add(account, lambda uid=uid: begun.append(uid))
+        await asyncio.sleep(0)
+        assert sorted(begun) == [*range(1000, 1017)]
+        await settle(begun, 51)
+
+    with mock.patch.object(turns, "_TURN", 60.0):
+        story(body)
+
+
+def test_calls_are_begun_for_a_while_only_before_what_comes_in_is_read(clock: Clock) -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+
+        def begin(uid: int) -> None:
+            begun.append(uid)
+            clock.now += turns._TURN * 0.6
+
+        for uid in range(1000, 1017):
+            queue.add(queue.account(uid), lambda uid=uid: begin(uid))
+        await asyncio.sleep(0)
+        assert len(begun) == 2
+        await settle(begun, 17)
+
+    story(body)
+
+
 def test_who_comes_late_is_before_all_that_another_user_has_waiting() -> None:
     async def body(queue: Turns) -> None:
         begun: list[int] = []
