@@ -6,13 +6,15 @@ Of a device that only its owner sees, only the owner's connections hear.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
-from . import __version__
+from . import __version__, codec
 from .codec import Variant
 from .config import Limits
 from .device import Device
+from .listing import Listing
 from .registry import Registry
 
 NAME = "org.example.Loop1"
@@ -64,6 +66,12 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "AttachedAt": ("t", lambda device: device.attached_at),
 }
 
+OBJECTS = "a{oa{sa{sv}}}"
+"""What GetManagedObjects answers."""
+ROWS = "a(ostayus)"
+"""What ListDevices answers: the path, and these properties."""
+_ROW = ("Node", "Diskseq", "BackingFile", "Owner", "Lifetime")
+
 NO_NUMBER = 0xFFFFFFFF
 """The loop number of a block device that needed no loop device."""
 
@@ -94,6 +102,8 @@ class Announcer:
         self._loop = asyncio.get_running_loop()
         self._told: dict[str, Properties] = {}
         self._changed: dict[str, Device | None] = {}
+        self._objects = Listing(OBJECTS, lambda path: {path: {DEVICE: self._told[path]}})
+        self._rows = Listing(ROWS, self._row)
 
     def start(self) -> None:
         """Begin with the manager as it is now."""
@@ -113,9 +123,35 @@ class Announcer:
             "MaxDevicesPerUser": Variant("u", self._limits.devices_per_user),
         }
 
+    async def objects(self, uid: int) -> codec.Array:
+        """All devices that a user sees, with the properties that were told last."""
+        return await self._objects.of(partial(self._paths, uid))
+
+    async def rows(self, uid: int) -> codec.Array:
+        """The same, with what ListDevices tells."""
+        return await self._rows.of(partial(self._paths, uid))
+
+    def _paths(self, uid: int) -> Iterator[str]:
+        self.flush()  # who asks hears of changes before the answer that has them
+        return (each.path for each in self._registry.seen_by(uid) if each.path in self._told)
+
+    def _row(self, path: str) -> list[list[Any]]:
+        told = self._told[path]
+        return [[path, *(told[name].value for name in _ROW)]]
+
+    def _keep(self, path: str, told: Properties) -> None:
+        self._forget(path)
+        self._told[path] = told
+
+    def _forget(self, path: str) -> None:
+        self._told.pop(path, None)
+        self._objects.forget(path)
+        self._rows.forget(path)
+
     def added(self, device: Device) -> None:
         """Tell of a new device."""
-        told = self._told[device.path] = self.properties_of(device)
+        told = self.properties_of(device)
+        self._keep(device.path, told)
         body = [device.path, {DEVICE: told}]
         self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
         self._note(None)
@@ -128,7 +164,7 @@ class Announcer:
         """Tell that a device is gone."""
         if device.path in self._changed:  # its last changes come before its end
             self._tell(device.path, self._changed.pop(device.path))
-        self._told.pop(device.path, None)
+        self._forget(device.path)
         body = [device.path, [DEVICE]]
         self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", body)
         self._note(None)
@@ -148,9 +184,10 @@ class Announcer:
         before = self._told.get(path)
         if before is None:
             return
-        now = self._told[path] = self.properties_of(device)
+        now = self.properties_of(device)
         different = {name: value for name, value in now.items() if value != before[name]}
         if different:
+            self._keep(path, now)
             body = [DEVICE if device else MANAGER, different, []]
             self._emit_for(device, path, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
 

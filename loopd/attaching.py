@@ -32,6 +32,7 @@ from .registry import Registry
 from .spares import Spares
 from .tasks import Tasks
 from .threads import Threads, Work, remaining
+from .uevents import DISK, PARTITION, Uevents
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Attaching:
         quota: Quota,
         store: FdStore,
         spares: Spares,
+        uevents: Uevents,
         let_go: Callable[[Device], None],
     ) -> None:
         self._config = config
@@ -76,6 +78,7 @@ class Attaching:
         self._quota = quota
         self._store = store
         self._spares = spares
+        self._uevents = uevents
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
@@ -120,6 +123,7 @@ class Attaching:
                 attempt.abandoned.set()
                 attempt.task.add_done_callback(self._give_up)
         if not ended:
+            self._uevents.require_no_wait(caller.uid)
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
 
@@ -194,6 +198,9 @@ class Attaching:
             for work in (Work.OPERATION, Work.SCAN)[: 2 if request.partition_scan else 1]:
                 turn = await self._threads.turn(caller.uid, work, remaining(deadline))
                 admitted.callback(turn)
+            if not abandoned.is_set():
+                # In turn, as only then it is known how many events those before it have caused.
+                await self._uevents.take(caller.uid, DISK, remaining(deadline))
             if abandoned.is_set() or caller.client.gone:
                 raise Failed("the attach was given up")
             # Looking once more whether a close may hang would cost as much as the close.
@@ -218,6 +225,7 @@ class Attaching:
                     self._threads.close_fd(passed.release())
                 passed.close()
                 raise
+            self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)

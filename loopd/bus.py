@@ -11,20 +11,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
-from .call import Call, Method, note_end
+from .call import Authorization, Call, Method, note_end
 from .config import Limits
 from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
 from .fd import OwnedFd
+from .leases import share
 from .session import Session
-from .tasks import Tasks
+from .tasks import Tasks, charging
 from .threads import Threads, Work
-from .turns import Account, Turns, metered
+from .turns import Account, Turns
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,8 @@ class Bus:
         if session.account:
             session.account.sessions -= 1
         if session.client:
-            self._client_left(session.client)
+            with charging(session.charge):
+                self._client_left(session.client)
 
     def _session(self, name: str) -> Session:
         session = self._sessions.get(name)
@@ -252,7 +254,8 @@ class Bus:
             raise LimitsExceeded(
                 f"{session.calls} calls of this connection are under way: wait for their answers"
             )
-        if self._calls_of_nobody >= self._limits.calls and not session.client:
+        # Of each stranger one call is taken: it may be root's.
+        if self._calls_of_nobody >= self._limits.calls and session.waiting:
             raise LimitsExceeded(_TOO_MANY)
 
     def _refuse(self, session: Session, header: frame.Header, error: LimitsExceeded) -> None:
@@ -291,19 +294,36 @@ class Bus:
         self._calls_of_nobody += 1
         session.waiting.append(call)
         if len(session.waiting) == 1:
-            self._tasks.start(self._charged(session.charge, self._identify(session)))
+            with charging(session.charge):
+                self._tasks.start(self._identify(session))
 
     def _admit(self, session: Session, client: Client, account: Account, call: Call) -> None:
         """Have a call served when it is its user's turn, or refuse it."""
         account.calls += 1
-        if self._calls > self._limits.calls:
-            error = LimitsExceeded(_TOO_MANY)
-        elif client.uid != ROOT and account.calls > self._limits.calls_per_user:
-            error = LimitsExceeded("too many calls of this user are under way: try again later")
+        try:
+            self._require_place(client.uid, account)
+        except LimitsExceeded as exc:
+            self._refuse(session, call.header, exc)
+            self._end(session, call)
         else:
-            self._turns.add(account, partial(self._begin, session, client, call))
-            return
-        self._refuse(session, call.header, error)
+            begin = partial(self._begin, session, client, call)
+            self._turns.add(account, begin, partial(self._give_way, session, call))
+
+    def _require_place(self, uid: int, account: Account) -> None:
+        """Raise LimitsExceeded if a user, this call included, has too many, and no other more."""
+        limits = self._limits
+        most = limits.calls_per_user if account.proven else limits.calls_per_connection
+        if uid != ROOT and account.calls > min(most, limits.calls_per_user):
+            raise LimitsExceeded("too many calls of this user are under way: try again later")
+        root = self._turns.account(ROOT).calls
+        others = self._calls - account.calls - (root if uid != ROOT else 0)
+        places = share(uid, of_root=root, of_others=others, in_all=limits.calls)
+        if account.calls > places and not self._turns.give_way(account):
+            raise LimitsExceeded(_TOO_MANY)
+
+    def _give_way(self, session: Session, call: Call) -> None:
+        """Refuse a call that waits, in favour of a user who has fewer."""
+        self._answer_error(call.header, LimitsExceeded(_TOO_MANY))
         self._end(session, call)
 
     def _close_fd(self, session: Session, fd: int) -> None:
@@ -338,13 +358,9 @@ class Bus:
             self._answer_error(header, Failed(_BUG))
             self._end(session, call)
         else:
-            serving = self._serve(session, client, call, method, target, arguments)
-            self._tasks.start(self._charged(session.charge, serving))
+            with charging(session.charge):
+                self._tasks.start(self._serve(session, client, call, method, target, arguments))
         session.charge(time.thread_time() - start)
-
-    @staticmethod
-    async def _charged(charge: Callable[[float], None], work: Coroutine[Any, Any, None]) -> None:
-        await metered(work, charge)
 
     def _end(self, session: Session, call: Call) -> None:
         """Close what came with a call and nobody has taken, and count it no more."""
@@ -371,6 +387,8 @@ class Bus:
         caller = Caller(client, bool(header.flags & frame.ALLOW_INTERACTIVE_AUTHORIZATION))
         try:
             result = await method.handler(caller, target, *arguments)
+            if session.account and method.authorization is Authorization.MANAGER:
+                session.account.proven = True
             note_end(caller, method, "done")
             await self._answer(header, client, method, result)
         except LoopError as exc:

@@ -9,6 +9,7 @@ An `h` in a body is the index of a passed fd, in both directions.
 import io
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .frame import read_header
@@ -47,10 +48,12 @@ except ImportError:
 __all__ = [
     "LIBRARY",
     "MAX_MESSAGE",
+    "Array",
     "MalformedMessage",
     "Message",
     "MessageType",
     "Variant",
+    "element",
     "parse",
     "serialize",
 ]
@@ -99,9 +102,48 @@ def argument_types(signature: str) -> list[str]:
     return [argument.signature for argument in _signature_tree(signature).types]
 
 
+@dataclass(frozen=True, slots=True)
+class Array:
+    """A body that is one array of structs or dict entries, each marshalled by `element` before."""
+
+    signature: str
+    elements: Sequence[bytes]
+
+    @property
+    def empty(self) -> list[Any] | dict[Any, Any]:
+        """The same without elements, as the libraries take it."""
+        return {} if self.signature.startswith("a{") else []
+
+    def marshalled(self) -> bytes:
+        """The body. Elements begin at a multiple of 8, and nothing comes after the last one."""
+        *others, last = self.elements or [b""]
+        data = b"".join([*(each + bytes(-len(each) % 8) for each in others), last])
+        return struct.pack("<I4x", len(data)) + data
+
+
+# What an array of structs or dict entries begins with: its length, and up to a multiple of 8.
+_ARRAY_HEAD = 8
+
+
+def element(signature: str, array: list[Any] | dict[Any, Any]) -> bytes:
+    """Marshal the only element of an array of structs or dict entries."""
+    message = serialize(method_return(":1.0", 1, signature, [array], serial=1))
+    (size,) = struct.unpack_from("<I", message, 4)
+    return message[len(message) - size + _ARRAY_HEAD :]
+
+
 def serialize(message: Message) -> bytes:
-    """Write one whole message, its fds counted in the header."""
-    return bytes(message._marshall(True))
+    """Write one whole message, its fds counted in the header; both libraries do it little-endian.
+
+    The body may be an Array.
+    """
+    if not (message.body and isinstance(array := message.body[0], Array)):
+        return bytes(message._marshall(True))
+    message.body = [array.empty]
+    header = bytearray(message._marshall(True)[:-_ARRAY_HEAD])
+    body = array.marshalled()
+    struct.pack_into("<I", header, 4, len(body))
+    return bytes(header) + body
 
 
 def method_call(

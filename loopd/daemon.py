@@ -45,6 +45,7 @@ from .restoring import Restoring
 from .service import Service
 from .spares import Spares
 from .threads import Threads
+from .uevents import Uevents
 
 log = logging.getLogger(__name__)
 
@@ -244,9 +245,10 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
     spares = Spares(threads)
     ending = Ending(threads, registry, records, lifetimes, locks, spares)
-    manager = Manager(config, threads, authority, registry, lifetimes, locks, ending)
+    uevents = Uevents()
+    manager = Manager(config, threads, authority, registry, lifetimes, locks, ending, uevents)
     claims = Claims()
-    operations = Operations(manager, registry, locks, claims, threads, lifetimes, store)
+    operations = Operations(manager, registry, locks, claims, threads, lifetimes, store, uevents)
     quota = Quota(
         "loop devices",
         per_user=config.limits.devices_per_user,
@@ -265,6 +267,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         quota,
         store,
         spares,
+        uevents,
         let_go=ending.let_go,
     )
     restoring = Restoring(

@@ -20,18 +20,24 @@ _DOCTYPE = (
 
 
 class Introspection:
-    """The interfaces by name, read when first asked for."""
+    """The interfaces by name, read when first asked for, and the texts of those of an object."""
 
     def __init__(self) -> None:
         self._interfaces: dict[str, str] = {}
+        self._texts: dict[tuple[str, ...], str] = {}
 
-    def node(self, interfaces: Iterable[str], children: Iterable[str]) -> str:
+    def node(self, interfaces: tuple[str, ...], children: Iterable[str]) -> str:
         """The XML of an object with these interfaces and these child nodes."""
+        nodes = "".join([f'  <node name="{child}"/>\n' for child in children])
+        return f"{self._text(interfaces)}{nodes}</node>\n"
+
+    def _text(self, interfaces: tuple[str, ...]) -> str:
         if not self._interfaces:
             self._interfaces = {found[1]: found[0] for found in _INTERFACE.finditer(description())}
-        lines = [self._interfaces[name] for name in interfaces]
-        lines += [f'  <node name="{child}"/>' for child in children]
-        return _DOCTYPE + "<node>\n" + "\n".join(lines) + "\n</node>\n"
+        if interfaces not in self._texts:
+            text = "".join(f"{self._interfaces[name]}\n" for name in interfaces)
+            self._texts[interfaces] = f"{_DOCTYPE}<node>\n{text}"
+        return self._texts[interfaces]
 
 
 def description() -> str:

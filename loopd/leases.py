@@ -17,6 +17,10 @@ from typing import Self
 from .access import ROOT
 from .errors import LimitsExceeded
 
+# Of all places one in so many is root's alone; of the others, up to a few, a user leaves none free.
+_RESERVED = 8
+_FEW = 4
+
 LIFETIMES = CONNECTION, USER, SYSTEM = "connection", "user", "system"
 
 
@@ -69,8 +73,20 @@ class Place:
         self.free()
 
 
+def share(uid: int, *, of_root: int, of_others: int, in_all: int) -> int:
+    """How many of all places a user may have: half of those that others have left, at most.
+
+    So users who take all that they get leave something to the next one, who has nothing yet. Root
+    is not bound by that, and some places are for root alone.
+    """
+    if uid == ROOT:
+        return in_all - of_others
+    left = in_all - max(of_root, in_all // _RESERVED) - of_others
+    return max(left // 2, min(left, _FEW))
+
+
 class Quota:
-    """Places, so many per uid and so many in all; root is bound by the latter only."""
+    """Places, so many per uid and so many in all, see `share`; root is bound by the latter only."""
 
     def __init__(self, what: str, *, per_user: int, in_all: int, hint: str) -> None:
         """`what` they are for, and a `hint` how a user gets one back, are for the errors."""
@@ -95,9 +111,12 @@ class Quota:
                 f"this user has {self.per_user} {self._what} already, which is the limit: "
                 f"{self._hint}"
             )
-        if self.taken >= self.in_all:
+        own, root = self._taken[uid], self._taken[ROOT]
+        others = self.taken - own - (root if uid != ROOT else 0)
+        if own >= share(uid, of_root=root, of_others=others, in_all=self.in_all):
             raise LimitsExceeded(
-                f"there are {self.in_all} {self._what} in use, which is the limit: try again later"
+                f"there are {self.taken} {self._what} in use, of at most {self.in_all}, and the "
+                "rest is kept for others: try again later"
             )
         return self.take_back(uid)
 

@@ -37,6 +37,7 @@ from .polkit import Authority
 from .registry import Registry
 from .tasks import Tasks
 from .threads import Threads, Work, remaining
+from .uevents import Uevents
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Manager:
         lifetimes: Lifetimes,
         locks: Locks,
         ending: Ending,
+        uevents: Uevents,
     ) -> None:
         self._config = config
         self._threads = threads
@@ -69,6 +71,7 @@ class Manager:
         self._lifetimes = lifetimes
         self._locks = locks
         self._ending = ending
+        self._uevents = uevents
         self._tasks = Tasks()
 
     # --- finding --------------------------------------------------------------------------------
@@ -173,12 +176,14 @@ class Manager:
         *,
         alone: bool = True,
         scans: bool = False,
+        events: int = 0,
     ) -> _T:
         """Run a function on the device in a thread, whatever becomes of the device meanwhile.
 
         One that is to be `alone` waits for the others that are; one that `scans` partitions, for
-        the user's other scans. `admit` is called just before, and may raise, or say what is to be
-        done when all is over; `late` gets what comes when nobody waits for it any more.
+        the user's other scans; one that causes `events`, until the caller may. `admit` is called
+        just before, and may raise, or say what is to be done when all is over; `late` gets what
+        comes when nobody waits for it any more.
         Raises TimedOut, NoSuchDevice, AccessDenied.
         """
         deadline = asyncio.get_running_loop().time() + self._config.deadlines.operation
@@ -187,6 +192,8 @@ class Manager:
             # Whoever has an fd of a device can put a file behind it that hangs.
             for work in (Work.OPERATION, Work.SCAN) if scans else (Work.OPERATION,):
                 failed.callback(await self._threads.turn(uid, work, remaining(deadline)))
+            if events:
+                await self._uevents.take(caller.uid, events, remaining(deadline))
             if alone:
                 await self._take(device, remaining(deadline))
                 failed.callback(device.operating.release)

@@ -25,6 +25,7 @@ from .manager import Manager
 from .registry import Registry
 from .tasks import Tasks
 from .threads import Threads, Work
+from .uevents import PARTITION, Uevents
 
 _T = TypeVar("_T")
 
@@ -54,6 +55,7 @@ class Operations:
         threads: Threads,
         lifetimes: Lifetimes,
         store: FdStore,
+        uevents: Uevents,
     ) -> None:
         self._manager = manager
         self._registry = registry
@@ -62,6 +64,7 @@ class Operations:
         self._threads = threads
         self._lifetimes = lifetimes
         self._store = store
+        self._uevents = uevents
         self._tasks = Tasks()
 
     async def _set(
@@ -73,10 +76,13 @@ class Operations:
         note: Callable[[_T], None] = lambda _: None,
         *,
         scans: bool = False,
+        events: int = 0,
     ) -> _T:
         """Change the device as `_change` does, and tell of the change."""
         try:
-            return await self._change(caller, device, function, admit, note, scans=scans)
+            return await self._change(
+                caller, device, function, admit, note, scans=scans, events=events
+            )
         finally:
             await self._registry.refresh(device)
             self._registry.changed(device)
@@ -90,17 +96,21 @@ class Operations:
         note: Callable[[_T], None] = lambda _: None,
         *,
         scans: bool = False,
+        events: int = 0,
     ) -> _T:
         """Change the device in a thread, and pass the result to `note` on the event loop.
 
         That comes before the next operation on the device, also after a time-out: of two changes
-        the later one stays.
+        the later one stays. The caller waits until it may cause so many uevents; those of
+        partitions are counted afterwards.
         """
         results: list[_T] = []
         sector_sizes: list[int] = []
+        partitions: list[int] = []
         waiting = True
 
         def change(loop: loopdev.LoopDevice) -> _T:
+            before = kernel.loop_partitions(loop.number) if scans else []
             try:
                 result = function(loop)
                 results.append(result)
@@ -108,8 +118,12 @@ class Operations:
             finally:
                 # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
                 sector_sizes.append(loopops.sector_size(loop))
+                # As if all were made anew, which is so where the sector size changes.
+                after = kernel.loop_partitions(loop.number) if scans else []
+                partitions.append(max(len(before), len(after)))
 
         def take_up() -> None:
+            self._uevents.count(caller.uid, PARTITION * sum(partitions))
             for size in sector_sizes:
                 device.sector_size = size
             for result in results:
@@ -123,7 +137,7 @@ class Operations:
 
         try:
             return await self._manager.with_loop(
-                caller, device, change, admit=admit_change, scans=scans
+                caller, device, change, admit=admit_change, scans=scans, events=events
             )
         finally:
             waiting = False
@@ -143,6 +157,7 @@ class Operations:
                 force=options.force,
             ),
             admit=partial(self._claim_range, device, options),
+            events=1,
         )
 
     def _claim_range(self, device: Device, options: ResizeOptions, over: ExitStack) -> None:
@@ -186,6 +201,7 @@ class Operations:
             caller,
             device,
             partial(loopops.resize_partition, partition=partition, size=options.size_limit),
+            events=1,
         )
 
     # --- settings -------------------------------------------------------------------------------
@@ -223,12 +239,13 @@ class Operations:
         """Change the logical sector size, in bytes; None means as the partition table says."""
         await self._manager.require(caller, Operation.SET_SECTOR_SIZE, device)
         function = partial(loopops.set_sector_size, size=size)
-        await self._set(caller, device, function, scans=True)
+        await self._set(caller, device, function, scans=True, events=1)
 
     async def rescan_partitions(self, caller: Caller, device: Device) -> int:
         """Bring the partition devices in step with the table; returns how many there are."""
         await self._manager.require(caller, Operation.RESCAN_PARTITIONS, device)
-        return len(await self._set(caller, device, loopops.rescan_partitions, scans=True))
+        rescan = loopops.rescan_partitions
+        return len(await self._set(caller, device, rescan, scans=True, events=1))
 
     # --- the rest -------------------------------------------------------------------------------
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What we send, until the bus has taken it: in its order, and so much at most."""
+"""What we send, until the bus has taken it: so much at most, and little does not wait for much.
+
+What goes to one destination stays in its order, and so does all that is sent before and after
+something for everyone: a signal comes before the answers that follow it.
+"""
 
 import asyncio
 import itertools
@@ -26,6 +30,8 @@ class _Outgoing:
     fds: Sequence[int]
     destination: str
     written: asyncio.Future[None]
+    place: int
+    """Lower numbers go first: where its destination would be if all got as many bytes."""
 
 
 class Outbox:
@@ -37,6 +43,10 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Outgoing] = deque()
         self._queued: Counter[str] = Counter()
+        self._places: dict[str, int] = {}
+        """The place of the last message for each destination that waits."""
+        self._place = 0
+        """That of the last one sent."""
         self._waits = False
         """Whether the socket was full."""
 
@@ -55,7 +65,9 @@ class Outbox:
             log.warning("the bus is slow: dropped a message for %s", destination or "everyone")
             written.cancel()
             return written
-        self._queue.append(_Outgoing(data, fds, destination, written))
+        place = max(self._places.get(destination, 0), self._place) + len(data)
+        self._insert(_Outgoing(data, fds, destination, written, place))
+        self._places[destination] = place
         self._queued[destination] += len(data)
         if self._waits:
             pass  # for the socket, which is full
@@ -95,7 +107,24 @@ class Outbox:
                     self._queued[filler] -= len(outgoing.data)
                 else:
                     self._queue.append(outgoing)
+            self._forget(filler)
         return True
+
+    def _forget(self, destination: str) -> None:
+        if not self._queued[destination]:
+            del self._queued[destination]
+            self._places.pop(destination, None)
+
+    def _insert(self, outgoing: _Outgoing) -> None:
+        """Put a message before those of destinations that get more."""
+        at = len(self._queue)
+        while at > 1:  # the first may be half written
+            before = self._queue[at - 1]
+            for_everyone = not (before.destination and outgoing.destination)
+            if for_everyone or before.place <= outgoing.place:
+                break
+            at -= 1
+        self._queue.insert(at, outgoing)
 
     def _writable(self) -> None:
         try:
@@ -138,7 +167,7 @@ class Outbox:
             self._queued[first.destination] -= part
             if not first.data:
                 self._queue.popleft()
-                if not self._queued[first.destination]:
-                    del self._queued[first.destination]
+                self._place = max(self._place, first.place)
+                self._forget(first.destination)
                 if not first.written.done():
                     first.written.set_result(None)

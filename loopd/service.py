@@ -16,9 +16,11 @@ from .announcer import (
     INTROSPECTABLE,
     MANAGER,
     OBJECT_MANAGER,
+    OBJECTS,
     PATH,
     PEER,
     PROPERTIES,
+    ROWS,
     Announcer,
     Properties,
 )
@@ -132,7 +134,7 @@ class Service:
         method(MANAGER, "Resize", "ha{sv}", "t", manager, self._resize_by_fd)
         method(MANAGER, "GetDevice", "h", "o", free, self._get_device)
         method(MANAGER, "GetDeviceByNode", "s", "o", free, self._get_device_by_node)
-        method(MANAGER, "ListDevices", "", "a(ostayus)", free, self._list_devices)
+        method(MANAGER, "ListDevices", "", ROWS, free, self._list_devices)
         method(DEVICE, "Detach", "a{sv}", "b", manager, self._detach)
         method(DEVICE, "Resize", "a{sv}", "t", manager, self._resize)
         method(DEVICE, "Open", "sa{sv}", "h", manager, self._open)
@@ -145,7 +147,7 @@ class Service:
         method(DEVICE, "Lock", "sa{sv}", "", manager, self._lock)
         method(DEVICE, "Sync", "a{sv}", "", manager, self._sync)
         method(DEVICE, "RescanPartitions", "a{sv}", "u", manager, self._rescan_partitions)
-        method(OBJECT_MANAGER, "GetManagedObjects", "", "a{oa{sa{sv}}}", free, self._objects)
+        method(OBJECT_MANAGER, "GetManagedObjects", "", OBJECTS, free, self._objects)
         method(PROPERTIES, "Get", "ss", "v", free, self._get)
         method(PROPERTIES, "GetAll", "s", "a{sv}", free, self._get_all)
         method(PROPERTIES, "Set", "ssv", "", free, self._set)
@@ -201,18 +203,7 @@ class Service:
         return (self._manager.device_by_node(node).path,)
 
     async def _list_devices(self, caller: Caller, target: Target) -> _Answer:
-        rows = [
-            [
-                device.path,
-                device.node,
-                device.diskseq,
-                device.status.backing_file + b"\0",
-                device.owner,
-                device.lifetime,
-            ]
-            for device in self._registry.seen_by(caller.uid)
-        ]
-        return (rows,)
+        return (await self._announcer.rows(caller.uid),)
 
     # --- org.example.Loop1.Device ---------------------------------------------------------------
 
@@ -294,12 +285,7 @@ class Service:
     # --- the standard interfaces ----------------------------------------------------------------
 
     async def _objects(self, caller: Caller, target: Target) -> _Answer:
-        return (
-            {
-                device.path: {DEVICE: self._announcer.properties_of(device)}
-                for device in self._registry.seen_by(caller.uid)
-            },
-        )
+        return (await self._announcer.objects(caller.uid),)
 
     async def _get(self, caller: Caller, target: Target, interface: str, name: str) -> _Answer:
         value = self._properties_on(target, interface).get(name)
@@ -319,9 +305,7 @@ class Service:
     async def _introspect(self, caller: Caller, target: Target) -> _Answer:
         children = _ANCESTORS.get(target.path, [])
         if target.path == _DEVICES:
-            children = [
-                device.path.rpartition("/")[2] for device in self._registry.seen_by(caller.uid)
-            ]
+            children = [device.label for device in self._registry.seen_by(caller.uid)]
         return (self._introspection.node(self._interfaces(target), children),)
 
     async def _ping(self, caller: Caller, target: Target) -> _Answer:

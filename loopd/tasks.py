@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Background tasks that are kept alive, and whose failures are logged."""
+"""Background tasks that are kept alive, whose failures are logged, and whose time is charged.
+
+A task is charged to the user whose call has started it, and so are those that it starts.
+"""
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from .errors import BusError, LoopError
@@ -11,6 +18,11 @@ from .errors import BusError, LoopError
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+Charge = Callable[[float], None]
+"""Takes note of seconds of the event loop's processor time."""
+
+_charge: ContextVar[Charge | None] = ContextVar("charge", default=None)
 
 
 class Tasks:
@@ -21,7 +33,8 @@ class Tasks:
 
     def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Run it in the background."""
-        task = asyncio.ensure_future(work)
+        charge = _charge.get()
+        task = asyncio.ensure_future(_charged(work, charge) if charge else work)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -37,3 +50,38 @@ class Tasks:
         # The others are answers to whoever waits for the task.
         if exc and not isinstance(exc, LoopError | BusError | OSError):
             log.error("a background task failed", exc_info=exc)
+
+
+@contextmanager
+def charging(charge: Charge) -> Iterator[None]:
+    """Charge the tasks that are started in the block, and those that they start in turn."""
+    token = _charge.set(charge)
+    try:
+        yield
+    finally:
+        _charge.reset(token)
+
+
+async def _charged(work: Coroutine[Any, Any, _T], charge: Charge) -> _T:
+    return await metered(work, charge)
+
+
+@types.coroutine
+def metered(work: Coroutine[Any, Any, _T], charge: Charge) -> Generator[Any, Any, _T]:
+    """Await a coroutine, and charge the processor time of its steps on the event loop."""
+    step: Callable[[Any], Any] = work.send
+    value: Any = None
+    while True:
+        start = time.thread_time()
+        try:
+            waits_for = step(value)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+        finally:
+            charge(time.thread_time() - start)
+        try:
+            step, value = work.send, (yield waits_for)
+        # Cancellation, too, is the coroutine's to take.
+        except BaseException as exc:  # noqa: BLE001
+            step, value = work.throw, exc

@@ -1,28 +1,41 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whose call is begun next: users take turns by the time that their calls have taken so far.
 
-A user who sends more than may be under way at a time is flooding, and has a tenth of a processor
-for as long as that goes on. Everyone else may have all that is left.
+Of a processor a user has half in the long run, and all of it for some seconds. A user who sends
+more than may be under way at a time is flooding, and has a tenth for as long as that goes on.
+Root's calls never wait.
 """
 
 import asyncio
 import time
-import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .access import ROOT
+from .budget import Bucket
 
-_T = TypeVar("_T")
-
-# What a flooding user has of a processor, and how much of that at once, in seconds.
-_SHARE = 0.1
-_BURST = 0.05
+# What a user has of a processor, and how much of that at once, in seconds: a thousand pairs of
+# Attach and Detach as fast as they go.
+_SHARE = 0.5
+_BURST = 3.0
+# The same for one who is flooding.
+_FLOOD_SHARE = 0.1
+_FLOOD_BURST = 0.05
+# How much of our time is worth waking up for, in seconds.
+_STEP = 0.005
+# How long calls are begun before what comes in is read, in seconds.
+_TURN = 0.005
 # How long a user counts as flooding after the last call that was too many, in seconds.
 _FLOOD = 1.0
 # Users to remember before those who do nothing are looked for.
 _MANY = 256
+
+
+class _Waiting(NamedTuple):
+    begin: Callable[[], None]
+    refuse: Callable[[], None] | None
+    """Called instead where the call gives way to another user's; None if it cannot."""
 
 
 class Account:
@@ -34,48 +47,47 @@ class Account:
         """Connections that have this account."""
         self.calls = 0
         """Calls under way, begun or not."""
-        self.waiting: deque[Callable[[], None]] = deque()
-        """What begins the calls that are not."""
+        self.waiting: deque[_Waiting] = deque()
+        """Those that are not."""
+        self.proven = uid == ROOT
+        """Whether a call of its has been authorized."""
         self.used = 0.0
         """Seconds, on a scale that leaves out the times when it wanted nothing."""
-        self._left = _BURST
-        self._filled = time.monotonic()
+        self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
+        self._flooding = Bucket(burst=_FLOOD_BURST, rate=_FLOOD_SHARE, step=_STEP)
         self._flooding_until = 0.0
 
     def charge(self, seconds: float) -> None:
         """Count time that was spent on this user."""
-        self._fill()
         self.used += seconds
-        self._left = max(self._left - seconds, -_BURST)
+        self._usual.take(seconds)
+        self._flooding.take(seconds)
 
     def flood(self) -> None:
         """Note that a call came which was too many."""
-        if self.uid != ROOT:
-            self._flooding_until = time.monotonic() + _FLOOD
+        self._flooding_until = time.monotonic() + _FLOOD
 
     def wait(self) -> float:
-        """The seconds until it may have more of our time; 0 for who does not flood."""
-        self._fill()
-        if self._filled >= self._flooding_until or self._left > 0:
+        """The seconds until it may have more of our time."""
+        if self.uid == ROOT:
             return 0.0
-        return (_BURST / 10 - self._left) / _SHARE
+        wait = self._usual.wait()
+        return max(wait, self._flooding.wait()) if self._is_flooding else wait
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to remember."""
-        self._fill()
-        if self.sessions or self.calls:
+        if self.sessions or self.calls or self._is_flooding:
             return False
-        return self._left >= _BURST and self._filled >= self._flooding_until
+        return self._usual.full and self._flooding.full
 
-    def _fill(self) -> None:
-        now = time.monotonic()
-        self._left = min(self._left + (now - self._filled) * _SHARE, _BURST)
-        self._filled = now
+    @property
+    def _is_flooding(self) -> bool:
+        return time.monotonic() < self._flooding_until
 
 
 class Turns:
-    """Begins the calls, one in each turn of the event loop: what comes in is read in between."""
+    """Begins the calls, one of a user in each turn of the event loop, which reads in between."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -94,14 +106,40 @@ class Turns:
             account = self._accounts[uid] = Account(uid)
         return account
 
-    def add(self, account: Account, begin: Callable[[], None]) -> None:
-        """Have a call begun when it is its user's turn."""
+    def add(
+        self,
+        account: Account,
+        begin: Callable[[], None],
+        refuse: Callable[[], None] | None = None,
+    ) -> None:
+        """Have a call begun when it is its user's turn, unless it gives way before."""
         if not account.waiting:
             # Having wanted nothing for a time gives no claim to all the time since.
             account.used = max(account.used, self._used)
             self._waiting.add(account)
-        account.waiting.append(begin)
+        account.waiting.append(_Waiting(begin, refuse))
         self._wake(0.0)
+
+    def give_way(self, account: Account) -> bool:
+        """Refuse the latest waiting call of the user with most of them, if those are more.
+
+        Returns whether there was one.
+        """
+        most = sorted(self._waiting, key=lambda each: each.calls, reverse=True)
+        for other in most:
+            if other.uid == ROOT or other.calls <= account.calls:
+                continue
+            for call in reversed(other.waiting):
+                if call.refuse:
+                    self._remove(other, call)
+                    call.refuse()
+                    return True
+        return False
+
+    def _remove(self, account: Account, call: _Waiting) -> None:
+        account.waiting.remove(call)
+        if not account.waiting:
+            self._waiting.remove(account)
 
     def _wake(self, wait: float) -> None:
         if self._next and not wait:
@@ -115,38 +153,20 @@ class Turns:
 
     def _turn(self) -> None:
         self._next = None
-        waits = {account: account.wait() for account in self._waiting}
-        account = min(waits, key=lambda each: (waits[each], each.used))
-        if waits[account]:
-            self._wake(waits[account])
+        if not self._waiting:
             return
-        self._used = account.used
-        begin = account.waiting.popleft()
-        if not account.waiting:
-            self._waiting.remove(account)
-        if self._waiting:
-            self._wake(0.0)
-        begin()
-
-
-@types.coroutine
-def metered(
-    work: Coroutine[Any, Any, _T], charge: Callable[[float], None]
-) -> Generator[Any, Any, _T]:
-    """Await a coroutine, and charge the processor time of its steps on the event loop."""
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    while True:
-        start = time.thread_time()
-        try:
-            waits_for = step(value)
-        except StopIteration as end:
-            result: _T = end.value
-            return result
-        finally:
-            charge(time.thread_time() - start)
-        try:
-            step, value = work.send, (yield waits_for)
-        # Cancellation, too, is the coroutine's to take.
-        except BaseException as exc:  # noqa: BLE001
-            step, value = work.throw, exc
+        waits = {account: account.wait() for account in self._waiting}
+        if wait := min(waits.values()):
+            self._wake(wait)
+            return
+        ready = sorted((each for each in waits if not waits[each]), key=lambda each: each.used)
+        self._wake(0.0)
+        self._used = ready[0].used
+        end = time.monotonic() + _TURN
+        for account in ready:
+            # Who has used more waits for the others, and what comes in waits for all of this.
+            if account.used > self._used + _STEP or time.monotonic() > end:
+                break
+            call = account.waiting[0]
+            self._remove(account, call)
+            call.begin()

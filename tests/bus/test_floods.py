@@ -33,12 +33,16 @@ def world_options() -> dict[str, Any]:
 
 def fill(world: World, client: RawClient, fd: int) -> list[int]:
     """Have as many calls under way as a connection may; they wait for polkit."""
+    # Its user may have more, once a call was authorized.
+    args: list[Any] = [0, {}]
+    attached = client.reply(client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", args, fds=[fd]))
+    client.call(attached.body[0], f"{MANAGER}.Device", "Detach", "a{sv}", [{}])
     world.polkit.on(ATTACH, Answer.HANG)
     serials = [
         client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
         for _ in range(UNDER_WAY)
     ]
-    world.polkit.wait_question(ATTACH, count=UNDER_WAY)
+    world.polkit.wait_question(ATTACH, count=1 + UNDER_WAY)
     return serials
 
 

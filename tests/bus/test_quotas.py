@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.harness import loops
+from tests.harness import broker, loops
 from tests.harness.area import area
+from tests.harness.broker import PrivateBroker
+from tests.harness.bus import PrivateBus
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Call, Caller
+from tests.harness.images import make_gpt
 from tests.harness.polkit import Answer
 from tests.harness.raw import BUS
 from tests.harness.wire import CallError
@@ -20,6 +23,7 @@ from tests.harness.world import OTHER, USER, World
 
 ATTACH = "org.example.loop1.attach"
 SIZE = 4096
+THIRD = "daemon"
 PER_USER = 3
 IN_ALL = 5
 
@@ -32,7 +36,7 @@ questions_per_user = 100
 CALLS = """
 [limits]
 calls_per_user = 20
-calls = 28
+calls = 48
 questions_per_user = 100
 """
 
@@ -61,6 +65,12 @@ def ended(call: Call) -> str:
     except CallError as exc:
         return exc.name
     return ""
+
+
+def prove(world: World, caller: Caller) -> None:
+    """Have a call of a user's authorized, which has as much as one connection before."""
+    world.polkit.on(ATTACH, Answer.ALLOW)
+    caller.detach(attach(world, caller).path)
 
 
 # Devices
@@ -104,8 +114,7 @@ def test_root_is_bound_by_the_limit_in_all_alone(world: World) -> None:
     root = world.caller(None)
     devices = [attach(world, root) for _ in range(IN_ALL)]
     text = refused(attach, world, root)
-    assert f" {IN_ALL} loop devices" in text
-    assert "limit" in text
+    assert f"{IN_ALL} loop devices in use" in text
     root.detach(devices[0].path)
     attach(world, root)
 
@@ -116,10 +125,25 @@ def test_all_users_together_have_so_many_devices(world: World) -> None:
         attach(world, user)
     devices = [attach(world, other) for _ in range(IN_ALL - PER_USER)]
     for caller in (other, root):
-        assert f" {IN_ALL} loop devices" in refused(attach, world, caller)
+        assert f"{IN_ALL} loop devices in use" in refused(attach, world, caller)
     other.detach(devices[0].path)
     attach(world, root)
     refused(attach, world, other)
+
+
+def test_users_who_take_all_devices_they_get_leave_some_to_the_next_and_to_root(
+    new_world: Callable[..., World],
+) -> None:
+    """Limits in all."""
+    world = new_world(config="[limits]\ndevices = 24\n")
+    user, other, third, root = (world.caller(each) for each in (USER, OTHER, THIRD, None))
+    for caller, count in ((user, 10), (other, 5), (third, 4)):
+        for _ in range(count):
+            attach(world, caller)
+        assert "the rest is kept for others" in refused(attach, world, caller)
+    for _ in range(24 - 10 - 5 - 4):
+        attach(world, root)
+    assert "24 loop devices in use" in refused(attach, world, root)
 
 
 def test_a_device_counts_until_its_last_user_has_closed_it(world: World) -> None:
@@ -213,6 +237,8 @@ def test_a_connection_has_16_calls_under_way(new_world: Callable[..., World]) ->
     """Transport rule 6 (handlers)."""
     world = new_world(config=CALLS)
     caller, same_user, root = world.caller(), world.caller(), world.caller(None)
+    prove(world, same_user)
+    world.polkit.questions.clear()
     calls = hang(world, caller, 16)
     for call in (
         lambda: caller.manager("ListDevices"),
@@ -238,6 +264,7 @@ def test_a_user_has_so_many_calls_under_way_by_all_connections(
     """Quota dodges."""
     world = new_world(config=CALLS)
     first, second, other = world.caller(), world.caller(), world.caller(OTHER)
+    prove(world, first)
     calls = hang(world, first, 12) + hang(world, second, 8)
     for caller in (first, second):
         assert "calls of this user" in refused(caller.manager, "ListDevices")
@@ -254,18 +281,42 @@ def test_a_user_has_so_many_calls_under_way_by_all_connections(
     assert set(map(ended, calls[12:])) == {f"{BUS}.Error.AccessDenied"}
 
 
-def test_all_together_have_so_many_calls_under_way(new_world: Callable[..., World]) -> None:
-    """Transport rule 6 (handlers)."""
-    world = new_world(config=CALLS)
-    user, other, root = world.caller(), world.caller(OTHER), world.caller(None)
-    calls = hang(world, user, 14) + hang(world, other, 14)
-    for caller in (user, other, root):
-        assert "too many calls" in refused(caller.manager, "ListDevices")
-    world.polkit.release(Answer.DENY, world.polkit.questions[0])
-    assert ended(calls[0]) == f"{BUS}.Error.AccessDenied"
-    root.manager("ListDevices")
+@pytest.mark.parametrize("bus_type", [PrivateBus, PrivateBroker])
+def test_users_who_have_all_calls_they_get_leave_some_to_the_next_and_to_root(
+    new_world: Callable[..., World], bus_type: type[PrivateBus]
+) -> None:
+    """Limits in all, Transport rule 6 (handlers)."""
+    if bus_type is PrivateBroker and not broker.installed():
+        pytest.skip("dbus-broker is not installed")
+    world = new_world(config=CALLS, bus_type=bus_type)
+    user, same_user, other, root = map(world.caller, (USER, USER, OTHER, None))
+    for caller in (user, other):
+        prove(world, caller)
+    calls = hang(world, user, 12) + hang(world, same_user, 8) + hang(world, other, 11)
+    assert "calls of this user" in refused(user.manager, "ListDevices")
+    # Less than a user may have, and half of what the first one has left.
+    assert "too many calls are under way" in refused(other.manager, "ListDevices")
+    for caller in (root, world.caller(THIRD)):
+        caller.manager("ListDevices")
     world.polkit.release(Answer.DENY)
-    assert set(map(ended, calls[1:])) == {f"{BUS}.Error.AccessDenied"}
+    assert set(map(ended, calls)) == {f"{BUS}.Error.AccessDenied"}
+    other.manager("ListDevices")
+
+
+def test_a_user_of_whom_no_call_was_authorized_has_as_much_as_one_connection(
+    new_world: Callable[..., World],
+) -> None:
+    """Limits in all."""
+    world = new_world(config=CALLS)
+    first, second = world.caller(), world.caller()
+    calls = hang(world, first, 10) + hang(world, second, 6)
+    assert "calls of this user" in refused(second.manager, "ListDevices")
+    world.polkit.release(Answer.DENY)
+    assert set(map(ended, calls)) == {f"{BUS}.Error.AccessDenied"}
+    prove(world, first)
+    calls = hang(world, first, 10) + hang(world, second, 7)
+    world.polkit.release(Answer.DENY)
+    assert set(map(ended, calls)) == {f"{BUS}.Error.AccessDenied"}
 
 
 def test_a_refused_call_leaves_no_fd_and_takes_no_place(new_world: Callable[..., World]) -> None:
@@ -309,13 +360,13 @@ def test_roots_calls_are_bound_by_the_limit_in_all_alone(new_world: Callable[...
         gate = directory / "gate"
         gate.touch()
         world = new_world(config=CALLS, prelude=GATED_FSYNC.format(gate=str(gate)))
-        callers = [world.caller(None), world.caller(None)]
+        callers = [world.caller(None) for _ in range(3)]
         attached = attach(world, callers[0])
         with closed(gate):
             calls = [
                 caller.call_begin(attached.path, f"{MANAGER}.Device", "Sync", "a{sv}", {})
                 for caller in callers
-                for _ in range(14)
+                for _ in range(16)
             ]
             user = world.caller(USER)
             assert "too many calls" in refused(user.manager, "ListDevices")
@@ -367,3 +418,44 @@ def test_the_questions_of_a_client_that_died_do_not_count(new_world: Callable[..
         world.polkit.wait_cancelled(question)
     world.polkit.on(ATTACH, Answer.ALLOW)
     attach(world, staying)
+
+
+# Uevents
+
+EVENTS = """
+from loopd import uevents
+uevents._BURST, uevents._RATE = 30, 1
+"""
+
+
+def test_who_makes_and_removes_partitions_too_often_waits_and_nobody_else_does(
+    new_world: Callable[..., World],
+) -> None:
+    """Within the limits."""
+    world = new_world(config="[deadlines]\noperation = 2\n", prelude=EVENTS)
+    parts = [(2048 + 8 * number, 8) for number in range(40)]
+    image = make_gpt(world.new_path(), parts, owner=USER, mode=0o666)
+    caller, same_user = world.caller(), world.caller()
+    other, root = world.caller(OTHER), world.caller(None)
+    device = caller.attach(image, partition_scan=True)
+    rescan = f"{MANAGER}.Device", "RescanPartitions", "a{sv}", {}
+    for call in (
+        lambda: same_user.attach(image, partition_scan=True, allow_overlap=True),
+        lambda: attach(world, same_user),
+        lambda: caller.call(device.path, *rescan),
+    ):
+        with pytest.raises(CallError, match=r"TimedOut.*too often for udev"):
+            call()
+    # It is not kept from letting go, nor from what udev does not hear of.
+    caller.manager("ListDevices")
+    caller.detach(device.path)
+    for each in (other, root):
+        attach(world, each)
+    # Its own scans count as well.
+    mine = other.attach(image, partition_scan=True)
+    with pytest.raises(CallError, match=r"TimedOut.*too often for udev"):
+        other.call(mine.path, *rescan)
+    for _ in range(3):
+        again = root.attach(image, partition_scan=True, allow_overlap=True)
+        root.call(again.path, *rescan)
+        root.detach(again.path)

@@ -40,6 +40,7 @@ from loopd.records import Records
 from loopd.registry import Listeners, Registry
 from loopd.spares import Spares
 from loopd.threads import Threads, Work
+from loopd.uevents import Uevents
 from tests.harness import leaks
 from tests.harness.asynchronous import run_async
 from tests.harness.deadline import Deadline
@@ -113,6 +114,7 @@ class Inside:
         self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
         self.claims = Claims()
         self.spares = Spares(self.threads)
+        self.uevents = Uevents()
         self.ending = Ending(
             self.threads, self.registry, self.records, self.lifetimes, self.locks, self.spares
         )
@@ -124,6 +126,7 @@ class Inside:
             self.lifetimes,
             self.locks,
             self.ending,
+            self.uevents,
         )
         self.operations = Operations(
             self.manager,
@@ -133,6 +136,7 @@ class Inside:
             self.threads,
             self.lifetimes,
             self.store,
+            self.uevents,
         )
         self.attaching = Attaching(
             config,
@@ -146,6 +150,7 @@ class Inside:
             self.quota,
             self.store,
             self.spares,
+            self.uevents,
             let_go=self.ending.let_go,
         )
         scripted.uevent = self._uevent

@@ -175,6 +175,46 @@ def test_root_is_bound_by_the_limit_in_all_only() -> None:
         quota.take(1000)
 
 
+def fill(quota: Quota, uid: int) -> int:
+    """Take all that a user gets; return how many that were."""
+    for count in range(10_000):
+        try:
+            quota.take(uid)
+        except LimitsExceeded:
+            return count
+    raise AssertionError("there is no limit")
+
+
+def test_users_who_take_all_they_get_leave_something_to_the_next_one() -> None:
+    """Limits in all."""
+    quota = quota_of(64, 256)
+    assert [fill(quota, uid) for uid in range(1000, 1006)] == [64, 64, 48, 24, 12, 6]
+    # With what is given back the next one has more, and who has most has no more than before.
+    assert fill(quota, 1000) == 0
+    assert fill(quota, 0) == 256 - 218
+
+
+def test_some_places_are_roots_alone() -> None:
+    """Limits in all."""
+    quota = quota_of(64, 256)
+    for uid in range(1000, 1100):
+        fill(quota, uid)
+    assert quota.taken == 256 - 32
+    assert fill(quota, 0) == 32
+
+
+def test_what_root_has_of_its_own_places_takes_none_of_the_others() -> None:
+    quota = quota_of(64, 256)
+    for _ in range(32):
+        quota.take(0)
+    assert [fill(quota, uid) for uid in (1000, 1001)] == [64, 64]
+
+
+def test_where_there_are_few_places_a_user_has_some_all_the_same() -> None:
+    quota = quota_of(4, 4)
+    assert fill(quota, 1000) == 4
+
+
 def test_leases_are_found_by_device_and_by_holder() -> None:
     leases = Leases()
     one, two = (Lease(f"/{n}", 1000, ":1.5", "connection") for n in (1, 2))

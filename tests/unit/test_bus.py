@@ -14,6 +14,7 @@ from loopd.config import Limits
 from loopd.session import Session
 from loopd.threads import Threads
 
+ROOT = 0
 USER = 1000
 
 
@@ -149,21 +150,104 @@ def test_calls_of_strangers_have_a_limit_of_their_own() -> None:
 
     async def body(stand: Stand) -> None:
         stand.uids[":1.1"] = 2000
+        stand.uids[":1.2"] = ROOT
         stand.call(":1.1", 1)
         await stand.settle()
-        for number in range(20, 60):
+        for number in range(20, 80):
             stand.call(f":1.{number}", 1)
-        assert len(stand.connection.errors) == 0
+        # A second one is too many now; the first of a stranger may be root's.
+        stand.call(":1.20", 2)
         stand.call(":1.1", 2)
+        stand.call(":1.2", 1)
         await stand.settle()
-        # Of strangers 20 at a time, of whom ten are found to be too many for one user.
-        assert len(stand.connection.errors) == 20 + 10
+        # Of the strangers fifty are found to be too many for one user.
+        assert stand.connection.errors.count((2, "LimitsExceeded")) == 1
+        assert stand.connection.errors.count((1, "LimitsExceeded")) == 50
         stand.release.set()
         await stand.settle()
-        assert stand.connection.replies.count(1) == 1 + 10
+        assert stand.connection.replies.count(1) == 1 + 10 + 1
         assert stand.connection.replies.count(2) == 1
 
-    story(body, Limits(calls=20, calls_per_user=10))
+    story(body, Limits(calls=40, calls_per_user=10))
+
+
+def fill(stand: Stand, uids: range, each: int) -> None:
+    """Have so many calls of each of these users, by as few connections as there can be."""
+    for uid in uids:
+        for number in range(each):
+            sender = f":1.{uid}{number // 16}"
+            stand.uids[sender] = uid
+            stand.call(sender, number + 1)
+
+
+def test_users_who_take_all_they_get_leave_something_to_the_next_and_to_root() -> None:
+    """Limits in all: calls that have begun, and so cannot give way."""
+
+    async def body(stand: Stand) -> None:
+        prove(stand, range(1000, 1005))
+        for uid in range(1000, 1005):
+            fill(stand, range(uid, uid + 1), 64)
+            await stand.settle()
+        begun = {uid: stand.bus._turns.account(uid).calls for uid in range(1000, 1005)}
+        assert begun == {1000: 64, 1001: 64, 1002: 48, 1003: 24, 1004: 12}
+        for uid in (ROOT, 2000):
+            stand.uids[f":1.{uid}"] = uid
+            refused = len(stand.connection.errors)
+            for serial in range(1001, 1005):
+                stand.call(f":1.{uid}", serial)
+            await stand.settle()
+            assert len(stand.connection.errors) == refused
+            assert stand.bus._turns.account(uid).calls == 4
+
+    story(body)
+
+
+def test_where_all_places_are_taken_the_latest_of_who_has_most_gives_way() -> None:
+    """Limits in all: calls that wait for their turn."""
+
+    async def body(stand: Stand) -> None:
+        prove(stand, range(1000, 1060))
+        await stand.settle()
+        fill(stand, range(1000, 1010), 64)  # none has begun yet
+        stand.uids[":1.99"] = 2000
+        for _ in range(3):
+            await asyncio.sleep(0)  # it is known who they are
+        stand.call(":1.99", 1)
+        await stand.settle()
+        assert (1, "LimitsExceeded") not in stand.connection.errors
+        counts = sorted(stand.bus._turns.account(uid).calls for uid in range(1000, 1010))
+        assert sum(counts) + 1 <= 224
+        assert counts[0] > 0
+        assert stand.bus._turns.account(2000).calls == 1
+
+    story(body)
+
+
+def test_a_user_of_whom_no_call_was_authorized_has_as_much_as_one_connection() -> None:
+    """Limits in all."""
+
+    async def body(stand: Stand) -> None:
+        fill(stand, range(1000, 1001), 40)
+        await stand.settle()
+        assert stand.bus._turns.account(1000).calls == 16
+        stand.release.set()
+        await stand.settle()
+        stand.release.clear()
+        prove(stand, range(1000, 1001))
+        await stand.settle()
+        fill(stand, range(1000, 1001), 40)
+        await stand.settle()
+        assert stand.bus._turns.account(1000).calls == 40
+
+    story(body)
+
+
+def prove(stand: Stand, uids: range) -> None:
+    """Have had a call of each authorized."""
+    for uid in uids:
+        account = stand.bus._turns.account(uid)
+        account.sessions += 1
+        account.proven = True
 
 
 def test_a_call_over_the_cap_is_refused_and_takes_no_place() -> None:

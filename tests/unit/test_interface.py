@@ -92,7 +92,7 @@ def test_what_changes_something_is_for_the_manager_to_allow() -> None:
 
 
 def test_introspection_of_a_node_is_cut_whole() -> None:
-    text = introspection.Introspection().node([announcer.DEVICE, announcer.PEER], ["loop3_4"])
+    text = introspection.Introspection().node((announcer.DEVICE, announcer.PEER), ["loop3_4"])
     tree = ElementTree.fromstring(text)
     assert [each.get("name") for each in tree.iter("interface")] == [
         announcer.DEVICE,

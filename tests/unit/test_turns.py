@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turns between users: by the time they had, and a tenth of a processor for whoever floods."""
+"""Turns between users: by the time they had, within half of a processor, and a tenth in a flood."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
-from loopd import turns
-from loopd.turns import Account, Turns, metered
+from loopd import budget, turns
+from loopd.turns import Account, Turns
 
 ROOT, USER, OTHER = 0, 1000, 1001
 
@@ -20,38 +20,61 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.worked = 0.0
 
 
 @pytest.fixture
 def clock() -> Iterator[Clock]:
     clock = Clock()
-    fake = SimpleNamespace(monotonic=lambda: clock.now, thread_time=lambda: clock.worked)
-    with mock.patch.object(turns, "time", fake):
+    fake = SimpleNamespace(monotonic=lambda: clock.now)
+    with mock.patch.object(turns, "time", fake), mock.patch.object(budget, "time", fake):
         yield clock
 
 
 # Accounts
 
 
-def test_who_does_not_flood_never_waits(clock: Clock) -> None:
-    account = Account(USER)
-    account.charge(60.0)
-    assert account.wait() == 0
-
-
-def test_who_floods_has_a_tenth_of_a_processor(clock: Clock) -> None:
-    account = Account(USER)
+def spend(account: Account, clock: Clock, seconds: float, *, floods: bool = False) -> float:
+    """Have one user take all the time it gets; return how much that was."""
     spent, start = 0.0, clock.now
-    while clock.now < start + 100:
-        account.flood()
+    while clock.now < start + seconds:
+        if floods:
+            account.flood()
         if wait := account.wait():
             clock.now += wait
         else:
             account.charge(0.002)
             spent += 0.002
             clock.now += 0.002
-    assert spent == pytest.approx(10.0, abs=0.2)
+    return spent
+
+
+def test_a_thousand_pairs_in_a_row_make_no_user_wait(clock: Clock) -> None:
+    account = Account(USER)
+    for _ in range(1000):
+        assert account.wait() == 0
+        account.charge(0.003)
+        clock.now += 0.003
+
+
+def test_who_uses_less_than_half_of_a_processor_never_waits(clock: Clock) -> None:
+    account = Account(USER)
+    for _ in range(100_000):
+        assert account.wait() == 0
+        account.charge(0.003)
+        clock.now += 0.0065
+
+
+def test_one_user_alone_has_half_of_a_processor_in_the_long_run(clock: Clock) -> None:
+    """Within the limits."""
+    assert spend(Account(USER), clock, 1000) == pytest.approx(500, abs=5)
+
+
+def test_who_floods_has_a_tenth_of_a_processor(clock: Clock) -> None:
+    assert spend(Account(USER), clock, 100, floods=True) == pytest.approx(10.0, abs=0.2)
+
+
+def test_root_never_waits(clock: Clock) -> None:
+    assert spend(Account(ROOT), clock, 100, floods=True) == pytest.approx(100)
 
 
 def test_a_flood_is_forgiven_when_it_is_over(clock: Clock) -> None:
@@ -60,13 +83,6 @@ def test_a_flood_is_forgiven_when_it_is_over(clock: Clock) -> None:
     account.charge(1.0)
     assert 0 < account.wait() < 1.5
     clock.now += 1.0
-    assert account.wait() == 0
-
-
-def test_root_may_flood(clock: Clock) -> None:
-    account = Account(ROOT)
-    account.flood()
-    account.charge(1.0)
     assert account.wait() == 0
 
 
@@ -87,6 +103,9 @@ def test_an_account_is_idle_when_nothing_is_held_against_it(clock: Clock) -> Non
     assert not account.idle
     clock.now += 1
     assert account.idle
+    account.charge(1.0)
+    clock.now += 1
+    assert not account.idle
 
 
 # Turns
@@ -120,6 +139,40 @@ def test_calls_of_one_user_begin_in_their_order_one_in_a_turn() -> None:
             seen.append(len(begun))
         assert begun == [0, 1, 2, 3, 4]
         assert seen == [1, 2, 3, 4, 5]
+
+    story(body)
+
+
+def test_of_many_users_each_has_a_call_begun_in_a_turn() -> None:
+    """Within the limits: the event loop reads in between, for up to 5 ms, and they would add up."""
+
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        for uid in range(1000, 1017):
+            account = queue.account(uid)
+            for _ in range(3):
+                queue.add(account, lambda uid=uid: begun.append(uid))
+        await asyncio.sleep(0)
+        assert sorted(begun) == [*range(1000, 1017)]
+        await settle(begun, 51)
+
+    with mock.patch.object(turns, "_TURN", 60.0):
+        story(body)
+
+
+def test_calls_are_begun_for_a_while_only_before_what_comes_in_is_read(clock: Clock) -> None:
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+
+        def begin(uid: int) -> None:
+            begun.append(uid)
+            clock.now += turns._TURN * 0.6
+
+        for uid in range(1000, 1017):
+            queue.add(queue.account(uid), lambda uid=uid: begin(uid))
+        await asyncio.sleep(0)
+        assert len(begun) == 2
+        await settle(begun, 17)
 
     story(body)
 
@@ -228,58 +281,3 @@ def test_a_user_who_is_connected_keeps_its_account_however_many_others_there_are
         assert queue.account(USER) is account
 
     story(body)
-
-
-# Metering
-
-
-def test_the_steps_of_a_coroutine_are_charged_and_its_waits_are_not(clock: Clock) -> None:
-    charged: list[float] = []
-
-    async def work() -> str:
-        clock.worked += 1
-        await asyncio.sleep(0)
-        clock.worked += 2
-        return "done"
-
-    async def run() -> str:
-        task = asyncio.ensure_future(wrapped(work()))
-        await asyncio.sleep(0)
-        clock.worked += 100
-        return await task
-
-    async def wrapped(coroutine: Coroutine[Any, Any, str]) -> str:
-        return await metered(coroutine, charged.append)
-
-    assert asyncio.run(run()) == "done"
-    assert charged == [1, 2]
-
-
-def test_a_metered_coroutine_fails_and_is_cancelled_as_any_other() -> None:
-    seen: list[str] = []
-
-    async def fail() -> None:
-        await asyncio.sleep(0)
-        raise ValueError("so")
-
-    async def wait() -> None:
-        try:
-            await asyncio.get_running_loop().create_future()
-        except asyncio.CancelledError:
-            seen.append("cancelled")
-            raise
-
-    async def outcome(work: Coroutine[Any, Any, None]) -> None:
-        await metered(work, lambda seconds: None)
-
-    async def run() -> None:
-        with pytest.raises(ValueError, match="so"):
-            await outcome(fail())
-        task = asyncio.ensure_future(outcome(wait()))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(run())
-    assert seen == ["cancelled"]
