@@ -80,7 +80,6 @@ class Inside:
         self.told: list[tuple[str, str]] = []
         """What happened to which object path."""
         self._directory = directory
-        self._fds = {*leaks.open_fds()}
         self._loop = asyncio.get_running_loop()
         self._names = itertools.count(1)
         config = config or Config()
@@ -110,7 +109,7 @@ class Inside:
             config.limits,
             let_go=lambda devices: self.ending.let_go_all(devices),
         )
-        self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        self.locks = Locks(self.threads, self.registry.changed, lambda _: None, exclusive_for=60)
         self.claims = Claims()
         self.spares = Spares(self.threads)
         self.ending = Ending(
@@ -149,6 +148,7 @@ class Inside:
             let_go=self.ending.let_go,
         )
         scripted.uevent = self._uevent
+        self._fds = {*leaks.open_fds()}
 
     def _added(self, device: Device) -> None:
         self.ending.device_came(device)
@@ -245,6 +245,7 @@ class Inside:
         assert self.threads.stop(_PATIENCE) == 0
         await asyncio.sleep(0)
         await self.quiet()
+        self.lifetimes.close()
 
 
 @contextmanager
