@@ -354,6 +354,26 @@ def test_a_logind_that_starts_again_is_asked_anew(world: World) -> None:
         wait_removed(witness, attached)
 
 
+@pytest.mark.parametrize("error", [f"{BUS}.Error.Failed", f"{BUS}.Error.NoReply", "org.example.No"])
+def test_a_logind_that_errs_says_of_nobody_that_they_have_left(
+    world: World, logind: LogindDouble, error: str
+) -> None:
+    client = world.caller()
+    attached = attach(world, client, lifetime="user")
+    logind.error = error
+    # It asks once at a time: what came of the first answer is done when it asks again.
+    for _ in range(2):
+        asked = len(logind.asked)
+        logind.remove(OTHER_UID)
+        deadline = Deadline()
+        while len(logind.asked) == asked:
+            assert deadline.remaining
+            client.get(attached.path, "State")
+    assert client.get(attached.path, "State") == "attached"
+    assert client.get(attached.path, "Lifetime") == "user"
+    client.detach(attached.path)
+
+
 def test_a_hold_keeps_the_device_of_a_user_who_left(world: World, logind: LogindDouble) -> None:
     client, witness = world.caller(), world.caller(OTHER)
     attached = attach(world, client, lifetime="user")

@@ -203,6 +203,7 @@ class Inside:
         ]
         found += [f"{device.node} is recorded" for device in self.registry]
         found += [f"a lease on {lease.device}" for lease in self.leases]
+        found += [f"leases held by {holder}" for holder in self.leases._by_holder]
         found += [f"a lock on {held}" for held in self.locks._held]
         found += [f"a claim of {claimed}" for claimed in self.claims._claimed]
         found += [f"a claim of loop{number}" for number in self.markers._claims]

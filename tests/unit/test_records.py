@@ -3,13 +3,19 @@
 
 import dataclasses
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loopd.access import NOBODY
+from loopd.device import Device
+from loopd.leases import CONNECTION, USER, Lease
 from loopd.records import Record, Records
+from tests.unit.test_announcer import STATUS
 
 GOOD: dict[str, Any] = {
     "name": "loop3",
@@ -98,3 +104,61 @@ def test_a_directory_among_them_is_left_alone(directory: Path) -> None:
         (directory / name).mkdir()
     assert load(directory) == []
     assert len([*directory.iterdir()]) == 2
+
+
+# What is written
+
+
+def device_of_ours(**options: Any) -> Device:
+    made = Device(number=0, name="loop0", diskseq=1, status=STATUS, owner=1000, **options)
+    made.lease = Lease(made.path, made.owner, ":1.5", CONNECTION)
+    return made
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Have the kernel write no more than that, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_half_a_record_takes_the_place_of_none(directory: Path) -> None:
+    records, device = Records(directory.parent), device_of_ours()
+    records.save(device)
+    (before,) = load(directory)
+    with files_of_at_most(100), pytest.raises(OSError, match="No space left"):
+        records.save(device, Lease(device.path, device.owner, "", USER))
+    assert load(directory) == [before]
+    assert [each.name for each in directory.iterdir()] == [device.label]
+    # It is not taken for what is on disk either.
+    records.save(device, Lease(device.path, device.owner, "", USER))
+    assert [each.lifetime for each in load(directory)] == [USER]
+
+
+def test_a_device_that_is_ending_is_recorded_so_without_a_word_more(directory: Path) -> None:
+    records, device = Records(directory.parent), device_of_ours()
+    records.save(device)
+    device.ending = True
+    with files_of_at_most(0):
+        records.note(device)
+        records.note(device)
+    (found,) = load(directory)
+    assert found.detaching
+    # The next loopd writes one of its own, and is killed before it goes on with the detach.
+    device.ending = False
+    Records(directory.parent).save(device)
+    (found,) = load(directory)
+    assert found.detaching
+    records.remove(device.label)
+    assert [*directory.iterdir()] == []
+
+
+def test_of_others_devices_there_is_no_record(directory: Path) -> None:
+    for ending in (False, True):
+        foreign = Device(number=0, name="loop0", diskseq=1, status=STATUS, ending=ending)
+        Records(directory.parent).note(foreign)
+    assert [*directory.iterdir()] == []
