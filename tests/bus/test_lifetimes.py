@@ -170,11 +170,13 @@ def test_holds_have_a_limit_for_each_user_and_in_all(new_world: Callable[..., Wo
     """Quota dodges."""
     world = new_world(config="[limits]\nholds_per_user = 3\nholds = 5\n")
     client, other, root = world.caller(), world.caller(OTHER), world.caller(None)
+    again = world.caller()
     of = {caller: attach(world, caller) for caller in (client, other, root)}
-    with held(client, of[client]) as first, held(client, of[client]), held(client, of[client]):
-        with pytest.raises(CallError, match="3 Holds already") as caught:
-            client.device(of[client].path, "Hold", "a{sv}", {})
-        assert caught.value.name == f"{BUS}.Error.LimitsExceeded"
+    with held(client, of[client]) as first, held(again, of[client]), held(client, of[client]):
+        for caller in (client, again):
+            with pytest.raises(CallError, match="3 Holds already") as caught:
+                caller.device(of[client].path, "Hold", "a{sv}", {})
+            assert caught.value.name == f"{BUS}.Error.LimitsExceeded"
         with held(other, of[other]), held(other, of[other]):
             for caller in (other, root):
                 with pytest.raises(CallError, match="5 Holds in use"):

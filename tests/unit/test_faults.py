@@ -123,6 +123,48 @@ def resize_by(what: Callable[[Stage], int], **options: Any) -> Act:
     return act
 
 
+def hold() -> Act:
+    async def act(stage: Stage) -> None:
+        assert stage.device
+        with await stage.inside.operations.hold(stage.caller, stage.device):
+            assert stage.device.holds
+
+    return act
+
+
+def lock(kind: Lock) -> Act:
+    async def act(stage: Stage) -> None:
+        assert stage.device
+        await stage.inside.operations.lock(stage.caller, stage.device, kind)
+
+    return act
+
+
+def open_and_close(**options: Any) -> Act:
+    async def act(stage: Stage) -> None:
+        assert stage.device
+        operations = stage.inside.operations
+        (await operations.open(stage.caller, stage.device, writable=True, **options)).close()
+
+    return act
+
+
+def sync() -> Act:
+    async def act(stage: Stage) -> None:
+        assert stage.device
+        await stage.inside.operations.sync(stage.caller, stage.device)
+
+    return act
+
+
+def rename(reference: bytes) -> Act:
+    async def act(stage: Stage) -> None:
+        assert stage.device
+        await stage.inside.operations.set_reference(stage.caller, stage.device, reference)
+
+    return act
+
+
 def image_fd(stage: Stage) -> int:
     return os.open(stage.image, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -154,6 +196,13 @@ SCENARIOS = {
     "resize by partition": Scenario(
         act=resize_by(partition_fd, size_limit=MIB // 2), attached=PARTITIONS
     ),
+    "hold": Scenario(act=hold(), attached={}),
+    "lock": Scenario(act=lock(Lock.EXCLUSIVE), attached={}),
+    "lock otherwise": Scenario(act=lock(Lock.EXCLUSIVE), attached={"lock": Lock.SHARED}),
+    "open": Scenario(act=open_and_close(partition=None), attached={}),
+    "open a partition": Scenario(act=open_and_close(partition=1), attached=PARTITIONS),
+    "sync": Scenario(act=sync(), attached={}),
+    "rename": Scenario(act=rename(b"name"), attached={}),
 }
 EACH = pytest.mark.parametrize("name", SCENARIOS)
 
