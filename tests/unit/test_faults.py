@@ -123,15 +123,6 @@ def resize_by(what: Callable[[Stage], int], **options: Any) -> Act:
     return act
 
 
-def hold() -> Act:
-    async def act(stage: Stage) -> None:
-        assert stage.device
-        with await stage.inside.operations.hold(stage.caller, stage.device):
-            assert stage.device.holds
-
-    return act
-
-
 def lock(kind: Lock) -> Act:
     async def act(stage: Stage) -> None:
         assert stage.device
@@ -196,7 +187,6 @@ SCENARIOS = {
     "resize by partition": Scenario(
         act=resize_by(partition_fd, size_limit=MIB // 2), attached=PARTITIONS
     ),
-    "hold": Scenario(act=hold(), attached={}),
     "lock": Scenario(act=lock(Lock.EXCLUSIVE), attached={}),
     "lock otherwise": Scenario(act=lock(Lock.EXCLUSIVE), attached={"lock": Lock.SHARED}),
     "open": Scenario(act=open_and_close(partition=None), attached={}),
@@ -397,7 +387,10 @@ class Trouble:
 
 # Nothing but a cancellation comes out of these: they wait for a turn, or for an event.
 UNFAILING = ("Threads.turn:", "Manager._take:", "Attaching.attach:", "Manager.detach:")
-CANCELLED = tuple(f"{each}.<locals>.act" for each in ("attach", "detach", "resize", "resize_by"))
+CANCELLED = tuple(
+    f"{each.__name__}.<locals>.act"
+    for each in (attach, detach, resize, resize_by, lock, open_and_close, sync, rename)
+)
 USE_CASES = (*CANCELLED, "Attaching._bind")
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "OSError": lambda: OSError(errno.EIO, os.strerror(errno.EIO)),

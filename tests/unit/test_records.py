@@ -85,6 +85,18 @@ def test_a_good_one_is_read(directory: Path) -> None:
         {"lock_holder": "org.example.Other"},
         {"holds": {"loop3_41.hold1": "1000"}},
         {"holds": {"loop3_41.hold1": NOBODY}},
+        {"holds": {"loop3_41.hold1": True}},
+        {"holds": {"loop3_41.hold1": 1000.0}},
+        {"holds": {"loop3_41.hold1": None}},
+        {"holds": []},
+        {"over": "no"},
+        {"may_hang": 1},
+        {"reference": 7},
+        {"owner": 1000.0},
+        {"lock_expires": "soon"},
+        {"bus": None},
+        {"lock": "other"},
+        {"lifetime": "for ever"},
         {"number": 4},
         {"number": None},
         {"name": "loop4"},
@@ -97,6 +109,20 @@ def test_one_that_no_loopd_wrote_is_dropped(directory: Path, change: dict[str, A
     (directory / "loop3_41").write_text(json.dumps(GOOD | change))
     assert load(directory) == []
     assert [*directory.iterdir()] == []
+
+
+def test_roots_and_the_largest_uids_are_read(directory: Path) -> None:
+    for owner in (0, NOBODY - 1):
+        change = {"owner": owner, "holds": {"loop3_41.hold1": owner}}
+        (directory / "loop3_41").write_text(json.dumps(GOOD | change))
+        (found,) = load(directory)
+        assert (found.owner, found.holds) == (owner, {"loop3_41.hold1": owner})
+
+
+def test_what_a_later_version_adds_is_passed_over(directory: Path) -> None:
+    (directory / "loop3_41").write_text(json.dumps(GOOD | {"added": {"later": "x"}} | {"x": [1]}))
+    (found,) = load(directory)
+    assert dataclasses.asdict(found) == GOOD
 
 
 def test_a_directory_among_them_is_left_alone(directory: Path) -> None:
@@ -155,6 +181,17 @@ def test_a_device_that_is_ending_is_recorded_so_without_a_word_more(directory: P
     assert found.detaching
     records.remove(device.label)
     assert [*directory.iterdir()] == []
+
+
+def test_what_has_not_changed_is_not_written_again(directory: Path) -> None:
+    records, device = Records(directory.parent), device_of_ours()
+    records.save(device)
+    written = (directory / device.label).stat().st_ino
+    records.note(device)
+    assert (directory / device.label).stat().st_ino == written
+    records.remove(device.label)
+    records.save(device)  # it is anew what it was
+    assert (directory / device.label).exists()
 
 
 def test_of_others_devices_there_is_no_record(directory: Path) -> None:
