@@ -244,9 +244,10 @@ class Attaching:
                 attached_at=_now(),
             )
             if wanted:
-                self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
                 if loop.lock:
                     self._locks.note(device, caller.client, request.lock)
+                    unrecorded.callback(self._locks.drop, device)
+                self._lifetimes.grant(device, caller.client, proposal.options.lifetime)
             self._registry.record(device)
             device.place = place.keep()
             unrecorded.pop_all()

@@ -196,6 +196,11 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
             records.note(device)
             announcer.changed(device)
 
+    def record(device: Device) -> None:
+        # One that is being attached is recorded when it has its lease.
+        if registry.knows(device):
+            records.save(device)
+
     def removed(device: Device) -> None:
         ending.device_gone(device)
         announcer.removed(device)
@@ -242,7 +247,8 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         config.limits,
         let_go=lambda devices: ending.let_go_all(devices),
     )
-    locks = Locks(threads, registry.changed, exclusive_for=config.deadlines.exclusive_lock)
+    ours.callback(lifetimes.close)
+    locks = Locks(threads, registry.changed, record, exclusive_for=config.deadlines.exclusive_lock)
     spares = Spares(threads)
     ending = Ending(threads, registry, records, lifetimes, locks, spares)
     uevents = Uevents()

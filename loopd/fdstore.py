@@ -84,7 +84,7 @@ class FdStore:
             # What was closed may still be in it, and what does not fit is dropped without a word.
             self._changed.wait_for(lambda: len(self._names) < self.room, _BARRIER_TIMEOUT)
             self._names.add(name)
-        # Not watched: a pipe that nobody reads any more is ours to notice.
+        # Not watched: that the client has closed its end of a Hold is ours to notice.
         if not supervisor.tell(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd.fileno()]):
             self._forget(name)
             return fd.move()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How long devices are kept: by a connection, by a user's being there, and by Holds beside them.
 
-A Hold is a pipe whose write end is ours: it lasts until nobody has the read end open any more, in
-whatever process, and whoever reads it finds its end when the device is gone.
+A Hold is a pair of connected sockets. The client has one of them, and the Hold lasts until its last
+copy is closed, in any process, or shut down. Reading it gives its end when the device is gone.
 """
 
 import asyncio
 import logging
-import os
+import select
+import socket
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ class _Hold:
     name: str
     device: Device
     uid: int
-    write_end: OwnedFd
+    our_end: OwnedFd
     place: Place
 
 
@@ -67,10 +68,20 @@ class Lifetimes:
             "Holds", per_user=limits.holds_per_user, in_all=limits.holds, hint="close one first"
         )
         self._holds: defaultdict[str, set[_Hold]] = defaultdict(set)
+        self._by_fd: dict[int, _Hold] = {}
+        # A set of its own, because the event loop would ask for what can be read: nothing ever can,
+        # and a socket whose other end cannot send always says that it is at its end.
+        self._ends = select.epoll()
         self._looking = False
         self._look_again = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._ends.fileno(), self._some_closed)
+
+    def close(self) -> None:
+        """Take note of no Hold's end any more."""
+        self._loop.remove_reader(self._ends.fileno())
+        self._ends.close()
 
     # --- leases ---------------------------------------------------------------------------------
 
@@ -107,8 +118,8 @@ class Lifetimes:
     ) -> None:
         """Take up the lease and the Holds, by name, of a device that a former loopd attached."""
         self._grant(device, lease)
-        for name, (uid, write_end) in holds.items():
-            self._watch(_Hold(name, device, uid, write_end, self._quota.take_back(uid)))
+        for name, (uid, our_end) in holds.items():
+            self._watch(_Hold(name, device, uid, our_end, self._quota.take_back(uid)))
 
     def holder_is_gone(self, device: Device) -> None:
         """End the lease of a connection that has left while there was no loopd."""
@@ -175,41 +186,50 @@ class Lifetimes:
     async def hold(self, device: Device, client: Client) -> OwnedFd:
         """Keep a device for as long as the returned fd, or a copy of it, is open.
 
-        Raises LimitsExceeded, AccessDenied, NoSuchDevice, OSError.
+        Raises LimitsExceeded, AccessDenied, NoSuchDevice, and OSError if it cannot be recorded.
         """
         with self._quota.take(client.uid) as place, ExitStack() as failed:
-            reading, writing = map(OwnedFd, os.pipe2(os.O_CLOEXEC))
-            failed.enter_context(reading)
-            failed.enter_context(writing)
+            ours, theirs = _connected()
+            failed.enter_context(theirs)
+            failed.enter_context(ours)
             name = self._store.name(device.label, "hold")
             # Only with its device, or it would last a little longer than that. In turn: systemd may
             # not read for a while, and many Holds must not take all threads.
             if self._store.keeps(device.label):
-                write_end = await self._threads.run_in_turn(
+                our_end = await self._threads.run_in_turn(
                     client.uid,
                     Work.OPERATION,
-                    partial(self._store.keep, name, writing),
+                    partial(self._store.keep, name, ours),
                     late=OwnedFd.close,
                 )
             else:
-                write_end = writing.move()
-            hold = _Hold(name, device, client.uid, write_end, place.keep())
+                our_end = ours.move()
+            hold = _Hold(name, device, client.uid, our_end, place.keep())
             failed.callback(self._start_end, hold)
             client.require_present()
             if not self._registry.knows(device) or device.state != ATTACHED:
                 raise NoSuchDevice(f"{device.node} is gone")
+            # On disk first: the next loopd drops a Hold that it has no record of.
+            device.holds = {**device.holds, name: client.uid}
+            failed.callback(self._count, device)
+            self._records.save(device)
             failed.pop_all()
             self._watch(hold)
-        return reading
+        return theirs
 
     def _watch(self, hold: _Hold) -> None:
         self._holds[hold.device.path].add(hold)
-        # Of the write end of a pipe there is nothing to be told but that nobody can read.
-        self._loop.add_reader(hold.write_end.fileno(), self._closed, hold)
+        self._by_fd[hold.our_end.fileno()] = hold
+        self._ends.register(hold.our_end.fileno(), 0)  # tells of a hangup and nothing else
         self._count(hold.device)
 
+    def _some_closed(self) -> None:
+        for fd, _ in self._ends.poll(0):
+            if hold := self._by_fd.get(fd):
+                self._closed(hold)
+
     def _closed(self, hold: _Hold) -> None:
-        """Take note that nobody has the read end open any more."""
+        """Take note that nobody has the client's end open any more."""
         device = hold.device
         self._close(hold)
         if device.lease and device.lease.over and not device.holds and device.state == ATTACHED:
@@ -218,7 +238,9 @@ class Lifetimes:
             self._let_go([device])
 
     def _close(self, hold: _Hold) -> None:
-        self._loop.remove_reader(hold.write_end.fileno())
+        # Also out of the set, where it would stay for as long as systemd has a copy.
+        self._ends.unregister(hold.our_end.fileno())
+        del self._by_fd[hold.our_end.fileno()]
         self._start_end(hold)
         holds = self._holds[hold.device.path]
         holds.discard(hold)
@@ -230,18 +252,29 @@ class Lifetimes:
         if self._store.keeps(hold.name):
             self._tasks.start(self._end(hold))
         else:
-            hold.write_end.close()
+            hold.our_end.close()
             hold.place.free()
 
     async def _end(self, hold: _Hold) -> None:
         """Close a Hold, whose place is free when the store has room again."""
         with hold.place:
-            await self._threads.run_in_turn(hold.uid, Work.ENDING, hold.write_end.close)
+            await self._threads.run_in_turn(hold.uid, Work.ENDING, hold.our_end.close)
 
     def _count(self, device: Device) -> None:
         device.holds = {hold.name: hold.uid for hold in self._holds.get(device.path, ())}
         if self._registry.knows(device):
             self._registry.changed(device)
+
+
+def _connected() -> tuple[OwnedFd, OwnedFd]:
+    """Our end and the client's, which can send neither bytes nor fds.
+
+    No pipe: its user could make it larger, at the expense of root's share of the memory for pipes.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        theirs.shutdown(socket.SHUT_WR)
+        return OwnedFd(ours.detach()), OwnedFd(theirs.detach())
 
 
 def _lease(device: Device, client: Client, lifetime: str) -> Lease:

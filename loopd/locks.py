@@ -41,11 +41,19 @@ class Locks:
     """All locks that are held; `changed` is told of devices whose lock is another one now."""
 
     def __init__(
-        self, threads: Threads, changed: Callable[[Device], None], *, exclusive_for: float
+        self,
+        threads: Threads,
+        changed: Callable[[Device], None],
+        record: Callable[[Device], None],
+        *,
+        exclusive_for: float,
     ) -> None:
-        """`exclusive_for`: how many seconds an ordinary user may keep a device exclusively."""
+        """`record` has the next loopd know of a lock; `exclusive_for`: how many seconds an ordinary
+        user may keep a device exclusively.
+        """
         self._threads = threads
         self._changed = changed
+        self._record = record
         self._exclusive_for = exclusive_for
         self._held: dict[str, _Held] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
@@ -59,7 +67,10 @@ class Locks:
         return held.client if held else None
 
     def note(self, device: Device, client: Client, kind: Lock) -> None:
-        """Note the lock that has been taken on a device, in place of the one there was."""
+        """Note the lock that has been taken on a device, in place of the one there was.
+
+        Raises OSError if the next loopd would not know of it; then there is none.
+        """
         if kind is device.lock:
             return  # an exclusive one does not begin anew: nobody else had a chance
         expires = None
@@ -68,6 +79,11 @@ class Locks:
                 device.exclusive_left = self._exclusive_for
             expires = self._loop.time() + device.exclusive_left
         self._hold(device, client, kind, expires)
+        try:
+            self._record(device)
+        except OSError:
+            self.drop(device)
+            raise
 
     def require_time(self, device: Device, client: Client, kind: Lock) -> None:
         """Raise DeviceBusy if the owner's time of exclusive locks is used up and no pause was."""

@@ -2,8 +2,9 @@
 """What the next loopd is to know of our devices: a small file for each in the runtime directory.
 
 A file is there before its client has an answer, and is replaced as a whole whenever something in it
-changes. It is written where everything else is decided, on the event loop: a runtime directory is
-memory, and waits for nobody.
+changes. That a device is being detached stands in the file's name: a rename needs no room on a disk
+that is full. All of it is written where everything else is decided, on the event loop: a runtime
+directory is memory, and waits for nobody.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import logging
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _NEW = ".new"
+_ENDING = ".ending"
 _MAX_NUMBER = (1 << 64) - 1
 # A unique name on the bus, or none.
 _HOLDER = re.compile(r"(?::[\w.-]+)?", re.ASCII)
@@ -146,21 +149,23 @@ class Records:
     def load(self) -> list[Record]:
         """Read what a former loopd has left, and take away what cannot be read. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = []
+        found: dict[str, Record] = {}
         for path in sorted(self._directory.iterdir()):
             try:
                 if path.name.endswith(_NEW):
                     raise ValueError("it was not finished")
                 record = Record.parse(path.read_text())
-                if record.label != path.name:
+                if path.name == record.label + _ENDING:
+                    record = dataclasses.replace(record, detaching=True)
+                elif path.name != record.label:
                     raise ValueError("it is of another device")
-                found.append(record)
+                found[record.label] = record
             except (ValueError, TypeError, RecursionError) as exc:
                 log.warning("dropping the record %s: %s", path.name, exc)
-                self.remove(path.name)
+                self._unlink(path.name)
             except OSError as exc:
                 log.warning("cannot read the record %s: %s", path.name, exc.strerror)
-        return found
+        return [*found.values()]
 
     def save(self, device: Device, lease: Lease | None = None) -> None:
         """Record a device of ours as it is now, or with another lease. Raises OSError."""
@@ -175,6 +180,9 @@ class Records:
         try:
             if os.write(fd, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._unlink(device.label + _NEW)
+            raise
         finally:
             os.close(fd)
         os.replace(new, path)
@@ -185,16 +193,28 @@ class Records:
         if not device.managed:
             return
         try:
-            self.save(device)
+            if device.ending:
+                self._end(device.label)
+            else:
+                self.save(device)
         except OSError as exc:
             log.warning("cannot record %s: %s", device.node, exc.strerror, extra=device.fields)
+
+    def _end(self, label: str) -> None:
+        path = f"{self._directory}/{label}"
+        with suppress(FileNotFoundError):  # it was done before
+            os.rename(path, path + _ENDING)
 
     def remove(self, label: str) -> None:
         """Forget a device that is gone."""
         self._saved.pop(label, None)
+        self._unlink(label)
+        self._unlink(label + _ENDING)
+
+    def _unlink(self, name: str) -> None:
         try:
-            os.unlink(f"{self._directory}/{label}")
+            os.unlink(f"{self._directory}/{name}")
         except FileNotFoundError:
             pass
         except OSError as exc:
-            log.warning("cannot remove the record of %s: %s", label, exc.strerror)
+            log.warning("cannot remove the record %s: %s", name, exc.strerror)

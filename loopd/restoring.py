@@ -284,7 +284,7 @@ def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
     of = kept.setdefault(found["label"] if found else name, _Kept())
     if found and found["what"] == "lock":
         of.locks[name] = fd
-    elif found and found["what"] == "hold" and _is_pipe(fd):
+    elif found and found["what"] == "hold" and _is_hold(fd):
         of.holds[name] = fd
     elif found and found["what"]:
         kept[name] = _Kept(fd)
@@ -292,9 +292,10 @@ def _sort(kept: dict[str, _Kept], name: str, fd: OwnedFd) -> None:
         of.device = fd
 
 
-def _is_pipe(fd: OwnedFd) -> bool:
-    """Whether it can be what is left of a Hold: of others nobody can tell when they end."""
-    return stat.S_ISFIFO(kernel.statx(fd.fileno()).stx_mode)
+def _is_hold(fd: OwnedFd) -> bool:
+    """Whether it can be our end of a Hold, which was the write end of a pipe in older versions."""
+    mode = kernel.statx(fd.fileno()).stx_mode
+    return stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)
 
 
 def _give_up(name: str, kept: _Kept) -> None:

@@ -119,10 +119,10 @@ class Device:
     async def hold(self) -> OwnedFd:
         """Keep the device beside its lifetime, while the fd, which is the caller's, is open.
 
-        It is the read end of a pipe. Any copy of it keeps the device, also in other processes, to
-        which it can be passed on; reading it gives its end when the device is gone. For the
-        device's owner. Raises AccessDenied, LimitsExceeded, NotSupported on a device that loopd did
-        not attach.
+        It is a socket that cannot send. Any copy of it keeps the device, also in other processes,
+        to which it can be passed on; shutdown(2) on one copy ends the Hold for all of them. Reading
+        it gives its end when the device is gone. For the device's owner. Raises AccessDenied,
+        LimitsExceeded, and NotSupported on a device that loopd did not attach.
         """
         return await self._fd("Hold", "a{sv}", [{}])
 

@@ -4,7 +4,6 @@
 How long others wait meanwhile is measured by bench.flood; here they are served at all.
 """
 
-import os
 import signal
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.harness.bus import LOOPD
 from tests.harness.caller import MANAGER, MANAGER_PATH
+from tests.harness.deadline import Deadline
 from tests.harness.flood import KINDS, flood
 from tests.harness.images import memfd
 from tests.harness.polkit import Answer
@@ -22,6 +22,7 @@ from tests.harness.world import OTHER, USER, World
 ATTACH = "org.example.loop1.attach"
 LIMITS_EXCEEDED = f"{BUS}.Error.LimitsExceeded"
 UNDER_WAY = 16
+PER_USER = 64
 TOLD = 16
 MIB = 1 << 20
 
@@ -185,25 +186,37 @@ def test_many_connections_of_one_user_are_one_user(world: World) -> None:
     """Quota dodges: each of them floods, and what they have together is what one would have."""
     clients = [world.raw() for _ in range(40)]
     other = world.raw(OTHER)
+    world.polkit.on(ATTACH, Answer.HANG)
     with memfd() as fd:
-        for client in clients:
-            client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
-        for _ in range(10):
-            for client in clients:
-                send_at_once(client, 50)
-            other.call(MANAGER_PATH, MANAGER, "ListDevices")
-        for client in clients:
-            client.close()
+        sent = {
+            client: [
+                client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
+                for _ in range(UNDER_WAY)
+            ]
+            for client in clients
+        }
+    world.polkit.wait_question(ATTACH, count=PER_USER)
+    refused, deadline = 0, Deadline()
+    while refused < len(clients) * UNDER_WAY - PER_USER:
+        assert deadline.remaining, refused
+        for client, serials in sent.items():
+            client.call_bus("GetId")  # what has come so far is read on the way to its answer
+            refused += len(refusals(client, serials))
+        other.call(MANAGER_PATH, MANAGER, "ListDevices")
+    assert len(world.polkit.questions) == PER_USER
+    world.polkit.release(Answer.DENY)
+    for client in clients:
+        client.close()
 
 
 def test_replies_that_are_not_read_do_not_disconnect_loopd(world: World) -> None:
     """Transport rule 1 (writer)."""
-    pid = world.daemon.pid
     client = world.raw()
+    before = client.owner_of(LOOPD)
     for _ in range(2000):
         client.send(MANAGER_PATH, f"{BUS}.Introspectable", "Introspect")
     other = world.raw(OTHER)
     other.call(MANAGER_PATH, MANAGER, "ListDevices")
     client.close()
     other.call(MANAGER_PATH, MANAGER, "ListDevices")
-    assert os.path.exists(f"/proc/{pid}")
+    assert other.owner_of(LOOPD) == before

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How long a device is kept: by its client, by its user's being there, and by Holds beside them."""
 
+import errno
+import fcntl
 import os
 import pwd
 import select
+import socket
+import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,11 +170,13 @@ def test_holds_have_a_limit_for_each_user_and_in_all(new_world: Callable[..., Wo
     """Quota dodges."""
     world = new_world(config="[limits]\nholds_per_user = 3\nholds = 5\n")
     client, other, root = world.caller(), world.caller(OTHER), world.caller(None)
+    again = world.caller()
     of = {caller: attach(world, caller) for caller in (client, other, root)}
-    with held(client, of[client]) as first, held(client, of[client]), held(client, of[client]):
-        with pytest.raises(CallError, match="3 Holds already") as caught:
-            client.device(of[client].path, "Hold", "a{sv}", {})
-        assert caught.value.name == f"{BUS}.Error.LimitsExceeded"
+    with held(client, of[client]) as first, held(again, of[client]), held(client, of[client]):
+        for caller in (client, again):
+            with pytest.raises(CallError, match="3 Holds already") as caught:
+                caller.device(of[client].path, "Hold", "a{sv}", {})
+            assert caught.value.name == f"{BUS}.Error.LimitsExceeded"
         with held(other, of[other]), held(other, of[other]):
             for caller in (other, root):
                 with pytest.raises(CallError, match="5 Holds in use"):
@@ -186,6 +194,87 @@ def test_a_hold_taken_by_a_client_that_dies_with_it_keeps_nothing(world: World) 
     del call
     client.kill()
     wait_removed(witness, attached)
+
+
+def refused(call: Callable[[], object]) -> int:
+    """The errno with which something fails; 0 if it does not."""
+    try:
+        call()
+    except OSError as exc:
+        return exc.errno or 0
+    return 0
+
+
+def test_a_hold_takes_nothing_of_roots_memory_for_pipes(world: World) -> None:
+    """Root's share of pipes: a Hold is none that its user could make larger."""
+    client = world.caller()
+    with held(client, attach(world, client)) as fd:
+        assert refused(lambda: fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)) == errno.EBADF
+
+
+def test_nothing_can_be_sent_to_loopd_through_a_hold(world: World) -> None:
+    """Root's share of pipes: a Hold is a socket instead, whose other end is loopd's."""
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    before = world.daemon.fd_count()
+    with held(client, attached) as fd, socket.socket(fileno=os.dup(fd)) as theirs:
+        hidden = socket.socketpair()
+        with hidden[0], hidden[1] as inside, tempfile.TemporaryFile() as file:
+            file.write(b"x")
+            file.flush()
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", inside.fileno()))]
+            for send in (
+                lambda: theirs.send(b"x", socket.MSG_NOSIGNAL),
+                lambda: theirs.send(b"x", socket.MSG_OOB | socket.MSG_NOSIGNAL),
+                lambda: theirs.sendmsg([b"x"], rights, socket.MSG_NOSIGNAL),
+                lambda: os.write(fd, b"x"),
+                lambda: os.sendfile(fd, file.fileno(), 0, 1),
+            ):
+                assert refused(send) == errno.EPIPE
+        name = f"\0loopd-test-{os.getpid()}"
+        assert refused(lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR)) == errno.ENXIO
+        assert refused(lambda: theirs.connect(name)) in (errno.EISCONN, errno.ECONNREFUSED)
+        assert refused(theirs.accept) == errno.EINVAL
+        assert refused(theirs.listen) == errno.EINVAL
+        theirs.bind(name)
+        assert refused(theirs.listen) == errno.EINVAL
+        assert refused(lambda: theirs.connect(name)) in (errno.EISCONN, errno.ECONNREFUSED)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            theirs.setsockopt(socket.SOL_SOCKET, option, 1 << 30)
+        theirs.shutdown(socket.SHUT_WR)
+        assert witness.get(attached.path, "Holds") == 1
+        assert not at_end(fd)
+        assert world.daemon.fd_count() == before + 1
+    wait_changed(witness, attached, "Holds", 0)
+
+
+def test_a_hold_that_is_shut_down_is_over(world: World) -> None:
+    client, witness = world.caller(), world.caller(OTHER)
+    attached = attach(world, client)
+    with held(client, attached) as fd:
+        client.kill()
+        wait_changed(witness, attached, "Holder", "")
+        with socket.socket(fileno=os.dup(fd)) as theirs:
+            theirs.shutdown(socket.SHUT_RD)
+        wait_removed(witness, attached)
+
+
+def test_holds_keep_loopd_asleep(world: World) -> None:
+    """A socket whose other end cannot send can be read at any time, as it is at its end."""
+    client = world.caller()
+    with held(client, attach(world, client)):
+        deadline = Deadline()
+        # A loopd that is told of it over and over never sleeps there.
+        while not sleeps(world.daemon.pid):
+            assert deadline.remaining
+            os.sched_yield()
+
+
+def sleeps(pid: int) -> bool:
+    """Whether a process's first thread waits for events."""
+    task = Path(f"/proc/{pid}/task/{pid}")
+    state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    return state == "S" and (task / "wchan").read_text() in {"ep_poll", "do_epoll_wait"}
 
 
 # The user's being there
@@ -265,6 +354,26 @@ def test_a_logind_that_starts_again_is_asked_anew(world: World) -> None:
     assert witness.get(attached.path, "State") == "attached"
     with LogindDouble(world.bus):
         wait_removed(witness, attached)
+
+
+@pytest.mark.parametrize("error", [f"{BUS}.Error.Failed", f"{BUS}.Error.NoReply", "org.example.No"])
+def test_a_logind_that_errs_says_of_nobody_that_they_have_left(
+    world: World, logind: LogindDouble, error: str
+) -> None:
+    client = world.caller()
+    attached = attach(world, client, lifetime="user")
+    logind.error = error
+    # It asks once at a time: what came of the first answer is done when it asks again.
+    for _ in range(2):
+        asked = len(logind.asked)
+        logind.remove(OTHER_UID)
+        deadline = Deadline()
+        while len(logind.asked) == asked:
+            assert deadline.remaining
+            client.get(attached.path, "State")
+    assert client.get(attached.path, "State") == "attached"
+    assert client.get(attached.path, "Lifetime") == "user"
+    client.detach(attached.path)
 
 
 def test_a_hold_keeps_the_device_of_a_user_who_left(world: World, logind: LogindDouble) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd hears of loopd, whose part the test plays."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from loopd import supervisor
+from loopd.errors import BusError
 from tests.harness.area import area
+from tests.harness.asynchronous import run_async
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
@@ -92,6 +95,26 @@ def test_a_loopd_that_hangs_is_not_alive(
         with pytest.raises(TimeoutError):
             systemd.heard(INTERVAL * 3)
     assert systemd.heard() == "WATCHDOG=1"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_store_is_looked_after_whether_the_bus_answers_or_not(answers: bool) -> None:
+    said: list[str] = []
+
+    async def ask_bus() -> None:
+        if not answers:
+            raise BusError("it is stopped")
+
+    async def look() -> None:
+        said.append("looked")
+        raise asyncio.CancelledError
+
+    async def tell(state: str) -> None:
+        said.append(state)
+
+    with pytest.raises(asyncio.CancelledError):
+        run_async(supervisor.stay_alive(60, ask_bus, look, tell))
+    assert said == (["WATCHDOG=1", "looked"] if answers else ["looked"])
 
 
 @pytest.mark.parametrize(

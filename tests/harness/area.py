@@ -7,6 +7,7 @@ one test process begin with PREFIX, which tells its files from those of a neighb
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,19 @@ def area(purpose: str, mode: int = 0o755, parent: Path = PREFIX.parent) -> Itera
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def small_tmpfs(directory: Path, size: int) -> Iterator[Path]:
+    """Mount a tmpfs where only its own processes see it; yield the way to it."""
+    directory.mkdir()
+    script = f'mount -t tmpfs -o size={size} none "$1" && echo mounted && read -r _'
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", script, "sh", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "mounted\n"
+        yield Path(f"/proc/{holder.pid}/root{directory}")

@@ -81,7 +81,6 @@ class Inside:
         self.told: list[tuple[str, str]] = []
         """What happened to which object path."""
         self._directory = directory
-        self._fds = {*leaks.open_fds()}
         self._loop = asyncio.get_running_loop()
         self._names = itertools.count(1)
         config = config or Config()
@@ -111,7 +110,7 @@ class Inside:
             config.limits,
             let_go=lambda devices: self.ending.let_go_all(devices),
         )
-        self.locks = Locks(self.threads, self.registry.changed, exclusive_for=60)
+        self.locks = Locks(self.threads, self.registry.changed, lambda _: None, exclusive_for=60)
         self.claims = Claims()
         self.spares = Spares(self.threads)
         self.uevents = Uevents()
@@ -154,6 +153,7 @@ class Inside:
             let_go=self.ending.let_go,
         )
         scripted.uevent = self._uevent
+        self._fds = {*leaks.open_fds()}
 
     def _added(self, device: Device) -> None:
         self.ending.device_came(device)
@@ -208,7 +208,7 @@ class Inside:
         ]
         found += [f"{device.node} is recorded" for device in self.registry]
         found += [f"a lease on {lease.device}" for lease in self.leases]
-        found += [f"a lease of {holder}" for holder in self.leases._by_holder]
+        found += [f"leases held by {holder}" for holder in self.leases._by_holder]
         found += [f"a lock on {held}" for held in self.locks._held]
         found += [f"a claim of {claimed}" for claimed in self.claims._claimed]
         found += [f"a claim of loop{number}" for number in self.markers._claims]
@@ -251,6 +251,7 @@ class Inside:
         assert self.threads.stop(_PATIENCE) == 0
         await asyncio.sleep(0)
         await self.quiet()
+        self.lifetimes.close()
 
 
 @contextmanager

@@ -21,6 +21,8 @@ class LogindDouble(Double):
         self.users = set(users)
         self.asked: list[int] = []
         """The uids that somebody has asked for."""
+        self.error = ""
+        """The error that it has for everybody, by name."""
 
     def remove(self, uid: int, *, tell: bool = True) -> None:
         """Forget a user, and say so."""
@@ -31,7 +33,9 @@ class LogindDouble(Double):
     def _answer(self, message: wire.Message) -> None:
         (uid,) = message.body
         self.asked.append(uid)
-        if uid in self.users:
+        if self.error:
+            self._reply_error(message, self.error, "something is wrong")
+        elif uid in self.users:
             self._reply(message, "o", f"{PATH}/user/_{uid}")
         else:
             text = f"User ID {uid} is not logged in or lingering"

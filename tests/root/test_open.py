@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness import loops
+from tests.harness.area import small_tmpfs
 from tests.harness.caller import Attached, Caller, RemoteFd, Variant
 from tests.harness.images import MIB, ext4_label, make_ext4, make_gpt, make_sparse, pattern
 from tests.harness.polkit import rules_allowing
@@ -394,22 +394,6 @@ def test_many_fds_of_one_device_leave_none_in_loopd(world: World, owner: Caller)
 
 
 # Failing disks
-
-
-@contextmanager
-def small_tmpfs(directory: Path, size: int) -> Iterator[Path]:
-    """Mount a tmpfs where only its own processes see it; yield the way to it."""
-    directory.mkdir()
-    script = f'mount -t tmpfs -o size={size} none "$1" && echo mounted && read -r _'
-    with subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", script, "sh", str(directory)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout
-        assert holder.stdout.readline() == "mounted\n"
-        yield Path(f"/proc/{holder.pid}/root{directory}")
 
 
 def test_sync_tells_that_the_disk_is_full(world: World, owner: Caller) -> None:

@@ -21,6 +21,7 @@ import pytest
 from loopd import kernel
 from loopd.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
+from tests.harness.area import small_tmpfs
 from tests.harness.bus import LOOPD
 from tests.harness.caller import DEVICE, Attached, Caller
 from tests.harness.deadline import Deadline
@@ -138,6 +139,14 @@ def foreign(unit: Service) -> Iterator[loops.BoundLoop]:
             loops.wait_unbound(found.number, found.diskseq)
     finally:
         path.unlink()
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 class Gate:
@@ -507,6 +516,106 @@ def test_a_hold_that_ended_meanwhile_ends_nothing_else(unit: Service) -> None:
     assert not at_end(second)
     assert caller.detach(attached.path) is True
     wait_end(second)
+
+
+def test_a_hold_of_an_older_loopd_is_still_one(unit: Service) -> None:
+    """It was the write end of a pipe."""
+    caller = unit.caller()
+    attached = caller.attach(unit.image())
+    reading, writing = os.pipe()
+    os.close(hold(caller, attached))
+    holding = hold(caller, attached)
+    unit.kill()
+    (name,) = [it for it in unit.store.names() if ".hold" in it]
+    unit.store.lose(name)
+    unit.store.put(name, writing)
+    os.close(writing)
+    os.close(holding)
+    unit.start()
+    caller.close()
+    assert seen(unit)[label(attached)]["Holds"] == 1
+    assert not at_end(reading)
+    os.close(reading)
+    wait_seen(unit)
+
+
+# A runtime directory that is full
+
+
+@pytest.fixture
+def full_unit(new_unit: Callable[..., Service], tmp_path: Path) -> Iterator[Service]:
+    """One whose runtime directory can be filled, by `fill_disk`."""
+    unit = new_unit()
+    with small_tmpfs(tmp_path / "run", MIB) as unit.runtime_directory:
+        unit.start()
+        try:
+            yield unit
+        finally:
+            unit.daemon.kill()
+
+
+def fill_disk(unit: Service) -> None:
+    """Take all the room that there is."""
+    with open(unit.runtime_directory / "filling", "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def make_room(unit: Service) -> None:
+    (unit.runtime_directory / "filling").unlink()
+
+
+@pytest.mark.parametrize("lifetime", ["connection", "system"])
+def test_a_detach_that_began_on_a_full_disk_ends_after_a_crash(
+    full_unit: Service, lifetime: str
+) -> None:
+    """Killed at any point: a Detach is written down, whatever room there is for it."""
+    caller = full_unit.caller()
+    attached = caller.attach(full_unit.image(), lifetime=lifetime)
+    stays = caller.attach(full_unit.image())
+    with opened(attached):
+        fill_disk(full_unit)
+        assert caller.detach(attached.path, lazy=True) is False
+        full_unit.crash()
+        assert seen(full_unit)[label(attached)]["State"] == "detaching"
+    loops.wait_unbound(attached.number, attached.diskseq)
+    assert seen(full_unit)[label(stays)]["State"] == "attached"
+    make_room(full_unit)
+    assert caller.detach(stays.path) is True
+    wait_seen(full_unit)
+
+
+def test_what_the_next_loopd_would_not_know_of_is_refused_on_a_full_disk(
+    full_unit: Service,
+) -> None:
+    caller = full_unit.caller()
+    attached = caller.attach(full_unit.image())
+    fill_disk(full_unit)
+    before = seen(full_unit), full_unit.store.names(), full_unit.records()
+    for method, arguments in (
+        ("Hold", ("a{sv}", {})),
+        ("Lock", ("sa{sv}", "exclusive", {})),
+        ("SetLifetime", ("sa{sv}", "user", {})),
+        ("SetLifetime", ("sa{sv}", "system", {})),
+    ):
+        with pytest.raises(CallError) as caught:
+            caller.device(attached.path, method, *arguments)
+        assert caught.value.name == "System.Error.ENOSPC"
+    for options in ({}, {"lock": "shared"}):
+        with pytest.raises(CallError):
+            caller.attach(full_unit.image(), **options)
+    with full_unit.bus.connect() as client:
+        full_unit.wait_right(client)
+    deadline = Deadline()
+    while before != (seen(full_unit), full_unit.store.names(), full_unit.records()):
+        assert deadline.remaining
+    make_room(full_unit)
+    caller.device(attached.path, "Lock", "sa{sv}", "exclusive", {})
+    with closing_fd(hold(caller, attached)):
+        full_unit.crash()
+        told = seen(full_unit)[label(attached)]
+    assert (told["Holds"], told["Locked"]) == (1, "exclusive")
+    assert caller.detach(attached.path) is True
 
 
 def test_a_users_device_goes_when_logind_has_forgotten_it_meanwhile(unit: Service) -> None:

@@ -31,3 +31,65 @@ def test_what_could_not_be_sent_does_not_count(
     fd.close()
     assert store.count == 0
     assert told == (["FDSTORE", "FDSTOREREMOVE", "BARRIER"] if takes_it else ["FDSTORE"])
+
+
+def kept(store: FdStore, *names: str) -> None:
+    """Have things under these names."""
+    for name in names:
+        with OwnedFd(os.memfd_create(name)) as fd:
+            os.close(store.keep(name, fd).release())
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FdStore:
+    """One that a systemd takes everything for."""
+    monkeypatch.setattr(supervisor, "tell", lambda *_: True)
+    made = FdStore()
+    made.room = 10
+    return made
+
+
+def test_what_systemd_has_lost_is_told_when_it_is_still_missing(
+    store: FdStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept(store, "loop1_1", "loop2_2", "loop3_3")
+    store.compare(3)
+    store.compare(4)  # one that is on its way out
+    store.compare(1)  # two that may be on their way in
+    store.compare(3)
+    store.compare(2)
+    assert not caplog.messages
+    store.compare(2)
+    assert caplog.messages == ["systemd has lost 1 fds: devices may go when loopd does"]
+    store.compare(3)
+    store.compare(2)
+    assert len(caplog.messages) == 1
+
+
+def test_without_a_store_nothing_is_sent_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(supervisor, "tell", lambda state, _fds=(): told.append(state))
+    store = FdStore()
+    kept(store, "loop1_1")
+    assert (store.count, store.keeps("loop1_1"), told) == (0, False, [])
+
+
+def test_a_new_name_is_newer_than_all_that_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two locks of one device the newer one counts."""
+    fds = [os.memfd_create("kept") for _ in range(5)]
+    passed = {"loop1_1": fds[:1], "loop1_1.hold7": fds[1:4], "loop1_1.lock12": fds[4:]}
+    monkeypatch.setattr(supervisor, "passed_fds", lambda: passed)
+    store = FdStore()
+    found = store.passed()
+    assert {name: fd.fileno() for name, fd in found.items()} == {
+        name: each[0] for name, each in passed.items()
+    }
+    for copy in fds[2:4]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(copy)
+    assert store.name("loop1_1", "hold") == "loop1_1.hold13"
+    assert store.name("loop1_1", "lock") == "loop1_1.lock14"
+    assert store.count == 3
+    assert store.keeps("loop1_1.hold7")
+    for fd in found.values():
+        os.close(fd.release())

@@ -22,7 +22,7 @@ from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
 from loopd.loopdev import LoopDevice
 from loopd.operations import ResizeOptions
-from loopd.records import Record
+from loopd.records import Record, Records
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside
@@ -56,7 +56,8 @@ class Parts(Inside):
 
     def recorded(self, device: Device) -> Record:
         """Return what is on disk about a device."""
-        return Record.parse((self.directory / "leases" / device.label).read_text())
+        found = Records(self.directory).load()
+        return next(record for record in found if record.label == device.label)
 
     async def look(self, device: Device) -> None:
         """Do as at an event of the kernel's, and wait until it has been dealt with."""
@@ -86,6 +87,7 @@ def with_parts(area: Path) -> WithParts:
                 parts.attaching._tasks,
             ):
                 await tasks.finish(10)
+            parts.lifetimes.close()
             assert scripted.bound() == []
             assert parts.threads.stop(10) == 0
             assert len(parts.leases) == 0
