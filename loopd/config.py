@@ -118,7 +118,7 @@ def _text(path: Path) -> str:
 
 def _fill(settings: _Settings, table: dict[str, Any], where: str, mistakes: list[str]) -> _Settings:
     known = {item.name for item in fields(settings)}
-    changes = {}
+    changes: dict[str, Any] = {}
     for key, value in table.items():
         place = f"{where}: {key[:_MAX_SHOWN]}"
         try:

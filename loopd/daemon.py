@@ -105,7 +105,7 @@ def _has_left(runtime_directory: Path) -> bool:
 
 
 def _fit(config: Config) -> Config:
-    """Take as many open files as the system gives, and no more devices and Holds than they are enough for."""
+    """Take as many open files as the system gives, and what they are enough for."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     return limited(config, files - _OTHER_FDS, _FDS_PER_DEVICE, f"{files} open files are")
