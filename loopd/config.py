@@ -165,11 +165,9 @@ def _sentence(place: str, reason: str) -> str:
 def limited(config: Config, fds: int, fds_per_device: int, what: str) -> Config:
     """The settings with no more devices and Holds than so many fds are enough for."""
     limits = config.limits
-    # A Hold is one more.
-    wanted = limits.devices * fds_per_device + limits.holds
-    if wanted <= fds:
-        return config
-    # Both give way, as a large number of the one is no reason to be without the other.
-    devices, holds = (max(each * fds // wanted, 1) for each in (limits.devices, limits.holds))
-    log.warning("%s enough for %d devices and %d Holds only", what, devices, holds)
+    # A Hold is one. Those beyond half of the fds give way to devices, and devices to all others.
+    holds = max(min(limits.holds, max(fds - limits.devices * fds_per_device, fds // 2)), 1)
+    devices = max(min(limits.devices, (fds - holds) // fds_per_device), 1)
+    if (devices, holds) != (limits.devices, limits.holds):
+        log.warning("%s enough for %d devices and %d Holds only", what, devices, holds)
     return replace(config, limits=replace(limits, devices=devices, holds=holds))

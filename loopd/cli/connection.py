@@ -25,7 +25,7 @@ async def connect(found: argparse.Namespace) -> Client:
         # One that does not answer this may answer the command.
         with contextlib.suppress(errors.LoopError):
             if error := (await client.daemon()).configuration_error:
-                complain(f"{printable(error)}: put that right, and restart loopd")
+                complain(f"{printable(error)}; put that right, and restart loopd")
     except BaseException:
         client.close()
         raise

@@ -221,10 +221,11 @@ def require_answer(content: bytes) -> None:
     ("limits", "fds", "left"),
     [
         (Limits(), 4096, Limits()),
-        (Limits(), 2048, Limits(devices=512, holds=512)),
+        (Limits(), 2048, Limits(devices=341, holds=1024)),
         # Holds beyond reason leave room for devices, and the other way round.
-        (Limits(holds=65536), 7680, Limits(devices=114, holds=7336)),
+        (Limits(holds=65536), 7680, Limits(devices=1024, holds=4608)),
         (Limits(devices=65536, holds=1), 7680, Limits(devices=2559, holds=1)),
+        (Limits(devices=65536, holds=65536), 7680, Limits(devices=1280, holds=3840)),
         (Limits(), 1, Limits(devices=1, holds=1)),
     ],
 )
