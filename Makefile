@@ -20,11 +20,11 @@ LIBRARIES        := python3-dbus-next python3-pyudev python3-rich python3-system
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
 INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev python3-docutils
 DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs python3-gi
-DEB_PACKAGES     := debhelper dh-python python3-docutils
+DEB_PACKAGES     := debhelper dh-apparmor dh-python python3-docutils
 # To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian groff-base udisks2 fdisk zsh fish mmdebstrap gpg debian-archive-keyring \
+                    lintian apparmor groff-base udisks2 fdisk zsh fish mmdebstrap gpg debian-archive-keyring \
                     systemd-container $(EXAMPLE_PACKAGES)
 # Beside those.
 BENCH_PACKAGES   := fio

@@ -95,9 +95,12 @@ class Emit(Protocol):
 class Announcer:
     """Keeps what was told last of each object, to tell what has changed."""
 
-    def __init__(self, registry: Registry, limits: Limits, emit: Emit) -> None:
+    def __init__(
+        self, registry: Registry, limits: Limits, configuration_error: str, emit: Emit
+    ) -> None:
         self._registry = registry
         self._limits = limits
+        self._configuration_error = configuration_error
         self._emit = emit
         self._loop = asyncio.get_running_loop()
         self._told: dict[str, Properties] = {}
@@ -121,6 +124,7 @@ class Announcer:
             "DeviceCount": Variant("u", self._registry.managed),
             "MaxDevices": Variant("u", self._limits.devices),
             "MaxDevicesPerUser": Variant("u", self._limits.devices_per_user),
+            "ConfigurationError": Variant("s", self._configuration_error),
         }
 
     async def objects(self, uid: int) -> codec.Array:

@@ -14,7 +14,6 @@ import resource
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from . import __version__, codec, dial, instance, journal, loopdev, mounts, supe
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
-from .config import DEFAULT_PATH, BadConfig, Config, load
+from .config import DEFAULT_PATH, Config, limited, load
 from .device import Device
 from .ending import Ending
 from .errors import BusError, LoopError
@@ -39,7 +38,7 @@ from .monitor import Monitor, loop_numbers
 from .operations import Operations
 from .overlap import Claims
 from .polkit import Authority
-from .records import Records
+from .records import Records, are_left
 from .registry import Listeners, Registry
 from .restoring import Restoring
 from .service import Service
@@ -57,22 +56,27 @@ _OTHER_FDS = 512
 _STOP_TIMEOUT = 5.0
 # How long another loopd may take to its end, which is three of the above at worst.
 _OTHERS_END = 20.0
+# How many mistakes in the settings the manager's property tells; the log has all.
+_TOLD = 3
 
 
 def main() -> None:
     """The command `loopd`; returns only by ending the process."""
     arguments = _parser().parse_args()
+    config, mistakes = load(arguments.config)
+    if arguments.check_config or (mistakes and not _has_left(arguments.runtime_directory)):
+        # The unit says that starting anew is of no use then.
+        sys.exit(_told(mistakes))
     journal.start(debug=arguments.debug)
+    for mistake in mistakes:
+        log.error("%s: the default holds, so that no device is lost", mistake)
+    error = "; ".join(mistakes[:_TOLD])
     try:
-        config = _fit(load(arguments.config))
+        config = _fit(config)
         threads = Threads()
         # Not closed: what is in it is ours to the very end, also of threads that detach.
         ours = ExitStack()
-        status = asyncio.run(_run(config, arguments.runtime_directory, threads, ours))
-    except BadConfig as exc:
-        # The unit says that starting anew is of no use then.
-        print(f"loopd: {exc}", file=sys.stderr)
-        sys.exit(os.EX_CONFIG)
+        status = asyncio.run(_run(config, error, arguments.runtime_directory, threads, ours))
     except (BusError, LoopError) as exc:
         sys.exit(f"loopd: {exc}")
     except OSError as exc:
@@ -89,20 +93,23 @@ def main() -> None:
     sys.exit(status)
 
 
+def _told(mistakes: list[str]) -> int:
+    """Tell the mistakes in the settings; returns the exit status."""
+    for mistake in mistakes:
+        print(f"loopd: {mistake}", file=sys.stderr)
+    return os.EX_CONFIG if mistakes else os.EX_OK
+
+
+def _has_left(runtime_directory: Path) -> bool:
+    """Whether there are devices of a former loopd, which would be lost without another one."""
+    return supervisor.passes_fds() or are_left(runtime_directory)
+
+
 def _fit(config: Config) -> Config:
-    """Take as many open files as the system gives, and no more devices than they are enough for."""
+    """Take as many open files as the system gives, and what they are enough for."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    return _limit(config, files - _OTHER_FDS, _FDS_PER_DEVICE, f"{files} open files are")
-
-
-def _limit(config: Config, fds: int, fds_per_device: int, what: str) -> Config:
-    # A Hold is one more.
-    devices = max((fds - config.limits.holds) // fds_per_device, 1)
-    if devices >= config.limits.devices:
-        return config
-    log.warning("%s enough for %d devices only", what, devices)
-    return replace(config, limits=replace(config.limits, devices=devices))
+    return limited(config, files - _OTHER_FDS, _FDS_PER_DEVICE, f"{files} open files are")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,12 +126,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where udev's rules look for the marks (default: %(default)s)",
     )
+    parser.add_argument(
+        "--check-config", action="store_true", help="tell the mistakes in the settings, and end"
+    )
     parser.add_argument("--debug", action="store_true", help="log every step")
     parser.add_argument("--version", action="version", version=f"loopd {__version__}")
     return parser
 
 
-async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: ExitStack) -> int:
+async def _run(
+    config: Config,
+    configuration_error: str,
+    runtime_directory: Path,
+    threads: Threads,
+    ours: ExitStack,
+) -> int:
     """Serve until SIGTERM, SIGINT or the loss of the bus; returns the exit status.
 
     `ours` gets what is not to be given back before the process has ended.
@@ -175,7 +191,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     unit = supervisor.Unit(asking.call)
     store.room = await unit.fds_at_most()
     if store.room:
-        config = _limit(
+        config = limited(
             config, store.room, _STORED_FDS_PER_DEVICE, f"a store of {store.room} fds is"
         )
 
@@ -212,7 +228,10 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
     registry = Registry(threads, markers, listeners, loop_numbers)
     mounts.ask_for_loops(registry.file_behind)
     announcer = Announcer(
-        registry, config.limits, emit=lambda *signal, uid: bus.emit(*signal, uid=uid)
+        registry,
+        config.limits,
+        configuration_error,
+        emit=lambda *signal, uid: bus.emit(*signal, uid=uid),
     )
     service = Service(registry, announcer)
     bus = Bus(
@@ -304,7 +323,7 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)
         log.info("loopd %s serves %s with %s", __version__, NAME, codec.LIBRARY)
-        alive = asyncio.ensure_future(_live(threads, bus, store, unit))
+        alive = asyncio.ensure_future(_live(threads, configuration_error, bus, store, unit))
         idle.touch()
 
         status = await ended
@@ -329,10 +348,14 @@ async def _run(config: Config, runtime_directory: Path, threads: Threads, ours: 
                 task.cancel()
 
 
-async def _live(threads: Threads, bus: Bus, store: FdStore, unit: supervisor.Unit) -> None:
+async def _live(
+    threads: Threads, configuration_error: str, bus: Bus, store: FdStore, unit: supervisor.Unit
+) -> None:
     """Tell systemd that we are there, and go on telling; it may not read for a while."""
     tell = partial(_tell, threads)
-    await tell("READY=1")
+    # systemd shows it until the next start.
+    status = f"defaults hold where settings are wrong: {configuration_error}"
+    await tell(f"READY=1\nSTATUS={status}" if configuration_error else "READY=1")
     if interval := supervisor.watchdog_interval():
         await supervisor.stay_alive(interval, bus.ping, partial(_compare, store, unit), tell)
 

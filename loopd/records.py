@@ -29,6 +29,7 @@ from .uapi import LO_NAME_SIZE
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
+_DIRECTORY = "leases"
 _NEW = ".new"
 _ENDING = ".ending"
 _MAX_NUMBER = (1 << 64) - 1
@@ -137,13 +138,21 @@ class Record:
             raise ValueError("it has another device's name")
 
 
+def are_left(runtime_directory: Path) -> bool:
+    """Whether a former loopd has left any."""
+    try:
+        return bool(os.listdir(runtime_directory / _DIRECTORY))
+    except OSError:
+        return False
+
+
 class Records:
     """The directory `leases` in the runtime directory."""
 
     def __init__(self, runtime_directory: Path) -> None:
         self.bus = ""
         """The id of the bus, once it is known."""
-        self._directory = runtime_directory / "leases"
+        self._directory = runtime_directory / _DIRECTORY
         self._saved: dict[str, Record] = {}
 
     def load(self) -> list[Record]:

@@ -49,9 +49,14 @@ def tell(state: str, fds: Sequence[int] = ()) -> bool:
     return True
 
 
+def passes_fds() -> bool:
+    """Whether systemd has passed any fds to us that `passed_fds` has not taken."""
+    return "LISTEN_FDS" in os.environ
+
+
 def passed_fds() -> dict[str, list[int]]:
     """The fds that systemd has passed to us, by name."""
-    if "LISTEN_FDS" not in os.environ:
+    if not passes_fds():
         return {}
     try:
         from systemd.daemon import listen_fds_with_names

@@ -87,6 +87,9 @@ def lock_in(requests: list[int], *, seccomp: bool = True) -> None:
     Without `seccomp`, as where it is missing, the rest has to hold alone. Raises OSError if
     something cannot be given up.
     """
+    # Where memory runs out, this process is to go, and not the daemon. That takes no right.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
     libc = ctypes.CDLL(None, use_errno=True)
     libseccomp = _libseccomp() if seccomp else None
     # The unit's sandbox does not let it do these, and a container may not have the uid.

@@ -20,6 +20,7 @@ from ..fd import OwnedFd
 from . import output
 from .agent import agent
 from .child import run_command, why
+from .connection import connect
 from .outcome import ExitCode, sentence
 from .progress import ProgressBar
 from .readiness import tell_ready, tell_stopping
@@ -63,7 +64,7 @@ def _direct_io(found: argparse.Namespace) -> bool | None:
 
 async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) -> int:
     with Signals() as signals:
-        async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
+        async with await signals.unless(connect(found)) as client:
             try:
                 device, properties = await signals.unless(_attached(client, found, file, lifetime))
             except NotSupported as exc:
@@ -91,7 +92,7 @@ def _without_lifetime(exc: NotSupported, file: OwnedFd) -> str:
 
 async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
-        async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
+        async with await signals.unless(connect(found)) as client:
             device, properties = await signals.unless(_attached(client, found, file))
             description = _description(found, properties)
             try:
@@ -109,7 +110,7 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
 
 async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
-        async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
+        async with await signals.unless(connect(found)) as client:
             device, properties = await signals.unless(_attached(client, found, file))
             command = [argument.replace("{}", device.node) for argument in found.run]
             try:

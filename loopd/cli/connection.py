@@ -6,17 +6,36 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
+from .. import errors
 from ..client import Client, Device
 from ..client.image import name_file
 from ..client.properties import Properties
 from .agent import agent
 from .arguments import node_of
+from .output import printable
+from .stream import complain
+
+
+async def connect(found: argparse.Namespace) -> Client:
+    """A client. An administrator is told of mistakes in loopd's settings, once a command."""
+    client = await Client.connect(interactive=found.interactive)
+    if os.geteuid() != 0:
+        return client
+    try:
+        # One that does not answer this may answer the command.
+        with contextlib.suppress(errors.LoopError):
+            if error := (await client.daemon()).configuration_error:
+                complain(f"{printable(error)}; put that right, and restart loopd")
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 @contextlib.asynccontextmanager
 async def connected(found: argparse.Namespace, *, asking: bool = False) -> AsyncIterator[Client]:
     """A client; with `asking`, questions for a password can be answered in the terminal."""
-    async with await Client.connect(interactive=found.interactive) as client:
+    async with await connect(found) as client:
         async with agent(wanted=asking and found.interactive):
             yield client
 

@@ -5,11 +5,10 @@ import argparse
 import asyncio
 import os
 
-from ..client import Client
 from ..fd import OwnedFd
 from .agent import agent
 from .child import run_command
-from .connection import find
+from .connection import connect, find
 from .signals import Signals
 
 
@@ -23,7 +22,7 @@ def open_device(found: argparse.Namespace) -> int:
 async def _open(found: argparse.Namespace, slot: OwnedFd) -> int:
     number = slot.fileno()
     with Signals() as signals:
-        async with await signals.unless(Client.connect(interactive=found.interactive)) as client:
+        async with await signals.unless(connect(found)) as client:
             device = await signals.unless(find(client, found.target))
             async with agent(wanted=found.interactive):
                 opening = device.open("rw" if found.read_write else "r", partition=found.partition)

@@ -29,9 +29,18 @@ from ..fd import OwnedFd
 from .changes import Change, Changes, objects
 from .device import Device, Lifetime, Lock, properties, resize_options
 from .image import Path, open_file
-from .link import Disconnected, Link, Options, Unanswered, Unavailable, checked, make_options
+from .link import (
+    Disconnected,
+    Link,
+    Options,
+    Unanswered,
+    Unavailable,
+    checked,
+    is_a,
+    make_options,
+)
 from .memory import Progress, copy_into_memory
-from .properties import Partition, Properties
+from .properties import Daemon, Partition, Properties, is_node, is_path
 from .watch import NAME, PATH, PROPERTIES, Ended
 
 __all__ = [
@@ -85,16 +94,6 @@ class AttachOptions(TypedDict, total=False):
     number: int | None
     in_memory: bool
     progress: Progress | None
-
-
-class Daemon(NamedTuple):
-    """What loopd tells of itself."""
-
-    version: str
-    device_count: int
-    """The devices that it has attached and the kernel has not let go of."""
-    max_devices: int
-    max_devices_per_user: int
 
 
 _D = TypeVar("_D")
@@ -234,7 +233,14 @@ class Client:
 
     async def _attach(self, fd: OwnedFd, options: Options) -> Device:
         attaching = self._link.start_passing(
-            PATH, NAME, "Attach", "ha{sv}", [0, options], fd, again=False
+            PATH,
+            NAME,
+            "Attach",
+            "ha{sv}",
+            [0, options],
+            fd,
+            returns=[is_path, is_node, is_a(int)],
+            again=False,
         )
         try:
             path, node, diskseq = await asyncio.shield(attaching)
@@ -245,6 +251,8 @@ class Client:
 
     def _device(self, path: str, node: str, diskseq: int) -> Device:
         """The object for a path, and the same one for as long as somebody has it."""
+        if not is_path(path):
+            raise errors.Failed("loopd tells of a device with a path that no device has")
         device = self._devices.get(path)
         if device is None:
             device = self._devices[path] = Device(self._link, path, node, diskseq)
@@ -263,7 +271,7 @@ class Client:
         Raises InvalidArgs, NoSuchDevice.
         """
         (path,) = await self._link.call(
-            PATH, NAME, "GetDeviceByNode", "s", [checked("node", "s", node)]
+            PATH, NAME, "GetDeviceByNode", "s", [checked("node", "s", node)], returns=[is_path]
         )
         return await self._found(path)
 
@@ -274,7 +282,7 @@ class Client:
         Raises NoSuchDevice, Ambiguous.
         """
         fd = OwnedFd(os.dup(_fileno(file)))
-        asking = self._link.start_passing(PATH, NAME, "GetDevice", "h", [0], fd)
+        asking = self._link.start_passing(PATH, NAME, "GetDevice", "h", [0], fd, returns=[is_path])
         (path,) = await asyncio.shield(asking)
         return await self._found(path)
 
@@ -295,7 +303,14 @@ class Client:
     async def _detach_by_fd(self, file: int | SupportsFileno, options: Options) -> bool:
         fd = OwnedFd(os.dup(_fileno(file)))
         detaching = self._link.start_passing(
-            PATH, NAME, "Detach", "ha{sv}", [0, options], fd, again=False
+            PATH,
+            NAME,
+            "Detach",
+            "ha{sv}",
+            [0, options],
+            fd,
+            returns=[is_a(bool)],
+            again=False,
         )
         (gone,) = await asyncio.shield(detaching)
         return bool(gone)
@@ -317,7 +332,9 @@ class Client:
         """
         options = resize_options(offset, size_limit, force, allow_overlap)
         fd = OwnedFd(os.dup(_fileno(file)))
-        resizing = self._link.start_passing(PATH, NAME, "Resize", "ha{sv}", [0, options], fd)
+        resizing = self._link.start_passing(
+            PATH, NAME, "Resize", "ha{sv}", [0, options], fd, returns=[is_a(int)]
+        )
         (size,) = await asyncio.shield(resizing)
         return int(size)
 
@@ -346,10 +363,14 @@ class Client:
         return Changes(self._link, lambda *_: device, device.path, device.wait_ended)
 
     async def daemon(self) -> Daemon:
-        """What loopd tells of itself: its version, and its limits of devices."""
-        (found,) = await self._link.call(PATH, PROPERTIES, "GetAll", "s", [NAME])
-        names = ("Version", "DeviceCount", "MaxDevices", "MaxDevicesPerUser")
-        return Daemon(*(found[name].value for name in names))
+        """What loopd tells of itself: its version, its limits of devices, and its settings.
+
+        Raises Failed if that is not what a loopd tells.
+        """
+        (found,) = await self._link.call(
+            PATH, PROPERTIES, "GetAll", "s", [NAME], returns=[is_a(dict)]
+        )
+        return Daemon.decode(found)
 
     def _made(self, path: str, told: Properties) -> Device:
         return self._device(path, told.node, told.diskseq)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
-from .link import Disconnected, Link, Unavailable
+from .link import Disconnected, Link, Unavailable, is_a
 from .properties import Properties
 from .watch import DEVICE, OBJECT_MANAGER, PATH, Ended, Heard
 
@@ -161,10 +161,10 @@ class Changes(Generic[_D]):
 
 async def objects(link: Link) -> dict[str, Properties]:
     """All device objects of loopd by their paths, sorted by number."""
-    (found,) = await link.call(PATH, OBJECT_MANAGER, "GetManagedObjects")
+    (found,) = await link.call(PATH, OBJECT_MANAGER, "GetManagedObjects", returns=[is_a(dict)])
     told: list[tuple[str, Any]] = [
         (path, Properties.decode(interfaces[DEVICE]))
         for path, interfaces in found.items()
-        if DEVICE in interfaces
+        if isinstance(interfaces, dict) and DEVICE in interfaces
     ]
     return dict(sorted(told, key=lambda pair: pair[1].number))

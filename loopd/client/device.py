@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .. import errors, kernel
 from ..fd import OwnedFd
-from .link import Link, Options, Unanswered, Unavailable, checked, make_options
+from .link import Link, Options, Unanswered, Unavailable, checked, is_a, make_options
 from .properties import Properties
 from .watch import DEVICE, PROPERTIES, Ended
 
@@ -67,10 +67,10 @@ class Device:
     async def _detach(self, options: Options) -> bool:
         call = (self.path, DEVICE, "Detach", "a{sv}", [options])
         try:
-            (gone,) = await self._link.call(*call, again=False)
+            (gone,) = await self._link.call(*call, returns=[is_a(bool)], again=False)
         except Unanswered:
             try:
-                (gone,) = await self._link.call(*call, again=False)
+                (gone,) = await self._link.call(*call, returns=[is_a(bool)], again=False)
             except (errors.NoSuchDevice, errors.UnknownObject):
                 gone = True  # the first call has done it
         return bool(gone)
@@ -100,7 +100,7 @@ class Device:
         raises Overlap. Raises InvalidArgs, AccessDenied.
         """
         options = resize_options(offset, size_limit, force, allow_overlap)
-        return int(await self._answer("Resize", "a{sv}", options))
+        return int(await self._answer(int, "Resize", "a{sv}", options))
 
     async def open(
         self, mode: Literal["r", "rw"] = "r", *, partition: int | None = None
@@ -156,7 +156,7 @@ class Device:
 
         That the file does not allow it is no error. Raises AccessDenied, NotSupported.
         """
-        return bool(await self._answer("SetDirectIO", "ba{sv}", enable, {}))
+        return bool(await self._answer(bool, "SetDirectIO", "ba{sv}", enable, {}))
 
     async def set_reference(self, reference: str) -> None:
         """Give it another free name of at most 62 bytes, without control characters; "" for none.
@@ -179,7 +179,7 @@ class Device:
 
         Raises DeviceBusy if one in use would have to change, AccessDenied, NotSupported, TimedOut.
         """
-        return int(await self._answer("RescanPartitions", "a{sv}", {}))
+        return int(await self._answer(int, "RescanPartitions", "a{sv}", {}))
 
     async def sync(self) -> None:
         """Write to the disk what the device has taken.
@@ -243,12 +243,15 @@ class Device:
             raise errors.Failed("loopd did not send the file descriptor that it announced")
         return fds[0]
 
-    async def _call(self, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
-        return await self._link.call(self.path, DEVICE, member, signature, body)
+    async def _call(self, member: str, signature: str, body: Sequence[Any]) -> None:
+        """Call a method that returns nothing."""
+        await self._link.call(self.path, DEVICE, member, signature, body)
 
-    async def _answer(self, member: str, signature: str, *body: Any) -> Any:
-        """Call a method that returns one value."""
-        (answer,) = await self._call(member, signature, body)
+    async def _answer(self, kind: type, member: str, signature: str, *body: Any) -> Any:
+        """Call a method that returns one value, of this type."""
+        (answer,) = await self._link.call(
+            self.path, DEVICE, member, signature, body, returns=[is_a(kind)]
+        )
         return answer
 
 
@@ -266,5 +269,5 @@ def resize_options(
 
 async def properties(link: Link, path: str) -> Properties:
     """What a device is now, by its object path."""
-    (found,) = await link.call(path, PROPERTIES, "GetAll", "s", [DEVICE])
+    (found,) = await link.call(path, PROPERTIES, "GetAll", "s", [DEVICE], returns=[is_a(dict)])
     return Properties.decode(found)

@@ -7,7 +7,7 @@ It knows the name of loopd, none of its methods, and keeps nothing of the device
 import asyncio
 import re
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
 from .. import codec, dial, errors, wire
@@ -32,6 +32,7 @@ _NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
 _LIMITS = {"t": 1 << 64, "u": 1 << 32}
 
 Options = dict[str, codec.Variant]
+Checks = Sequence[Callable[[Any], bool]]
 
 
 class Unavailable(errors.BusError):
@@ -98,15 +99,19 @@ class Link:
         signature: str = "",
         body: Sequence[Any] = (),
         *,
+        returns: Checks = (),
         again: bool = True,
     ) -> list[Any]:
-        """Call a method that takes and returns no fds; see `call_with_fds`."""
+        """Call a method that takes and returns no fds; see `call_with_fds`.
+
+        Raises Failed if the answer does not have a value for which each of `returns` is true.
+        """
         answer, fds = await self.call_with_fds(
             path, interface, member, signature, body, again=again
         )
         for fd in fds:
             fd.close()
-        return answer
+        return _checked_answer(answer, returns)
 
     async def call_with_fds(
         self,
@@ -178,9 +183,10 @@ class Link:
         body: Sequence[Any],
         fd: OwnedFd,
         *,
+        returns: Checks,
         again: bool = True,
     ) -> asyncio.Task[list[Any]]:
-        """Begin a call that passes an fd, which it owns until the end.
+        """Begin a call that passes an fd, which it owns until the end; `returns` is as in `call`.
 
         Who gives up waiting leaves the task running (`asyncio.shield`): a message that is still
         queued names the fd by its number.
@@ -193,7 +199,7 @@ class Link:
                 )
             for unexpected in fds:
                 unexpected.close()
-            return answer
+            return _checked_answer(answer, returns)
 
         return self.start(call())
 
@@ -203,6 +209,20 @@ class Link:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def is_a(kind: type) -> Callable[[Any], bool]:
+    """Whether a value is of exactly this type: a bool is no number."""
+    return lambda value: type(value) is kind
+
+
+def _checked_answer(answer: list[Any], checks: Checks) -> list[Any]:
+    if checks and not (
+        len(answer) == len(checks)
+        and all(check(value) for check, value in zip(checks, answer, strict=True))
+    ):
+        raise errors.Failed("loopd does not answer as its interface says")
+    return answer
 
 
 def make_options(*given: tuple[str, str, Any]) -> Options:

@@ -108,16 +108,17 @@ class Watch:
         except codec.MalformedMessage:
             return
         match header.sender == wire.BUS_NAME, header.member, body:
-            case True, "NameOwnerChanged", [name, _, owner] if name == NAME:
+            case True, "NameOwnerChanged", [name, _, str(owner)] if name == NAME:
                 if self._owner:
                     self.end_all(Ended.DAEMON_LEFT)
                 self._owner = owner
             case False, "InterfacesAdded", [str(), dict()]:
                 pass
-            case False, "InterfacesRemoved", [path, _]:
+            case False, "InterfacesRemoved", [str(path), list()]:
                 self._end(path, Ended.DETACHED)
-            case False, "PropertiesChanged", [interface, changed, _] if interface == DEVICE:
-                if "State" in changed and changed["State"].value != "attached":
+            case False, "PropertiesChanged", [interface, dict(changed), _] if interface == DEVICE:
+                state = changed.get("State")
+                if isinstance(state, codec.Variant) and state.value != "attached":
                     self._end(header.path, Ended.DETACHED)
             case _:
                 return

@@ -17,6 +17,7 @@ from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH
 from tests.harness.daemon import Daemon
 from tests.harness.polkit import Answer
+from tests.harness.service import service
 from tests.harness.wire import CallError
 from tests.harness.world import World
 
@@ -39,12 +40,12 @@ def refused(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[str, st
         ("unknown = 1", "unknown", "there is no such setting"),
         ("[limits]\nunknown = 1", "limits: unknown", "there is no such setting"),
         ("[limits]\ndevices = 'many'", "limits: devices", "has to be a whole number"),
-        ("[limits]\ndevices = 0", "limits: devices", "has to be at least 1"),
-        ("[limits]\ncalls = -1", "limits: calls", "has to be at least 1"),
+        ("[limits]\ndevices = 0", "limits: devices", "has to be from 1 to 65536"),
+        ("[limits]\ncalls = -1", "limits: calls", "has to be from 1 to 65536"),
         ("limits = []", "limits", "has to be a table"),
         ("direct_io = 'no'", "direct_io", "has to be true or false"),
         ("trusted_filesystems = 'nfs4'", "trusted_filesystems", "has to be a list of strings"),
-        ("[deadlines]\noperation = 0", "deadlines: operation", "has to be at least 1"),
+        ("[deadlines]\noperation = 0", "deadlines: operation", "has to be from 1 to 86400"),
         ("[deadlines]\noperation = 1.5", "deadlines: operation", "has to be a whole number"),
     ],
 )
@@ -70,7 +71,35 @@ def test_a_file_that_is_no_toml_stops_the_start(tmp_path: Path, content: bytes) 
     assert len(done.stderr) > len(f"loopd: {path}: \n")
 
 
-def start(config: Path) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("arguments", [(), ("--check-config",)])
+def test_all_mistakes_are_told(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    path = tmp_path / "loopd.toml"
+    path.write_text("new = 1\nidle_timeout = 0\n")
+    done = start(path, *arguments)
+    assert done.returncode == os.EX_CONFIG
+    assert done.stderr == (
+        f"loopd: {path}: new: there is no such setting\n"
+        f"loopd: {path}: idle_timeout: has to be from 1 to 86400\n"
+    )
+
+
+def test_checking_starts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "loopd.toml"
+    path.write_text("idle_timeout = 1\n")
+    done = start(path, "--check-config")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fifo_does_not_keep_it_from_starting_or_ending(tmp_path: Path) -> None:
+    path = tmp_path / "loopd.toml"
+    os.mkfifo(path)
+    done = start(path)
+    assert done.returncode == os.EX_CONFIG
+    assert done.stderr == f"loopd: {path}: is no regular file\n"
+
+
+def start(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Start loopd where there is no bus, which it says if the file does not stop it before."""
     environment = os.environ | {
         "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={config.parent}/none",
@@ -78,7 +107,10 @@ def start(config: Path) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-m", "loopd", "--config", str(config)]
     command += ["--runtime-directory", str(config.parent / "run")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command += arguments
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_a_mistake_is_no_start_on_the_bus(bus: PrivateBus, library: str | None) -> None:
@@ -95,6 +127,47 @@ def test_an_empty_file_and_none_at_all_are_the_defaults(new_world: Callable[...,
         caller = world.caller()
         assert caller.get(MANAGER_PATH, "MaxDevicesPerUser", MANAGER) == 32
         assert caller.get(MANAGER_PATH, "MaxDevices", MANAGER) == 1024
+
+
+WRONG = "wrong = true\n[limits]\ndevices = 0\ndevices_per_user = 3\n"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_with_devices_to_take_back_a_mistake_is_told_and_no_device_is_lost(stored: bool) -> None:
+    """Settings that destroy."""
+    if os.getuid() != 0:
+        pytest.skip("only root has loop devices to give")
+    with service() as unit:
+        if not stored:
+            unit.environment = {}
+        unit.start()
+        caller = unit.caller(None)
+        attached = caller.attach(unit.image(owner=None), lifetime="system")
+        daemon = unit.restart(config=WRONG)
+        sentences = [
+            f"{daemon.config_path}: wrong: there is no such setting",
+            f"{daemon.config_path}: limits: devices: has to be from 1 to 65536",
+        ]
+        assert loops.loop_is_bound(attached.number, attached.diskseq)
+        assert caller.get(attached.path, "Managed") is True
+        assert caller.get(MANAGER_PATH, "ConfigurationError", MANAGER) == "; ".join(sentences)
+        # What is right counts.
+        assert caller.get(MANAGER_PATH, "MaxDevicesPerUser", MANAGER) == 3
+        assert caller.get(MANAGER_PATH, "MaxDevices", MANAGER) == 1024
+        for sentence in sentences:
+            assert f"{sentence}: the default holds" in daemon.log
+        if stored:
+            unit.store.wait_said(
+                "STATUS=defaults hold where settings are wrong: " + "; ".join(sentences)
+            )
+        unit.restart()
+        assert caller.get(MANAGER_PATH, "ConfigurationError", MANAGER) == ""
+        caller.detach(attached.path)
+        unit.wait_nothing()
+        # With nothing to take back, as ever.
+        unit.end_for_restart()
+        daemon = unit.start(config=WRONG, wait_ready=False)
+        assert daemon.wait() == os.EX_CONFIG
 
 
 # Settings

@@ -70,7 +70,7 @@ STANDARD_METHODS = {
     PEER: {"Ping": ("", ""), "GetMachineId": ("", "s")},
 }
 MANAGER_PROPERTIES = {"Version": "s", "DeviceCount": "u", "MaxDevices": "u"}
-MANAGER_PROPERTIES["MaxDevicesPerUser"] = "u"
+MANAGER_PROPERTIES |= {"MaxDevicesPerUser": "u", "ConfigurationError": "s"}
 DEVICE_PROPERTIES = {
     "Node": "s",
     "Number": "u",
@@ -300,6 +300,7 @@ def test_the_properties_of_the_manager(world: World) -> None:
         "DeviceCount": 0,
         "MaxDevices": 1024,
         "MaxDevicesPerUser": 32,
+        "ConfigurationError": "",
     }
     attach(world, caller)
     attach(world, world.caller(OTHER), mode="r")

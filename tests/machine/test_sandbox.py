@@ -2,7 +2,9 @@
 """The sandbox of the unit: it is in force, and what it leaves open is needed."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,47 @@ def test_systemd_finds_little_fault_with_it(machine: Machine) -> None:
     assert level
     assert float(level[1]) <= 1.8, printed
     assert machine.run("systemd-analyze", "verify", "--man=no", NAME) == ""
+
+
+# Without memory
+
+READER = "/usr/lib/loopd/loopd/tablereader.py"
+# It gives up its rights as ever, and then waits for a lock that it has.
+WAITING = """
+import runpy, sys, threading
+reader = runpy.run_path("{original}")
+reader["lock_in"]([int(request) for request in sys.argv[1:]])
+lock = threading.Lock()
+lock.acquire()
+lock.acquire()
+"""
+
+
+def test_a_table_reader_that_is_killed_for_memory_goes_alone(
+    machine: Machine, unit: Unit, alice: Login
+) -> None:
+    """Killed for memory."""
+    attached = alice.attach(machine.image("disk.img", owner="alice"), partition_scan=True)
+    assert unit.show("OOMPolicy") == "continue"
+    before, pid = machine.processes_of(NAME), unit.pid
+    original = machine.path(READER).read_text()
+    machine.write("/usr/local/lib/reader.py", original)
+    try:
+        machine.write(READER, WAITING.format(original="/usr/local/lib/reader.py"))
+        image = machine.image("other.img", owner="alice")
+        call = alice.attach_begin(image, partition_scan=True)
+        unit.wait(lambda: len(machine.processes_of(NAME)) > len(before), "a child of loopd")
+        (child,) = {*machine.processes_of(NAME)} - {*before}
+        score = Path(f"/proc/{child}/oom_score_adj")
+        unit.wait(lambda: score.read_text() == "1000\n", "the child to give itself up")
+        os.kill(child, signal.SIGKILL)  # as the kernel does
+        with pytest.raises(CallError, match="partition table"):
+            call.end()
+    finally:
+        machine.write(READER, original)
+    assert unit.pid == pid
+    assert len(alice.get_all(attached.path)["Partitions"]) == 2
+    assert alice.detach(attached.path)
 
 
 # What it leaves open

@@ -624,8 +624,20 @@ def test_a_loopd_that_comes_later_is_heard() -> None:
         owner_changed(BUS_NAME, "org.example.Other", ""),
         frame.Frame(removed().header, b"no message"),
         frame.Frame(None, b""),
+        # Of other types than the interface has, which a bus lets through.
+        signal_from(LOOPD, OBJECT, OBJECT_MANAGER, "InterfacesRemoved", "aoas", [OBJECT], [DEVICE]),
+        signal_from(LOOPD, OBJECT, OBJECT_MANAGER, "InterfacesRemoved", "o", OBJECT),
+        signal_from(LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "sas", DEVICE, ["State"]),
+        signal_from(LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "susi", DEVICE, 1, "", 1),
+        signal_from(
+            *(LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "sasas", DEVICE, ["State"], [])
+        ),
+        signal_from(
+            *(LOOPD, OBJECT, PROPERTIES, "PropertiesChanged", "sa{ss}as"),
+            *(DEVICE, {"State": "detaching"}, []),
+        ),
     ],
-    ids=range(8),
+    ids=range(14),
 )
 def test_what_does_not_end_the_device_is_passed_over(signal: frame.Frame) -> None:
     assert ended_by(signal) is None

@@ -411,7 +411,7 @@ def test_loopd_tells_of_itself() -> None:
         assert bus.bodies == [[NAME]]
         return found
 
-    assert run_async(ask()) == ("9", 1, 2, 3)
+    assert run_async(ask()) == ("9", 1, 2, 3, "")
 
 
 def test_every_method_of_the_interface_can_be_called() -> None:

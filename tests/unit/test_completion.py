@@ -150,22 +150,83 @@ def test_the_command_to_run_is_completed_as_a_command(shell: Shell, files: Path)
 
 def typed(
     command: list[str], setup: str, line: str, wanted: str, environment: dict[str, str]
-) -> None:
-    """Type into an interactive shell, and wait for what it makes of it."""
+) -> str:
+    """Type into an interactive shell, and wait for what it makes of it; returns what it wrote."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe(command[0], command, environment)  # noqa: S606 - it is a shell
     try:
-        deadline, seen = Deadline(), b""
+        deadline = Deadline()
         for text, pattern in ((f"{setup}; echo rea''dy\n", "ready"), (line, wanted)):
             os.write(terminal, text.encode())
+            seen = b""
             while not re.search(pattern, re.sub(r".\x08", "", seen.decode(errors="replace"))):
                 deadline.wait_readable([terminal], f"{pattern} after {seen!r}")
                 seen += os.read(terminal, 65536)
-            seen = b""
+        return seen.decode(errors="replace")
     finally:
         os.close(terminal)
         os.waitpid(pid, 0)
+
+
+HOSTILE = ("a\n_etc_passwd", "b\x1b]0;forged\x07")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A directory with names that a terminal would obey, and one that comes after them."""
+    for name in (*HOSTILE, "z.img"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_no_line_of_a_name_is_a_candidate_in_bash(hostile: Path) -> None:
+    """Names in a terminal."""
+    assert bash("loopctl attach ", hostile) == {HOSTILE[1], "z.img"}
+
+
+def test_bash_shows_no_name_as_it_is(hostile: Path) -> None:
+    setup = f"cd {hostile}; source {DIRECTORY / 'loopctl.bash'}"
+    seen = typed(
+        ["bash", "--norc", "-i"], setup, "loopctl attach \t\t", r"z\.img", environment_of(hostile)
+    )
+    require_harmless(seen)
+
+
+def test_zsh_shows_no_name_as_it_is(hostile: Path) -> None:
+    """Names in a terminal."""
+    functions = hostile / ".functions"
+    functions.mkdir()
+    shutil.copy(DIRECTORY / "loopctl.zsh", functions / "_loopctl")
+    setup = f"cd {hostile}; fpath=({functions} $fpath); autoload -Uz compinit; compinit -u -D"
+    zsh = [need("zsh"), "-f", "-i"]
+    require_harmless(typed(zsh, setup, "loopctl attach \t\t", r"z\.img", environment_of(hostile)))
+
+
+def test_fish_shows_no_name_as_it_is(hostile: Path) -> None:
+    """Names in a terminal."""
+    setup = f"cd {hostile}; source {DIRECTORY / 'loopctl.fish'}"
+    command = [need("fish"), "--no-config", "-i"]
+    environment = environment_of(hostile) | {"TERM": "xterm"}
+    require_harmless(typed(command, setup, "loopctl attach \t\t", r"z\.img", environment))
+
+
+def environment_of(directory: Path) -> dict[str, str]:
+    """Of an interactive shell that reads no settings."""
+    return os.environ | {
+        "PS1": "$ ",
+        "TERM": "dumb",
+        "LC_ALL": "C.UTF-8",
+        "INPUTRC": os.devnull,
+        "HOME": str(directory),
+        "ZDOTDIR": str(directory),
+    }
+
+
+def require_harmless(seen: str) -> None:
+    """A shell wrote a hostile name, and not the sequence in it that a terminal obeys."""
+    assert "forged" in seen
+    assert "\x1b]0;forged" not in seen
 
 
 def test_bash_completes_what_is_typed(files: Path) -> None:

@@ -129,7 +129,9 @@ def build(tree: Tree, *arguments: str, umask: int = 0o022, **variables: str) -> 
 @pytest.fixture(scope="module")
 def package() -> Iterator[Package]:
     """Built by an ordinary user, among what work leaves in a checkout."""
-    if missing := [each for each in ("dh", "dh_python3", "lintian") if not shutil.which(each)]:
+    if missing := [
+        each for each in ("dh", "dh_apparmor", "dh_python3", "lintian") if not shutil.which(each)
+    ]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     with area("package") as directory:
         tree = Tree.copy(directory / "one", "nobody" if os.geteuid() == 0 else None)
@@ -202,6 +204,7 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     documentation = {name for name in files if name.startswith("usr/share/doc/loopd/")}
     pages = list((CHECKOUT / "docs" / "man").glob("*.rst"))
     assert files - documentation == modules | {
+        "etc/apparmor.d/usr.sbin.loopd",
         "usr/bin/loopctl",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
         "usr/lib/loopd/loopd/py.typed",

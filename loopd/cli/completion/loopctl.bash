@@ -12,10 +12,11 @@ _loopctl_devices() {
     done
 }
 
+# Not those with a newline in their names, of which each line would be a candidate.
 _loopctl_files() {
     local IFS=$'\n'
     compopt -o filenames 2>/dev/null
-    COMPREPLY+=($(compgen -f -- "$1"))
+    COMPREPLY+=($(compgen -f -X $'*\n*' -- "$1"))
 }
 
 _loopctl_options() {

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # loopctl's completion for fish.
 
-# The devices that are bound.
+# The devices that are bound, and their files. Users choose the names of those: a second line would be
+# a candidate, and a terminal obeys control characters (\p{C}, with what has no picture).
 function __loopctl_devices
     for device in /sys/block/loop*/loop
         set -l name (string replace --regex '.*/(loop\d+)/loop$' '$1' $device)
-        printf '/dev/%s\t%s\n' $name (cat $device/backing_file 2>/dev/null)
+        set -l file (cat $device/backing_file 2>/dev/null | string collect)
+        printf '/dev/%s\t%s\n' $name (string replace --all --regex '\p{C}' '?' -- "$file")
     end
 end
 
