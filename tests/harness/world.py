@@ -130,6 +130,7 @@ class _Since(process.Log):
 @contextmanager
 def make_world(
     *,
+    bus_type: type[PrivateBus] = PrivateBus,
     authority: Answer | str | None = Answer.ALLOW,
     policies: list[Path] | None = None,
     accounts: Sequence[int] = (),
@@ -137,11 +138,11 @@ def make_world(
 ) -> Iterator[World]:
     """Start a world: `authority` is a double's answer or rules for the real polkitd.
 
-    `policies` and `accounts` go to PrivateBus and what else there is to Daemon.
+    `policies` and `accounts` go to the bus and what else there is to Daemon.
     """
     with ExitStack() as stack:
         files = stack.enter_context(area("files"))
-        bus = stack.enter_context(PrivateBus(policies=policies, accounts=accounts))
+        bus = stack.enter_context(bus_type(policies=policies, accounts=accounts))
         polkit: PolkitDouble | RealPolkit
         if isinstance(authority, str):
             polkit = RealPolkit(bus, authority)
