@@ -50,7 +50,7 @@ LAYERS = (
         "cli.agent",
     ),
     ("leases", "loopops", "overlap", "marker", "supervisor", "cli.progress", "cli.stream"),
-    ("attachment", "cli.style"),
+    ("attachment", "closes", "cli.style"),
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),
