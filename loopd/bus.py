@@ -83,6 +83,7 @@ class Bus:
             on_call=self._on_call,
             on_signal=self._on_signal,
             on_lost=on_lost,
+            broadcasts=True,
             close_fds=self._close_fds,
             muted=self._muted,
             is_wary=lambda: threads.closes.crowded,

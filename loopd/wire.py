@@ -45,7 +45,8 @@ class Connection:
 
     `on_call` and `on_signal` get frames and return at once; where there is none, what it would get
     is skipped unread. Fds that they do not take out of `frame.fds` are closed by `close_fds`, which
-    is told whose they are. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
+    is told whose they are. If it hears only `broadcasts`, signals to one connection are skipped
+    unread, too. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
     left to the kernel but of those whom it `trusts`; where the answer to that is a future, nothing
     is read until that is done. `on_lost` is called once when the bus is gone.
     """
@@ -58,6 +59,7 @@ class Connection:
         on_call: Callable[[frame.Frame], None] | None,
         on_signal: Callable[[frame.Frame], None] | None,
         on_lost: Callable[[str], None],
+        broadcasts: bool = False,
         close_fds: Callable[[Iterable[int], str], None] = _close_fds,
         muted: Collection[bytes] = frozenset(),
         is_wary: Callable[[], bool] = lambda: False,
@@ -67,7 +69,7 @@ class Connection:
         types = [frame.METHOD_RETURN, frame.ERROR]
         types += [frame.METHOD_CALL] if on_call else []
         types += [frame.SIGNAL] if on_signal else []
-        self._reader = frame.Reader(max_message, muted, types)
+        self._reader = frame.Reader(max_message, muted, types, broadcasts=broadcasts)
         self._on_call = on_call
         self._on_signal = on_signal
         self._on_lost = on_lost

@@ -23,7 +23,7 @@ LAYERS = (
     ("operations", "attaching", "announcer"),
     ("manager", "passthrough", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("ending", "proposal", "restoring"),
-    ("lifetimes",),
+    ("lifetimes", "questions"),
     (
         "registry",
         "locks",
