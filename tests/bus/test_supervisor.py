@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd hears of loopd, whose part the test plays."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import supervisor
+from loopd import errors, supervisor
 from tests.harness.area import area
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import Daemon
@@ -92,6 +93,27 @@ def test_a_loopd_that_hangs_is_not_alive(
         with pytest.raises(TimeoutError):
             systemd.heard(INTERVAL * 3)
     assert systemd.heard() == "WATCHDOG=1"
+
+
+def test_what_else_is_to_be_looked_after_does_not_wait_for_the_bus() -> None:
+    """Transport rule 12 (losing the bus): such as whether systemd keeps each device's fds."""
+    looked, told = 0, []
+
+    async def ask() -> None:
+        raise errors.TimedOut("the bus did not answer")
+
+    async def look() -> None:
+        nonlocal looked
+        looked += 1
+        if looked == 3:
+            raise asyncio.CancelledError
+
+    async def tell(state: str) -> None:
+        told.append(state)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(supervisor.stay_alive(0.001, ask, look, tell))
+    assert (looked, told) == (3, [])
 
 
 @pytest.mark.parametrize(
