@@ -60,8 +60,19 @@ def still_serves(world: World) -> None:
     assert world.daemon.process.status is None
 
 
+def wait_passed_on(world: World, *senders: RawClient) -> None:
+    """Return when the bus has passed on what was sent, by the senders and by doubles.
+
+    dbus-daemon does so in the order in which it came. dbus-broker serves the connections in turn,
+    each in its own order, so that several rounds come by all of them.
+    """
+    with world.bus.connect() as bystander:
+        for client in (*senders, *[bystander] * 10):
+            client.call_bus("GetId")
+
+
 @contextmanager
-def queued(world: World) -> Iterator[None]:
+def queued(world: World, *senders: RawClient) -> Iterator[None]:
     """What is sent in the block reaches loopd at once, while the bus reads nothing of loopd's.
 
     Afterwards loopd has filled its socket, and the bus goes on.
@@ -69,8 +80,7 @@ def queued(world: World) -> Iterator[None]:
     with ExitStack() as deaf:
         with stopped(world.daemon.pid):
             yield
-            with world.bus.connect() as bystander:
-                bystander.call_bus("GetId")  # the bus has passed all of it on
+            wait_passed_on(world, *senders)
             deaf.enter_context(stopped(world.bus.pid))
         wait_for_want_of_room(world.daemon.pid)
 
@@ -84,7 +94,7 @@ def test_200_answers_that_nobody_reads_cost_nobody_the_bus(new_world: Callable[.
     clients = [world.raw(user) for user in (USER, OTHER, None, "mail") for _ in range(4)]
     for client in clients:
         client.call(MANAGER_PATH, PEER, "Ping")  # loopd knows who it is
-    with queued(world):
+    with queued(world, *clients):
         serials = [
             [client.send(MANAGER_PATH, INTROSPECTABLE, "Introspect") for _ in range(13)]
             for client in clients
@@ -319,8 +329,7 @@ def test_the_fds_of_an_answer_stay_open_until_the_bus_has_them(
                     ]
                     for client in (leaving, staying)
                 }
-                with world.bus.connect() as bystander:
-                    bystander.call_bus("GetId")
+                wait_passed_on(world, *clients)
                 deaf.enter_context(stopped(world.bus.pid))
             wait_for_want_of_room(world.daemon.pid)
             deadline = Deadline()
