@@ -64,12 +64,14 @@ class Closes:
                 self._hand_on(fd, owner)
 
     def _close_batch(self, fds: tuple[int, ...], owner: object) -> None:
+        closed = 0
         for fd in fds:
             if closes_quickly(fd):
                 _close(fd)
-                self._open.add(owner, -1)
+                closed += 1
             else:
                 self._hand_on(fd, owner)
+        self._open.add(owner, -closed)
 
     def _hand_on(self, fd: int, owner: object) -> None:
         self._may_hang.add(owner, 1)
