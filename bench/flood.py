@@ -18,7 +18,7 @@ from pathlib import Path
 from loopd.client import blocking
 from tests.harness import broker, images
 from tests.harness.area import area
-from tests.harness.broker import PrivateBroker
+from tests.harness.broker import BUSES, PrivateBroker
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import MANAGER, MANAGER_PATH
 from tests.harness.daemon import LIBRARIES, Daemon
@@ -28,7 +28,6 @@ from tests.harness.raw import RawClient
 
 FLOODER = "nobody"
 VICTIM = "games"
-BUSES: dict[str, type[PrivateBus]] = {"dbus-daemon": PrivateBus, "dbus-broker": PrivateBroker}
 ATTACHES = 120
 AS_THE_UNIT = ("nice", "--adjustment=-10")
 """The priority that loopd.service gives."""

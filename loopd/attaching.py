@@ -17,7 +17,7 @@ from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, 
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, LimitsExceeded, NotSupported, TimedOut
+from .errors import Failed, NotSupported, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -95,7 +95,7 @@ class Attaching:
         """Attach a file for as long as the options say. Takes the fd over."""
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
-            proposal = await self._look(fd, options)
+            proposal = await self._look(caller, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
             if proposal.trusted:
@@ -104,7 +104,7 @@ class Attaching:
                 proposal.request.check(proposal.file, proposal.file.size)
             await self._require_attach(caller, proposal)
             if proposal.block:
-                proposal = await self._look(fd, options)  # it may have changed
+                proposal = await self._look(caller, fd, options)  # it may have changed
             caller.client.require_present()
             self._require_running()
             if proposal.block and not proposal.needs_loop_device:
@@ -127,8 +127,8 @@ class Attaching:
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
 
-    async def _look(self, fd: OwnedFd, options: AttachOptions) -> Proposal:
-        proposal = await self._proposals.look(fd, options)
+    async def _look(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Proposal:
+        proposal = await self._proposals.look(caller.uid, fd, options)
         if options.lifetime == SYSTEM and not proposal.needs_loop_device:
             raise NotSupported(
                 "lifetime: a block device that needs no loop device is there as long as it is"
@@ -216,15 +216,13 @@ class Attaching:
                 self._spares.numbers(caller.uid),
                 self._store,
             )
-            try:
-                loop, status = await self._threads.run(
-                    attach, late=lambda attached: _undo(attached[0])
-                )
-            except LimitsExceeded:  # there was no thread for it
-                if quick:
-                    self._threads.close_fd(passed.release())
-                passed.close()
-                raise
+
+            def unused() -> None:
+                self._threads.close_fd(passed.release(), owner=caller.uid)
+
+            loop, status = await self._threads.run(
+                attach, late=lambda attached: _undo(attached[0]), unused=unused
+            )
             self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
@@ -275,13 +273,14 @@ class Attaching:
             with closing(borrowed):
                 loopops.set_autoclear(borrowed, False)
 
+        def unused() -> None:
+            end = self._threads.run_in_turn(device.owner, Work.ENDING, borrowed.close)
+            self._tasks.start(end)
+
         try:
             async with device.operating:
-                await self._threads.run(keep)
-        except BaseException as exc:
-            if isinstance(exc, LimitsExceeded):  # there was no thread for it
-                end = self._threads.run_in_turn(device.owner, Work.ENDING, borrowed.close)
-                self._tasks.start(end)
+                await self._threads.run(keep, unused=unused)
+        except BaseException:
             self._let_go(device)
             raise
         await self._registry.refresh(device)

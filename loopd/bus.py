@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 
 # A connection to which so many refusals are still to be told is not heard for a while.
 _MAX_REFUSALS = 16
-# Fds of one user that are being closed and may not be for as long as it likes: of one who has more
-# none are taken, nor of strangers while there is such a user.
-_MAX_CLOSING = 32
+# Seconds for which nothing is read until the bus says whose fds come next.
+_PATIENCE = 0.1
 _BUG = "loopd failed; its log says why"
 _TOO_MANY = "too many calls are under way: try again later"
 
@@ -77,15 +76,18 @@ class Bus:
         """Those of connections that we do not know yet."""
         self._turns = Turns()
         self._muted: set[bytes] = set()
+        self._patient = True
+        """Whether the bus last said in time who somebody is."""
         self._tasks = Tasks()
         self.connection = connection(
             max_message=codec.MAX_MESSAGE,
             on_call=self._on_call,
             on_signal=self._on_signal,
             on_lost=on_lost,
+            broadcasts=True,
             close_fds=self._close_fds,
             muted=self._muted,
-            is_wary=lambda: threads.closing_for_all > _MAX_CLOSING,
+            is_wary=lambda: threads.closes.crowded,
             trusts=self._trusts,
         )
 
@@ -117,7 +119,7 @@ class Bus:
         session = self._session(name)
         (is_there,) = await self.connection.call_bus("NameHasOwner", "s", [name])
         if is_there and session.client is None:
-            await self._identify(session)
+            await self._identified(session)
         if session.left.done() or not is_there:
             self._sessions.pop(name, None)
             return None
@@ -208,6 +210,13 @@ class Bus:
             session = self._sessions[name] = Session(name, self._loop.create_future())
         return session
 
+    def _identified(self, session: Session) -> asyncio.Task[None]:
+        """What is done when it is known who a connection is, or that nobody says so."""
+        if session.identifying is None or session.identifying.done():
+            with charging(session.charge):
+                session.identifying = self._tasks.start(self._identify(session))
+        return session.identifying
+
     async def _identify(self, session: Session) -> None:
         """Find out who a connection is, which the bus knows and which never changes."""
         try:
@@ -220,6 +229,7 @@ class Bus:
             session.account = self._turns.account(uid)
             session.account.sessions += not session.left.done()
             session.charge(session.spent)
+            self._patient = True
         waiting, session.waiting = session.waiting, []
         self._calls_of_nobody -= len(waiting)
         for call in waiting:
@@ -293,9 +303,7 @@ class Bus:
             return
         self._calls_of_nobody += 1
         session.waiting.append(call)
-        if len(session.waiting) == 1:
-            with charging(session.charge):
-                self._tasks.start(self._identify(session))
+        self._identified(session)
 
     def _admit(self, session: Session, client: Client, account: Account, call: Call) -> None:
         """Have a call served when it is its user's turn, or refuse it."""
@@ -327,19 +335,35 @@ class Bus:
         self._end(session, call)
 
     def _close_fd(self, session: Session, fd: int) -> None:
-        self._threads.close_fd(fd, session.owner)
+        self._threads.close_fd(fd, owner=session.owner)
 
     def _close_fds(self, fds: Iterable[int], sender: str) -> None:
         session = self._sessions.get(sender)
         self._threads.close_fds(fds, session.owner if session else sender)
 
-    def _trusts(self, sender: str) -> bool:
-        """Whether we take fds of a sender though closing those of others may take for ever."""
-        session = self._sessions.get(sender)
-        if session is None or session.account is None:
+    def _trusts(self, sender: str) -> bool | asyncio.Future[None]:
+        """Whether fds of a sender are taken while closing those of others may take for ever.
+
+        A future says that it is not known yet whose they are, and is done before long.
+        """
+        if not sender:
             return False
-        closing = self._threads.closing(session.owner) + self._threads.closing(session.name)
-        return closing <= _MAX_CLOSING
+        session = self._session(sender)
+        if session.account:
+            return not self._threads.closes.is_full(session.owner, session.name)
+        if session.awaited is None and self._patient:
+            session.awaited = self._tasks.start(self._await_identity(session))
+        if session.awaited is None or session.awaited.done():
+            return False
+        return session.awaited
+
+    async def _await_identity(self, session: Session) -> None:
+        """Wait until it is known who a connection is, at its user's expense and not for long."""
+        start = time.monotonic()
+        done, _ = await asyncio.wait([self._identified(session)], timeout=_PATIENCE)
+        # One who is late may be late with the answer about anybody.
+        self._patient = bool(done)
+        session.charge(time.monotonic() - start)
 
     def _begin(self, session: Session, client: Client, call: Call) -> None:
         """Serve a call, or refuse it; synchronous, so that nothing is left half-owned."""

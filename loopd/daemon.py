@@ -17,7 +17,18 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from . import __version__, codec, dial, instance, journal, loopdev, mounts, supervisor, wire
+from . import (
+    __version__,
+    codec,
+    dial,
+    instance,
+    journal,
+    loopdev,
+    mounts,
+    questions,
+    supervisor,
+    wire,
+)
 from .announcer import NAME, Announcer
 from .attaching import Attaching
 from .bus import Bus
@@ -164,29 +175,20 @@ async def _run(
         if lifetimes:
             lifetimes.users_may_have_left()
 
-    connect = partial(dial.connect, dial.system_bus_address())
-    # For questions to others, so that no flood of calls is in the way of their answers.
-    asking = wire.Connection(
-        await threads.run(connect),
-        max_message=codec.MAX_MESSAGE,
-        on_call=None,
-        on_signal=heard,
-        on_lost=partial(end, 1),
-        close_fds=threads.close_fds,
-    )
-    socket = await threads.run(connect)
+    address = dial.system_bus_address()
+    asking = await questions.connect(threads, address, on_signal=heard, on_lost=partial(end, 1))
     try:
-        await asking.hello()
         if await asking.call_bus("NameHasOwner", "s", [NAME]) != [False]:
             raise BusError(f"another process owns {NAME} already")
         # Another one may be letting go yet, though it has given up the name.
         claim = partial(instance.claim, runtime_directory, _OTHERS_END)
         ours.enter_context(await threads.run(claim))
+        await questions.protect(asking)
         await threads.run(markers.prepare)
         await threads.run(mounts.prepare)
+        socket = await threads.run(partial(dial.connect, address))
     except BaseException:
         asking.close()
-        socket.close()
         raise
     unit = supervisor.Unit(asking.call)
     store.room = await unit.fds_at_most()

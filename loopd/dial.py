@@ -18,10 +18,11 @@ def system_bus_address() -> str:
     return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS
 
 
-def connect(address: str) -> socket.socket:
-    """Connect and authenticate, fds allowed; blocks for as long as the bus needs, at most 10 s.
+def connect(address: str, *, fds: bool = True) -> socket.socket:
+    """Connect and authenticate; blocks for as long as the bus needs, at most 10 s.
 
-    `address` is a D-Bus server address, several separated by ";". Raises BusError.
+    `address` is a D-Bus server address, several separated by ";". Without `fds` the bus sends no
+    message that has any. Raises BusError.
     """
     problem = f"no address of a bus that can be used: {address!r}"
     for part in filter(None, address.split(";")):
@@ -37,7 +38,7 @@ def connect(address: str) -> socket.socket:
         try:
             sock.settimeout(_CONNECT_TIMEOUT)
             sock.connect(where)
-            _authenticate(sock)
+            _authenticate(sock, fds=fds)
             sock.setblocking(False)
         except (OSError, BusError) as exc:
             sock.close()
@@ -48,17 +49,18 @@ def connect(address: str) -> socket.socket:
     raise BusError(problem)
 
 
-def _authenticate(sock: socket.socket) -> None:
+def _authenticate(sock: socket.socket, *, fds: bool) -> None:
     # All at once, as sd-bus does: after BEGIN the bus says nothing before we do.
     uid = str(os.geteuid()).encode().hex()
-    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n".encode())
+    negotiate = "NEGOTIATE_UNIX_FD\r\n" if fds else ""
+    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\n{negotiate}BEGIN\r\n".encode())
     answer = b""
-    while answer.count(b"\r\n") < 2:
+    while answer.count(b"\r\n") < 1 + fds:
         data = sock.recv(512)
         if not data or len(answer) > 4096:
             raise BusError("the bus ended the authentication")
         answer += data
-    if not answer.startswith(b"OK ") or b"\r\nAGREE_UNIX_FD" not in answer:
+    if not answer.startswith(b"OK ") or (fds and b"\r\nAGREE_UNIX_FD" not in answer):
         with contextlib.suppress(UnicodeDecodeError):
             raise BusError(f"the bus refused the authentication: {answer.decode().strip()}")
         raise BusError("the bus refused the authentication")

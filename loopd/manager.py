@@ -25,7 +25,6 @@ from .errors import (
     Ambiguous,
     DeviceBusy,
     InvalidArgs,
-    LimitsExceeded,
     NoSuchDevice,
     NotSupported,
     TimedOut,
@@ -101,13 +100,13 @@ class Manager:
         file it is (`_over_file`). Takes the fd over. Raises NoSuchDevice, Ambiguous.
         """
         fd = fd.move()
-        try:
-            named = await self._threads.run(
-                partial(loopinfo.named_by, fd), timeout=self._config.deadlines.operation
-            )
-        except LimitsExceeded:
-            fd.close()  # if there was no thread for it
-            raise
+        named = await self._threads.run_in_turn(
+            caller.uid,
+            Work.LOOK,
+            partial(loopinfo.named_by, fd),
+            timeout=self._config.deadlines.operation,
+            unused=fd.close,
+        )
         if named.number is not None:
             # A loop device may also be the backing file of another, but it is itself first.
             return self.device_by_node(f"loop{named.number}"), named.partition
@@ -213,15 +212,13 @@ class Manager:
                         raise NoSuchDevice(f"{device.node} is gone") from exc
                     raise
 
-        try:
-            return await self._threads.run(
-                operate, timeout=remaining(deadline), late=late, ended=ended
-            )
-        except LimitsExceeded:
-            # There was no thread for it; else that has closed it.
+        def close_borrowed() -> None:
             if borrowed:
                 self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, borrowed.close))
-            raise
+
+        return await self._threads.run(
+            operate, timeout=remaining(deadline), late=late, ended=ended, unused=close_borrowed
+        )
 
     @staticmethod
     async def _take(device: Device, timeout: float | None) -> None:

@@ -7,18 +7,18 @@ who may do it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from . import backing, blockdev, kernel, loopinfo, mounts
 from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
-from .errors import LimitsExceeded
 from .fd import OwnedFd
 from .leases import CONNECTION
 from .loopinfo import Status
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
-from .threads import Threads
+from .threads import Threads, Work
 
 _T = TypeVar("_T")
 
@@ -92,13 +92,13 @@ class Proposals:
         self._threads = threads
         self._trusted = mounts.TRUSTED_FILESYSTEMS.union(config.trusted_filesystems)
 
-    async def look(self, fd: OwnedFd, options: AttachOptions) -> Proposal:
-        """Make a proposal of an fd, which stays the caller's, and of options.
+    async def look(self, uid: int, fd: OwnedFd, options: AttachOptions) -> Proposal:
+        """Make a proposal of an fd, which stays the caller's, and of options, in `uid`'s turn.
 
         Raises UnsupportedFile, UntrustedFilesystem, NoSuchDevice, TimedOut, OSError.
         """
-        file = await self._with_copy(fd, backing.examine, lambda file: file.closes_quickly)
-        block = await self._look_at_block(fd, file)
+        file = await self._with_copy(uid, fd, backing.examine, lambda file: file.closes_quickly)
+        block = await self._look_at_block(uid, fd, file)
         return Proposal(
             options=options,
             file=file,
@@ -108,7 +108,7 @@ class Proposals:
             trusted=block is not None or file.filesystem in self._trusted,
         )
 
-    async def _look_at_block(self, fd: OwnedFd, file: BackingFile) -> Block | None:
+    async def _look_at_block(self, uid: int, fd: OwnedFd, file: BackingFile) -> Block | None:
         block = file.identity.block
         if block is None:
             return None
@@ -117,10 +117,11 @@ class Proposals:
             status = loopinfo.block_status(block.number, read_only=not file.writable)
             return Block(status=status, sector_size=kernel.blksszget(block_fd))
 
-        return await self._with_copy(fd, look)
+        return await self._with_copy(uid, fd, look)
 
     async def _with_copy(
         self,
+        uid: int,
         fd: OwnedFd,
         function: Callable[[int], _T],
         closes_quickly: Callable[[_T], bool] = lambda _: False,
@@ -129,7 +130,7 @@ class Proposals:
 
         What it returns may say that the fd can be closed at once.
         """
-        copy = OwnedFd(kernel.dup(fd.fileno()), self._threads.close_fd)
+        copy = OwnedFd(kernel.dup(fd.fileno()), partial(self._threads.close_fd, owner=uid))
 
         def call() -> _T:
             with copy:
@@ -138,11 +139,13 @@ class Proposals:
                     blockdev.opened(copy.release()).close()
                 return result
 
-        try:
-            return await self._threads.run(call, timeout=self._config.deadlines.operation)
-        except LimitsExceeded:
-            copy.close()  # there was no thread for it
-            raise
+        return await self._threads.run_in_turn(
+            uid,
+            Work.LOOK,
+            call,
+            timeout=self._config.deadlines.operation,
+            unused=copy.close,
+        )
 
     def _request(
         self, file: BackingFile, options: AttachOptions, block: Block | None

@@ -22,6 +22,10 @@ class Session:
     left: asyncio.Future[None]
     client: Client | None = None
     account: Account | None = None
+    identifying: asyncio.Task[None] | None = None
+    """Asks the bus who it is."""
+    awaited: asyncio.Future[None] | None = None
+    """Done when the bus has said who it is, or has taken too long for others to wait."""
     waiting: list[Call] = field(default_factory=list)
     """Calls that came before we knew who it is."""
     calls: int = 0

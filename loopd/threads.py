@@ -4,17 +4,16 @@
 import asyncio
 import logging
 import math
-import os
-from collections import Counter
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import Enum
 from functools import partial
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any, TypeVar
 
-from .backing import closes_quickly
+from .closes import Closes
 from .errors import LimitsExceeded, TimedOut
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ class Work(Enum):
     """What a client waits for; on its own device it can hang for ever."""
     ENDING = 8
     """Detaching and closing, which is never to wait behind the former."""
+    LOOK = 4
+    """The first look at a file that a client passed."""
     SCAN = 1
     """A child that reads a partition table: 15 ms of a processor."""
 
@@ -37,21 +38,23 @@ class Threads:
     """Bounded pools: operations, ends of devices, looks, closes of clients' files, removals.
 
     They are apart because each can be stuck for as long as somebody else likes: a call on a
-    hanging file, the flush of one, or a device that stays busy. Files whose close is sure to end
-    do not wait behind those for which it is not. Within a pool, turns keep what one user makes
-    hang to a few threads.
+    hanging file, the flush of one, or a device that stays busy. Within a pool, turns keep what one
+    user makes hang to a few threads; `closes` has turns of its own.
     """
 
     def __init__(self) -> None:
         self._loop_thread = get_ident()
         self._calls = ThreadPoolExecutor(64, "call")
         self._endings = ThreadPoolExecutor(64, "ending")
+        self._file_looks = ThreadPoolExecutor(64, "file-look")
         self._looks = ThreadPoolExecutor(8, "look")
-        self._closes = ThreadPoolExecutor(4, "close")
+        self._quick_closes = ThreadPoolExecutor(64, "close")
         self._slow_closes = ThreadPoolExecutor(256, "slow-close")
         self._removals = ThreadPoolExecutor(16, "removal")
-        self._closing: Counter[object] = Counter()
-        self._counting = Lock()
+        self._pools = {Work.ENDING: self._endings, Work.LOOK: self._file_looks}
+        self.closes = Closes(
+            partial(self._submit, self._quick_closes), partial(self._submit, self._slow_closes)
+        )
         self._turns: dict[tuple[int, Work], asyncio.Semaphore] = {}
         self._running: set[Future[Any]] = set()
         self._stopped = False
@@ -63,12 +66,15 @@ class Threads:
         timeout: float | None = None,
         late: Callable[[_T], object] = lambda _: None,
         ended: Callable[[], object] = lambda: None,
+        unused: Callable[[], object] = lambda: None,
         work: Work = Work.OPERATION,
     ) -> _T:
         """Call a function in a thread and wait for it, at most `timeout` seconds.
 
         The thread goes on when the time is over, and `late` gets what it returns then, in a
-        thread. `ended` is called on the event loop when all of that is over. Raises TimedOut.
+        thread. `ended` is called on the event loop when all of that is over. If the function is
+        never called, `unused` is, to close the fds that it would have closed.
+        Raises TimedOut, LimitsExceeded.
         """
         loop = asyncio.get_running_loop()
         # Not asyncio.wait on a wrapped future: that was half of what a call costs the event loop.
@@ -94,10 +100,11 @@ class Threads:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(ended)
 
-        pool = self._endings if work is Work.ENDING else self._calls
+        pool = self._pools.get(work, self._calls)
         try:
             future = self._submit(pool, function, gives_up=work is not Work.ENDING)
         except LimitsExceeded:
+            unused()
             ended()
             raise
         future.add_done_callback(done)
@@ -126,12 +133,21 @@ class Threads:
         *,
         timeout: float | None = None,
         late: Callable[[_T], object] = lambda _: None,
+        unused: Callable[[], object] = lambda: None,
     ) -> _T:
         """As `run`, when it is the turn of that user, with one deadline for both."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        give_back = await self.turn(uid, work, timeout)
+        with ExitStack() as waiting:
+            waiting.callback(unused)
+            give_back = await self.turn(uid, work, timeout)
+            waiting.pop_all()
         return await self.run(
-            function, timeout=remaining(deadline), late=late, ended=give_back, work=work
+            function,
+            timeout=remaining(deadline),
+            late=late,
+            ended=give_back,
+            unused=unused,
+            work=work,
         )
 
     async def turn(self, uid: int, work: Work, timeout: float | None) -> Callable[[], None]:
@@ -154,43 +170,16 @@ class Threads:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
         return await asyncio.wrap_future(self._submit(self._looks, function))
 
-    def close_fd(self, fd: int, owner: object = None) -> None:
-        """Close a client's fd: the flush of a file on FUSE ends when its server likes."""
+    def close_fd(self, fd: int, *, owner: object) -> None:
+        """Close a client's fd, see `close_fds`."""
         self.close_fds([fd], owner)
 
-    def close_fds(self, fds: Iterable[int], owner: object = None) -> None:
-        """Close several at once, at the expense of whoever sent them."""
-        close = partial(self._close, tuple(fds), owner)
+    def close_fds(self, fds: Iterable[int], owner: object) -> None:
+        """Close fds at the expense of the user who sent them."""
         if get_ident() == self._loop_thread:
-            self._submit(self._closes, close)
+            self.closes.later(fds, owner)
         else:
-            close()  # as well here as in another thread
-
-    def _close(self, fds: tuple[int, ...], owner: object) -> None:
-        for fd in fds:
-            if closes_quickly(fd):
-                _close(fd)
-                continue
-            with self._counting:
-                self._closing[owner] += 1
-            self._submit(self._slow_closes, partial(self._close_slowly, fd, owner))
-
-    def _close_slowly(self, fd: int, owner: object) -> None:
-        _close(fd)
-        with self._counting:
-            self._closing[owner] -= 1
-            if not self._closing[owner]:
-                del self._closing[owner]
-
-    def closing(self, owner: object) -> int:
-        """The fds of somebody that are being closed and may not be for as long as it likes."""
-        return self._closing.get(owner, 0)
-
-    @property
-    def closing_for_all(self) -> int:
-        """Those of everybody."""
-        with self._counting:
-            return self._closing.total()
+            self.closes.here(fds, owner)  # as well here as in another thread
 
     def remove(self, function: Callable[[int], bool], number: int) -> None:
         """Remove a loop device in nobody's way."""
@@ -203,12 +192,15 @@ class Threads:
         """
         self._stopped = True
         self._removals.shutdown(wait=False, cancel_futures=True)
-        self._calls.shutdown(wait=False)
-        self._endings.shutdown(wait=False)
-        self._looks.shutdown(wait=False)
-        self._closes.shutdown()  # none of it waits for anybody, and some is for the next
+        for pool in (self._calls, self._endings, self._file_looks, self._looks):
+            pool.shutdown(wait=False)
+        # One close may hand on another, so their pools are open until all has ended.
+        end = time.monotonic() + timeout
+        while (running := self._running.copy()) and (left := end - time.monotonic()) > 0:
+            wait(running, left)
+        self._quick_closes.shutdown(wait=False)
         self._slow_closes.shutdown(wait=False)
-        return len(wait(self._running.copy(), timeout).not_done)
+        return sum(not each.done() for each in self._running.copy())
 
     def _submit(
         self, pool: ThreadPoolExecutor, function: Callable[[], _T], *, gives_up: bool = False
@@ -251,14 +243,6 @@ class Threads:
 def remaining(deadline: float | None) -> float | None:
     """The seconds that are left until a time of the event loop's clock."""
     return None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 0)
-
-
-def _close(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError as exc:
-        # The fd is gone all the same; the error is the client's to see, on its own fd.
-        log.debug("closing a client's file: %s", exc.strerror)
 
 
 def _note_late(future: "asyncio.Future[_T] | Future[_T]") -> None:

@@ -45,8 +45,10 @@ class Connection:
 
     `on_call` and `on_signal` get frames and return at once; where there is none, what it would get
     is skipped unread. Fds that they do not take out of `frame.fds` are closed by `close_fds`, which
-    is told whose they are. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
-    left to the kernel but of those whom it `trusts`. `on_lost` is called once when the bus is gone.
+    is told whose they are. If it hears only `broadcasts`, signals to one connection are skipped
+    unread, too. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
+    left to the kernel but of those whom it `trusts`; where the answer to that is a future, nothing
+    is read until that is done. `on_lost` is called once when the bus is gone.
     """
 
     def __init__(
@@ -57,16 +59,17 @@ class Connection:
         on_call: Callable[[frame.Frame], None] | None,
         on_signal: Callable[[frame.Frame], None] | None,
         on_lost: Callable[[str], None],
+        broadcasts: bool = False,
         close_fds: Callable[[Iterable[int], str], None] = _close_fds,
         muted: Collection[bytes] = frozenset(),
         is_wary: Callable[[], bool] = lambda: False,
-        trusts: Callable[[str], bool] = lambda sender: True,
+        trusts: Callable[[str], bool | asyncio.Future[None]] = lambda sender: True,
     ) -> None:
         self._socket = sock
         types = [frame.METHOD_RETURN, frame.ERROR]
         types += [frame.METHOD_CALL] if on_call else []
         types += [frame.SIGNAL] if on_signal else []
-        self._reader = frame.Reader(max_message, muted, types)
+        self._reader = frame.Reader(max_message, muted, types, broadcasts=broadcasts)
         self._on_call = on_call
         self._on_signal = on_signal
         self._on_lost = on_lost
@@ -246,8 +249,8 @@ class Connection:
     def _readable(self) -> None:
         end = time.monotonic() + _SLICE
         try:
-            while not self._lost:
-                data, fds, lost = self._receive()
+            while not self._lost and (piece := self._receive()):
+                data, fds, lost = piece
                 if not data:
                     self._lose("the bus closed the connection")
                     break
@@ -262,22 +265,30 @@ class Connection:
         except OSError as exc:
             self._lose(f"cannot read from the bus: {exc.strerror}")
         # Once for all that came: in a flood of fds, handing over each would cost most.
-        for sender, unwanted in self._unwanted.items():
-            self._close_fds(unwanted, sender)
-        self._unwanted.clear()
+        self._close_unwanted()
 
-    def _receive(self) -> tuple[memoryview, list[int], bool]:
-        """The next piece of the stream, for use at once, its fds, and whether some are lost."""
+    def _receive(self) -> tuple[memoryview, list[int], bool] | None:
+        """The next piece of the stream, for use at once, its fds, and whether some are lost.
+
+        None if it has to wait until its sender is known.
+        """
         chunk, room = self._chunk, _ROOM_FOR_FDS
         wary = self._is_wary()
         if self._fd_flood or wary:
             # An fd that has a number with us must be closed. One without room the kernel drops,
             # which costs less, and flushes nothing.
-            chunk = chunk[: self._socket.recv_into(chunk, 0, _PEEK)]
+            size, _, flags, _ = self._socket.recvmsg_into([chunk], 0, _PEEK)
+            chunk = chunk[:size]
             sender = self._reader.last_sender(chunk)
             self._fd_flood = sender.encode() in self._muted
-            if self._fd_flood or (wary and not self._trusts(sender)):
+            if self._fd_flood:
                 room = 0
+            elif wary and flags & _LOST:
+                trusted = self._trusts(sender)
+                if isinstance(trusted, asyncio.Future):
+                    self._pause(trusted)
+                    return None
+                room = room if trusted else 0
         size, ancillary, flags, _ = self._socket.recvmsg_into([chunk], room, _RECEIVE)
         fds = [
             fd
@@ -287,6 +298,20 @@ class Connection:
         ]
         return chunk[:size], fds, bool(flags & _LOST)
 
+    def _close_unwanted(self) -> None:
+        for sender, unwanted in self._unwanted.items():
+            self._close_fds(unwanted, sender)
+        self._unwanted.clear()
+
+    def _pause(self, until: asyncio.Future[None]) -> None:
+        """Read no more until something is done."""
+        self._loop.remove_reader(self._socket)
+        until.add_done_callback(self._resume)
+
+    def _resume(self, _: asyncio.Future[None]) -> None:
+        if not self._lost:
+            self._loop.add_reader(self._socket, self._readable)
+
     def _dispatch(self, incoming: frame.Frame) -> None:
         try:
             header = incoming.header
@@ -295,6 +320,8 @@ class Connection:
             if header.type == frame.METHOD_CALL and self._on_call:
                 self._on_call(incoming)
             elif header.type == frame.SIGNAL and self._on_signal:
+                # After the news of a sender's end it is not known whose they are.
+                self._close_unwanted()
                 self._on_signal(incoming)
             elif header.type in (frame.METHOD_RETURN, frame.ERROR):
                 self._on_reply(header, incoming)

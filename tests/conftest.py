@@ -22,8 +22,9 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from loopd import mounts
-from tests.harness import company, leaks, process, requirement
+from tests.harness import broker, company, leaks, process, requirement
 from tests.harness.area import area as make_area
+from tests.harness.broker import BUSES
 from tests.harness.bus import PrivateBus
 from tests.harness.caller import TEMPLATE, Caller, template_of_callers
 from tests.harness.daemon import LIBRARIES, Daemon, template_of
@@ -49,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
             # Not for us either; but what is handled is at its default in a child.
             signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "both_libraries: runs under each D-Bus library")
+    config.addinivalue_line("markers", "both_buses: runs on dbus-daemon and on dbus-broker")
     leaks.adopt_orphans()
     mounts.prepare()  # they stay open, and are no leak of the first test that looks at a file
 
@@ -82,10 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what asks for a D-Bus library under each of them, where that is wanted."""
+    """Run what asks for a D-Bus library or a bus on each of them, where that is wanted.
+
+    One library on the second bus is enough, as what depends on the bus lies below the library.
+    """
     wanted = requirement.category_of(metafunc.definition.path) == "bus"
     wanted = wanted or metafunc.definition.get_closest_marker("both_libraries") is not None
-    if wanted and "library" in metafunc.fixturenames:
+    both_buses = metafunc.definition.get_closest_marker("both_buses") is not None
+    both_buses = both_buses and "bus_type" in metafunc.fixturenames
+    if both_buses and not (wanted and "library" in metafunc.fixturenames):
+        metafunc.parametrize("bus_type", BUSES, indirect=True)
+    elif both_buses:
+        pairs = [(library, "dbus-daemon") for library in LIBRARIES]
+        pairs += [(LIBRARIES[-1], "dbus-broker")]
+        metafunc.parametrize(("library", "bus_type"), pairs, indirect=True)
+    elif wanted and "library" in metafunc.fixturenames:
         metafunc.parametrize("library", LIBRARIES, indirect=True)
 
 
@@ -161,10 +174,21 @@ def area() -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="session")
+def bus_type(request: pytest.FixtureRequest) -> type[PrivateBus]:
+    """The kind of bus that `bus` is, and that worlds have."""
+    name: str = getattr(request, "param", "dbus-daemon")
+    if name == "dbus-broker" and not broker.installed():
+        pytest.skip("dbus-broker is not installed")
+    if name == "dbus-broker" and os.getuid() != 0:
+        pytest.skip("only root can start dbus-broker")
+    return BUSES[name]
+
+
 @pytest.fixture
-def bus() -> Iterator[PrivateBus]:
+def bus(bus_type: type[PrivateBus]) -> Iterator[PrivateBus]:
     """A private bus."""
-    with PrivateBus() as private:
+    with bus_type() as private:
         yield private
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.bus import PrivateBus
 from tests.harness.world import World, make_world
 
 
@@ -28,10 +29,12 @@ def world_options() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def _shared_world(library: str | None, world_options: dict[str, Any]) -> Iterator[World]:
+def _shared_world(
+    library: str | None, bus_type: type[PrivateBus], world_options: dict[str, Any]
+) -> Iterator[World]:
     if os.getuid() != 0:
         pytest.skip("only root has loop devices to give")
-    with make_world(library=library, **world_options) as world:
+    with make_world(library=library, bus_type=bus_type, **world_options) as world:
         yield world
 
 
@@ -43,14 +46,16 @@ def world(_shared_world: World) -> Iterator[World]:
 
 
 @pytest.fixture
-def new_world(library: str | None, world_options: dict[str, Any]) -> Iterator[Callable[..., World]]:
+def new_world(
+    library: str | None, bus_type: type[PrivateBus], world_options: dict[str, Any]
+) -> Iterator[Callable[..., World]]:
     """Start a world of the test's own; the arguments are those of make_world()."""
     if os.getuid() != 0:
         pytest.skip("only root has loop devices to give")
     with ExitStack() as stack:
 
         def make(**options: Any) -> World:
-            given = {"library": library} | world_options | options
+            given = {"library": library, "bus_type": bus_type} | world_options | options
             return stack.enter_context(stack.enter_context(make_world(**given)).test())
 
         yield make

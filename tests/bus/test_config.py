@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -289,3 +290,11 @@ def test_an_operation_has_as_long_as_its_deadline_says(
     world.wait_devices(0)
     assert str(image) not in {each.backing_file for each in loops.bound_loops().values()}
     loops.used_numbers.add(caller.attach(image).number)
+
+
+def test_loopd_may_have_as_many_files_open_as_the_system_gives(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    """A service starts with a soft limit of 1024, and each device has three."""
+    daemon = make_daemon(within=["prlimit", "--nofile=300:5000"])
+    assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (5000, 5000)

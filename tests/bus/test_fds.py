@@ -22,6 +22,8 @@ from tests.harness.raw import BUS, RawClient
 from tests.harness.wire import Variant
 from tests.harness.world import World
 
+pytestmark = pytest.mark.both_buses
+
 INVALID = f"{BUS}.Error.InvalidArgs"
 DENIED = f"{BUS}.Error.AccessDenied"
 NO_SUCH_DEVICE = f"{LOOPD}.Error.NoSuchDevice"

@@ -19,6 +19,8 @@ from tests.harness.raw import BUS, RawClient
 from tests.harness.wire import ERROR, Variant, build
 from tests.harness.world import OTHER, USER, World
 
+pytestmark = pytest.mark.both_buses
+
 ATTACH = "org.example.loop1.attach"
 LIMITS_EXCEEDED = f"{BUS}.Error.LimitsExceeded"
 UNDER_WAY = 16

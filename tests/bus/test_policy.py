@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The bus policy, enforced by a real dbus-daemon: what never reaches loopd, and what must."""
+"""The bus policy, enforced by a real bus: what never reaches loopd, and what must."""
 
 import os
 from collections.abc import Iterator
@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 
 from tests.harness import wire
-from tests.harness.bus import LOGIND, LOOPD, OUR_POLICY, PrivateBus
+from tests.harness.bus import LOGIND, LOOPD, OUR_POLICY, QUESTIONS, PrivateBus
 from tests.harness.raw import BUS, RawClient
 
 MANAGER = "/org/example/Loop1"
 DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 
 
+pytestmark = pytest.mark.both_buses
+
+
 @pytest.fixture
-def bus() -> Iterator[PrivateBus]:
-    with PrivateBus(policies=[OUR_POLICY]) as bus:
+def bus(bus_type: type[PrivateBus]) -> Iterator[PrivateBus]:
+    with bus_type(policies=[OUR_POLICY]) as bus:
         yield bus
 
 
@@ -188,3 +191,54 @@ def answered_with_fds(
     for fd in answer.fds:
         os.close(fd)
     return answer.type == wire.METHOD_RETURN and len(answer.fds) == len(fds)
+
+
+# The connection on which loopd asks others
+
+
+@pytest.fixture
+def asking(bus: PrivateBus) -> Iterator[RawClient]:
+    """Who owns its name, in loopd's place; it takes fds, so that the policy alone is seen."""
+    with bus.connect() as client:
+        client.call_bus("RequestName", "su", [QUESTIONS, 0])
+        yield client
+
+
+def test_only_root_owns_the_name_for_questions(client: RawClient, asking: RawClient) -> None:
+    """Transport rule 15 (every connection)."""
+    with pytest.raises(wire.CallError) as refusal:
+        client.call_bus("RequestName", "su", [QUESTIONS, 0])
+    assert refusal.value.name == DENIED
+
+
+@pytest.mark.parametrize("destination", ["name", "unique name"])
+def test_nothing_is_sent_to_who_asks(
+    client: RawClient, asking: RawClient, fds: list[int], destination: str
+) -> None:
+    """Transport rule 15 (every connection)."""
+    to = QUESTIONS if destination == "name" else asking.unique_name
+    for kind in (
+        {"type": wire.METHOD_CALL},
+        {"type": wire.SIGNAL},
+        {"type": wire.METHOD_RETURN, "reply_serial": 1},
+        {"type": wire.ERROR, "reply_serial": 1, "error_name": "a.b"},
+    ):
+        for attached in ([], fds[:1]):
+            client.send("/", "a.b", "C", destination=to, fds=attached, **kind)
+    client.call_bus("GetId")
+    asking.call_bus("GetId")
+    assert [message for message in asking.received if message.sender != BUS] == []
+
+
+def test_answers_and_broadcasts_reach_who_asks(bus: PrivateBus, asking: RawClient) -> None:
+    """Transport rule 15 (every connection)."""
+    with bus.connect() as logind:
+        logind.call_bus("RequestName", "su", [LOGIND, 4])
+        assert answered_with_fds(asking, logind, LOGIND, "GetUser", [])
+        asking.add_match(f"type='signal',sender='{LOGIND}'")
+        logind.send("/", f"{LOGIND}.Manager", "UserRemoved", type=wire.SIGNAL, destination=None)
+        asking.receive_where(lambda message: message.member == "UserRemoved", "the broadcast")
+    asking.add_match(f"type='signal',sender='{BUS}',member='NameOwnerChanged',arg0='{LOGIND}'")
+    with bus.connect() as logind:
+        logind.call_bus("RequestName", "su", [LOGIND, 4])
+        asking.receive_where(lambda message: message.member == "NameOwnerChanged", "the news")

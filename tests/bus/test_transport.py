@@ -11,8 +11,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness import loops, wire
-from tests.harness.bus import LOOPD, POLKIT, PrivateBus
+from tests.harness.broker import PrivateBroker
+from tests.harness.bus import LOOPD, POLKIT, QUESTIONS, PrivateBus
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Caller
 from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
@@ -24,10 +27,13 @@ from tests.harness.stall import stopped, wait_for_want_of_room
 from tests.harness.wire import Variant
 from tests.harness.world import OTHER, USER, World
 
+pytestmark = pytest.mark.both_buses
+
 ATTACH = "org.example.loop1.attach"
 INTROSPECTABLE = f"{BUS}.Introspectable"
 PEER = f"{BUS}.Peer"
 LIMITS = f"{BUS}.Error.LimitsExceeded"
+NO_REPLY = f"{BUS}.Error.NoReply"
 NO_SUCH_DEVICE = f"{LOOPD}.Error.NoSuchDevice"
 
 ROOMY = """
@@ -54,8 +60,19 @@ def still_serves(world: World) -> None:
     assert world.daemon.process.status is None
 
 
+def wait_passed_on(world: World, *senders: RawClient) -> None:
+    """Return when the bus has passed on what was sent, by the senders and by doubles.
+
+    dbus-daemon does so in the order in which it came. dbus-broker serves the connections in turn,
+    each in its own order, so that several rounds come by all of them.
+    """
+    with world.bus.connect() as bystander:
+        for client in (*senders, *[bystander] * 10):
+            client.call_bus("GetId")
+
+
 @contextmanager
-def queued(world: World) -> Iterator[None]:
+def queued(world: World, *senders: RawClient) -> Iterator[None]:
     """What is sent in the block reaches loopd at once, while the bus reads nothing of loopd's.
 
     Afterwards loopd has filled its socket, and the bus goes on.
@@ -63,8 +80,7 @@ def queued(world: World) -> Iterator[None]:
     with ExitStack() as deaf:
         with stopped(world.daemon.pid):
             yield
-            with world.bus.connect() as bystander:
-                bystander.call_bus("GetId")  # the bus has passed all of it on
+            wait_passed_on(world, *senders)
             deaf.enter_context(stopped(world.bus.pid))
         wait_for_want_of_room(world.daemon.pid)
 
@@ -78,7 +94,7 @@ def test_200_answers_that_nobody_reads_cost_nobody_the_bus(new_world: Callable[.
     clients = [world.raw(user) for user in (USER, OTHER, None, "mail") for _ in range(4)]
     for client in clients:
         client.call(MANAGER_PATH, PEER, "Ping")  # loopd knows who it is
-    with queued(world):
+    with queued(world, *clients):
         serials = [
             [client.send(MANAGER_PATH, INTROSPECTABLE, "Introspect") for _ in range(13)]
             for client in clients
@@ -313,8 +329,7 @@ def test_the_fds_of_an_answer_stay_open_until_the_bus_has_them(
                     ]
                     for client in (leaving, staying)
                 }
-                with world.bus.connect() as bystander:
-                    bystander.call_bus("GetId")
+                wait_passed_on(world, *clients)
                 deaf.enter_context(stopped(world.bus.pid))
             wait_for_want_of_room(world.daemon.pid)
             deadline = Deadline()
@@ -386,7 +401,9 @@ def test_a_starting_loopd_listens_for_ends_before_it_serves(
             "the end",
         )
         said = [each for each in monitor.received if each.type == wire.METHOD_CALL]
-    server = next(each.sender for each in said if each.member == "RequestName")
+    server = next(
+        each.sender for each in said if each.member == "RequestName" and each.body[0] == LOOPD
+    )
     serving = [str(each.member) for each in said if each.sender == server]
     assert serving == ["Hello", "AddMatch", "GetId", "RequestName", "ReleaseName"]
     match = next(
@@ -397,56 +414,113 @@ def test_a_starting_loopd_listens_for_ends_before_it_serves(
     asked = [str(each.member) for each in said if each.sender == asker]
     # The matches are for hints of logind's.
     assert asked == [
-        *("Hello", "NameHasOwner", "AddMatch", "AddMatch"),
+        *("Hello", "NameHasOwner", "RequestName", "AddMatch", "AddMatch"),
         *("GetConnectionUnixUser", "CheckAuthorization"),
     ]
 
 
-def test_fds_in_an_answer_that_wants_none_are_closed(new_world: Callable[..., World]) -> None:
-    """Transport rule 8 (peers): of an answer in time, and of one that nobody waits for any more."""
-    world = new_world(authority=None)
+def test_fds_in_an_answer_do_not_reach_loopd(new_world: Callable[..., World]) -> None:
+    """Transport rule 8 (peers), Transport rule 15 (every connection): the bus refuses them.
+
+    dbus-daemon drops the answer, which is a no. dbus-broker ends the connection that cannot take
+    it, and so loopd; polkit, logind and systemd have none in what loopd asks them.
+    """
+    world = new_world(authority=None, config="[deadlines]\nauthorization = 1\n")
     with world.bus.connect() as peer, memfd() as fd, memfd() as image:
         peer.call_bus("RequestName", "su", [POLKIT, 4])
-
-        def asked() -> wire.Message:
-            return peer.receive_where(
-                lambda each: each.member == "CheckAuthorization", "the question"
-            )
-
-        def answer(question: wire.Message) -> None:
-            peer.send(
-                None,
-                None,
-                None,
-                "(bba{ss})",
-                [(True, False, {})],
-                type=wire.METHOD_RETURN,
-                destination=question.sender,
-                reply_serial=question.serial,
-                fds=[fd, fd, fd],
-            )
-
         client = world.raw()
         serial = client.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[image])
-        answer(asked())
-        path = client.reply(serial).body[0]
-        client.call(path, DEVICE, "Detach", "a{sv}", [{}])
-        world.wait_idle_fds()
-        with world.bus.connect(USER) as leaving:
-            leaving.send(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[image])
-            question = asked()
-        cancel = peer.receive_where(
-            lambda each: each.member == "CancelCheckAuthorization", "the question's end"
+        question = peer.receive_where(
+            lambda each: each.member == "CheckAuthorization", "the question"
         )
-        assert cancel.body[0] == question.body[4]
-        answer(question)
         peer.send(
-            None,
-            None,
-            None,
+            *(None, None, None, "(bba{ss})", [(True, False, {})]),
             type=wire.METHOD_RETURN,
-            destination=cancel.sender,
-            reply_serial=cancel.serial,
+            destination=question.sender,
+            reply_serial=question.serial,
+            fds=[fd, fd, fd],
         )
+        assert client.reply(serial).error_name in (f"{BUS}.Error.AccessDenied", NO_REPLY)
+        if isinstance(world.bus, PrivateBroker):
+            assert world.daemon.wait() == 1
+            return
         world.wait_idle_fds()
     assert world.device_count() == 0
+
+
+# --- 15: every connection ------------------------------------------------------------------------
+
+TELLS_WHAT_IT_READS = """
+from loopd import frame
+read_header = frame.read_header
+def telling(*arguments):
+    header = read_header(*arguments)
+    if header.member == "Flood":
+        print("Parsed a flood's message", flush=True)
+    return header
+frame.read_header = telling
+feed = frame.Reader.feed
+def feeding(reader, data, fds, **how):
+    if fds and frame.METHOD_CALL not in reader._types:
+        print("Got fds where none are asked for", flush=True)
+    return feed(reader, data, fds, **how)
+frame.Reader.feed = feeding
+"""
+
+
+@pytest.mark.parametrize("policies", [None, []], ids=["our policy", "no policy"])
+def test_no_connection_of_loopd_can_be_flooded(
+    new_world: Callable[..., World], policies: list[Path] | None
+) -> None:
+    """Transport rule 15 (every connection): neither fds nor what nobody asked for is taken."""
+    world = new_world(prelude=TELLS_WHAT_IT_READS, policies=policies)
+    connections = connections_of(world)
+    assert len(connections) == 2
+    with memfd() as fd:
+        for name in connections:
+            flooder = world.raw()
+            asking = name != flooder.owner_of(LOOPD)
+            messages: list[dict[str, Any]] = [
+                {"type": wire.SIGNAL},
+                {"type": wire.METHOD_RETURN, "reply_serial": 3},
+                {"type": wire.ERROR, "reply_serial": 3, "error_name": "a.b"},
+                # Calls have turns where loopd serves.
+                *([{"type": wire.METHOD_CALL, "flags": wire.NO_REPLY_EXPECTED}] if asking else []),
+            ]
+            for message in messages:
+                for fds in ([], [fd]):
+                    for _ in range(500):
+                        flooder.send("/", "a.b", "Flood", destination=name, fds=fds, **message)
+                        flooder.received.clear()
+                flooder.call_bus("GetId")
+                flooder.received.clear()
+    still_serves(world)
+    assert "Parsed a flood's message" not in world.daemon.log
+    assert "Got fds where none are asked for" not in world.daemon.log
+
+
+def connections_of(world: World) -> list[str]:
+    """Return the unique names of all connections of the daemon's process."""
+    with world.bus.connect() as client:
+        names = [name for name in client.call_bus("ListNames")[0] if name.startswith(":")]
+        return [name for name in names if process_of(client, name) == world.daemon.pid]
+
+
+def process_of(client: RawClient, name: str) -> int | None:
+    try:
+        return int(client.call_bus("GetConnectionUnixProcessID", "s", [name])[0])
+    except wire.CallError:
+        return None  # it has left since
+
+
+def test_a_questions_name_that_another_process_owns_is_told_and_loopd_goes_on(
+    bus: PrivateBus, polkit: PolkitDouble, library: str
+) -> None:
+    """Transport rule 15 (every connection): what it would get is skipped all the same."""
+    with bus.connect() as other:
+        other.call_bus("RequestName", "su", [QUESTIONS, 4])
+        with Daemon(bus, library=library) as daemon, Caller(bus) as caller:
+            assert f"cannot own {QUESTIONS}" in daemon.log
+            with memfd(4096) as image:
+                caller.detach(caller.attach(image).path)
+        assert bus.connect().owner_of(QUESTIONS) == other.unique_name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.harness.bus import PrivateBus
 from tests.harness.deadline import Deadline
-from tests.harness.process import Process
+from tests.harness.process import Process, children_of
 
 _PROGRAM = Path(__file__).with_name("broker_program.py")
 
@@ -40,3 +40,17 @@ class PrivateBroker(PrivateBus):
             os.close(read_end)
         self.address = f"unix:path={self.socket_path}"
         return process
+
+    @property
+    def pid(self) -> int:
+        """The process id of the broker itself, which its launcher starts."""
+        children = children_of(self.process.pid)
+        (broker,) = (pid for pid in children if _name(pid) == "dbus-broker")
+        return broker
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+BUSES: dict[str, type[PrivateBus]] = {"dbus-daemon": PrivateBus, "dbus-broker": PrivateBroker}

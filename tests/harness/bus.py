@@ -22,6 +22,8 @@ from tests.harness.process import Process
 from tests.harness.raw import BUS, RawClient
 
 LOOPD = "org.example.Loop1"
+QUESTIONS = f"{LOOPD}.Questions"
+"""The name of the connection on which loopd asks others."""
 POLKIT = "org.freedesktop.PolicyKit1"
 LOGIND = "org.freedesktop.login1"
 SYSTEMD = "org.freedesktop.systemd1"

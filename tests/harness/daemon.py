@@ -22,7 +22,7 @@ from tests.harness import wire
 from tests.harness.area import CHECKOUT, area
 from tests.harness.bus import LOOPD, PrivateBus
 from tests.harness.deadline import Deadline
-from tests.harness.process import Process
+from tests.harness.process import Process, children_of
 from tests.harness.raw import BUS
 from tests.harness.template import Template
 
@@ -206,10 +206,7 @@ class Daemon:
 
     def children(self) -> list[int]:
         """Return its child processes."""
-        found: list[int] = []
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-        return found
+        return children_of(self.pid)
 
     def rss(self) -> int:
         """Return the bytes of memory it has resident."""

@@ -68,7 +68,7 @@ class FakeBus:
         """Serve whoever wants something; whether somebody has just been given the name."""
         for connection in self._connections:
             if connection.has_message():
-                if connection.serve(deadline) != "RequestName":
+                if not connection.serve(deadline):
                     return False
                 self._service = connection
                 return True
@@ -137,9 +137,10 @@ class _Connection(RawClient):
         deadline = Deadline()
         while b"BEGIN\r\n" not in self._data:
             self._read(deadline, "the authentication")
-        _, _, rest = bytes(self._data).partition(b"BEGIN\r\n")
+        asked, _, rest = bytes(self._data).partition(b"BEGIN\r\n")
         self._data = bytearray(rest)
-        self.send_bytes(b"OK " + b"0" * 32 + b"\r\nAGREE_UNIX_FD\r\n")
+        agreed = b"AGREE_UNIX_FD\r\n" if b"NEGOTIATE_UNIX_FD" in asked else b""
+        self.send_bytes(b"OK " + b"0" * 32 + b"\r\n" + agreed)
 
     def has_message(self) -> bool:
         """Whether a whole message has been read."""
@@ -149,8 +150,8 @@ class _Connection(RawClient):
         """Read what is there."""
         self._read(deadline, "a message to the bus")
 
-    def serve(self, deadline: Deadline) -> str | None:
-        """Take one message, and answer it if it is for the bus; return what it called."""
+    def serve(self, deadline: Deadline) -> bool:
+        """Take one message, and answer it if it is for the bus; whether it asked for LOOPD."""
         message = self._next(deadline, "a message to the bus")
         for fd in message.fds:
             os.close(fd)
@@ -172,6 +173,6 @@ class _Connection(RawClient):
                 reply_serial=message.serial,
                 extra_fields=[(wire.SENDER, wire.Variant("s", BUS))],
             )
-            return message.member
+            return message.member == "RequestName" and message.body[0] == LOOPD
         self.received.append(message)
-        return None
+        return False

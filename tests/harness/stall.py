@@ -14,13 +14,20 @@ _EPOLLOUT = 4
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """A child process of ours does nothing until the end of the block."""
+    """A process, be it our child or not, does nothing until the end of the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        deadline = Deadline()
+        while not _is_stopped(pid):
+            assert deadline.remaining, f"process {pid} does not stop"
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def _is_stopped(pid: int) -> bool:
+    threads = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in threads)
 
 
 def wait_for_want_of_room(pid: int) -> None:

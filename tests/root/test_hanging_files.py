@@ -7,7 +7,6 @@ alone has the fds.
 """
 
 import fcntl
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,10 +19,24 @@ from tests.harness.bus import LOOPD
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Call, Caller, RemoteFd
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
+from tests.harness.hanging import (
+    CROWD,
+    MAX_SLOW,
+    SLOW_AT_A_TIME,
+    fuse_fds,
+    hang_fds,
+    opened,
+    send_fds,
+    serve_newcomer,
+    stopping,
+    wait_hanging,
+    wait_passed_on,
+)
+from tests.harness.images import memfd
 from tests.harness.polkit import Answer
 from tests.harness.raw import RawClient
 from tests.harness.wire import CallError, Variant
-from tests.harness.world import OTHER, World, make_world
+from tests.harness.world import OTHER, USER, World, make_world
 
 UNTRUSTED = "org.example.loop1.attach-untrusted-filesystem"
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
@@ -59,27 +72,6 @@ def new_fuse() -> Iterator[Fuse]:
 def fuse() -> Iterator[Fuse]:
     with new_fuse() as running:
         yield running
-
-
-@contextmanager
-def stopping(process: int) -> Iterator[None]:
-    """Stop a process until the end of the block."""
-    os.kill(process, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
-
-
-@contextmanager
-def opened(fuse: Fuse) -> Iterator[int]:
-    """An fd on the file; closing it asks the filesystem, which has to go on by then."""
-    fd = fuse.open()
-    try:
-        yield fd
-    finally:
-        fuse.release()
-        os.close(fd)
 
 
 def serves(world: World, victim: Caller) -> None:
@@ -129,32 +121,20 @@ def test_a_file_is_refused_without_a_request_to_its_filesystem() -> None:
 
 # Closed off the event loop
 
-
-def wait_passed_on(world: World, fuse: Fuse) -> None:
-    """Wait until dbus-daemon has closed what it has passed on."""
-    deadline = Deadline()
-    with world.bus.connect() as client:
-        while fuse_fds(world.bus.pid, fuse):
-            assert deadline.remaining, "dbus-daemon keeps a file"
-            client.call_bus("GetId")
-
-
-def fuse_fds(pid: int, fuse: Fuse) -> int:
-    """Count the fds that a process has on the file."""
-    found = 0
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            found += os.readlink(f"/proc/{pid}/fd/{name}") == str(fuse.file)
-        except FileNotFoundError:
-            continue
-    return found
+AT_ONCE_ALL = "from loopd import closes; closes._SLOW_AT_A_TIME = 64"
+"""As many closes of one user as are tried hang at a time, so that each is seen."""
 
 
 def test_what_hangs_when_it_is_closed_holds_nobody_up(fuse: Fuse) -> None:
     """Hanging files, Transport rule 3 (ownership): in calls that are refused for every kind of
     reason, in signals, in messages too long.
     """
-    with new_world(policies=[], authority=Answer.DENY) as world, opened(fuse) as fd:
+    world_options: dict[str, Any] = {
+        "policies": [],
+        "authority": Answer.DENY,
+        "prelude": AT_ONCE_ALL,
+    }
+    with new_world(**world_options) as world, opened(fuse) as fd:
         client, victim = world.raw(), world.caller(OTHER)
         world.polkit.on("org.example.loop1.attach", Answer.ALLOW)
         long = {"reference": Variant("s", "x" * 200_000)}
@@ -191,13 +171,6 @@ def test_what_hangs_when_it_is_closed_holds_nobody_up(fuse: Fuse) -> None:
         world.wait_idle_fds()
 
 
-def send_fds(client: RawClient, fd: int, count: int) -> None:
-    """Send so many calls with an fd, of which nobody wants an answer."""
-    for _ in range(count):
-        arguments = (MANAGER_PATH, MANAGER, "NoSuch", "h", [0])
-        client.send(*arguments, fds=[fd], flags=wire.NO_REPLY_EXPECTED)
-
-
 def test_of_a_user_whose_fds_do_not_close_no_more_are_taken() -> None:
     """Hanging files, Transport rule 3 (ownership): else they would fill the table of fds, and there
     would be no room for anybody's.
@@ -216,8 +189,7 @@ def test_of_a_user_whose_fds_do_not_close_no_more_are_taken() -> None:
                 send_fds(each, hanging, kept // 2)  # so few that it is heard on
             wait_passed_on(world, first)
             first.hang("FLUSH")
-        for _ in range(kept):
-            assert first.wait_kept() == "FLUSH"
+        wait_hanging(world, first, MAX_SLOW + 1, users=1)
         # Not even those that would close, of whichever connection.
         for each in (client, same_user, world.raw()):
             send_fds(each, fine, 10)
@@ -225,12 +197,42 @@ def test_of_a_user_whose_fds_do_not_close_no_more_are_taken() -> None:
             assert refusal(each, serial) == LIMITS_EXCEEDED
         assert fuse_fds(world.daemon.pid, second) == 0
         serves(world, victim)
-        assert world.daemon.threads() < before + 2 * kept
+        assert world.daemon.threads() < before + 2 * SLOW_AT_A_TIME
         first.release()
         world.wait_idle_fds()
         # And then they are taken again.
         serial = client.send(MANAGER_PATH, MANAGER, "GetDevice", "h", [0], fds=[fine])
         assert refusal(client, serial) == NO_SUCH_DEVICE
+        world.wait_idle_fds()
+
+
+def test_users_whose_fds_do_not_close_cost_newcomers_nothing() -> None:
+    """Hanging files, Transport rule 16 (whose fds): one with more than are taken of one, and then
+    sixteen with as many as are.
+    """
+    with (
+        new_world(policies=[], accounts=CROWD, config="[limits]\ndevices = 4\n") as world,
+        ExitStack() as stack,
+    ):
+        # No process starts while they hang, since it would close what it has of the test's.
+        fuses = [stack.enter_context(Fuse()) for _ in range(1 + len(CROWD) // 2)]
+        fds = [stack.enter_context(opened(fuse)) for fuse in fuses]
+        images = [world.image() for _ in range(6)]
+        before = world.daemon.threads()
+        hang_fds(world, fuses[0], fds[0], USER, USER)
+        for user in (None, OTHER, "mail"):
+            serve_newcomer(world, user, images.pop(), AT_ONCE)
+        with world.bus.connect(USER) as client, memfd() as fd:
+            serial = client.send(MANAGER_PATH, MANAGER, "GetDevice", "h", [0], fds=[fd])
+            assert refusal(client, serial) == LIMITS_EXCEEDED
+        for number, fuse in enumerate(fuses[1:]):
+            hang_fds(world, fuse, fds[1 + number], *CROWD[2 * number : 2 * number + 2])
+        for user in (None, OTHER, "mail"):
+            serve_newcomer(world, user, images.pop(), AT_ONCE)
+        hanging = SLOW_AT_A_TIME * (1 + len(CROWD))
+        assert hanging <= world.daemon.threads() - before < hanging + 32
+        for fuse in fuses:
+            fuse.release()
         world.wait_idle_fds()
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from loopd import bus as bus_module
 from loopd import codec, frame
 from loopd import session as session_module
 from loopd.bus import Bus
@@ -25,6 +28,8 @@ class FakeConnection:
         self.on_call: Callable[[frame.Frame], None] = given["on_call"]
         self.on_signal: Callable[[frame.Frame], None] = given["on_signal"]
         self.muted: Collection[bytes] = given["muted"]
+        self.trusts: Callable[[str], bool | asyncio.Future[None]] = given["trusts"]
+        self.is_wary: Callable[[], bool] = given["is_wary"]
         self.replies: list[int] = []
         self.errors: list[tuple[int, str]] = []
 
@@ -63,9 +68,14 @@ class Stand:
         )
         self.connection: Any = self.bus.connection
         self.uids: dict[str, int] = {}
+        self.asked: list[str] = []
+        self.answering = asyncio.Event()
+        self.answering.set()
 
     async def _who_is(self, name: str) -> int:
+        self.asked.append(name)
         await asyncio.sleep(0)
+        await self.answering.wait()
         return self.uids.get(name, USER)
 
     async def _wait(self, caller: object, target: object) -> tuple[()]:
@@ -312,6 +322,88 @@ def test_a_client_that_left_while_its_call_waited_is_not_served() -> None:
         await stand.settle()
         assert served == []
         assert stand.bus._calls == 0
+
+    story(body)
+
+
+def test_it_is_asked_once_whose_fds_come_next_and_the_wait_is_charged() -> None:
+    """Transport rule 16 (whose fds)."""
+
+    async def body(stand: Stand) -> None:
+        stand.answering.clear()
+        known = stand.connection.trusts(":1.7")
+        assert isinstance(known, asyncio.Future)
+        assert stand.connection.trusts(":1.7") is known
+        stand.call(":1.7", 1)
+        await stand.settle()
+        assert not known.done()
+        stand.answering.set()
+        await known
+        assert stand.connection.trusts(":1.7") is True
+        assert stand.asked == [":1.7"]
+        assert stand.bus._turns.account(USER).used > 0
+        assert not stand.connection.trusts("")
+
+    story(body)
+
+
+def test_a_bus_that_does_not_say_whose_fds_come_next_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transport rule 16 (whose fds): and for no long time; then they are not taken."""
+    monkeypatch.setattr(bus_module, "_PATIENCE", 0.01)
+
+    async def body(stand: Stand) -> None:
+        stand.answering.clear()
+        known = stand.connection.trusts(":1.7")
+        assert isinstance(known, asyncio.Future)
+        await known
+        assert stand.connection.trusts(":1.7") is False
+        assert stand.connection.trusts(":1.8") is False
+        stand.call(":1.8", 1)
+        await stand.settle()
+        # It answers again.
+        stand.answering.set()
+        await stand.settle()
+        assert stand.connection.trusts(":1.7") is True
+        assert stand.connection.trusts(":1.8") is True
+        assert isinstance(stand.connection.trusts(":1.9"), asyncio.Future)
+        await stand.settle()
+
+    story(body)
+
+
+def test_a_user_with_too_many_fds_to_close_is_not_trusted_by_any_connection() -> None:
+    """Transport rule 16 (whose fds): and everybody else is."""
+
+    async def body(stand: Stand) -> None:
+        stand.uids[":1.9"] = USER + 1
+        for name in (":1.7", ":1.8", ":1.9"):
+            stand.call(name, 1)
+        await stand.settle()
+        closes = stand.threads.closes
+        assert not stand.connection.is_wary()
+        closes._may_hang.add(USER, 33)
+        assert stand.connection.is_wary()
+        trusted = [stand.connection.trusts(name) for name in (":1.7", ":1.8", ":1.9")]
+        assert trusted == [False, False, True]
+        closes._may_hang.add(USER, -33)
+
+    story(body)
+
+
+def test_what_was_spent_on_a_connection_before_it_was_known_is_charged_whole() -> None:
+    session = Session(":1.7", asyncio.Future(loop=asyncio.new_event_loop()))
+    session.charge(0.25)
+    session.charge(0.5)
+    assert session.spent == 0.75
+
+    async def body(stand: Stand) -> None:
+        stand.call(":1.7", 1)
+        stand.bus._sessions[":1.7"].charge(10.0)
+        stand.bus._sessions[":1.7"].charge(20.0)
+        await stand.settle()
+        assert stand.bus._turns.account(USER).used >= 30.0
 
     story(body)
 

@@ -204,6 +204,38 @@ def test_a_hold_is_the_callers_fd(bus: Bus, front: blocking.Client, file: Path) 
         device.hold()
 
 
+@pytest.mark.parametrize(("answer", "count"), [([0], 2), ([1], 1), ([1], 2), ([], 1)])
+def test_fds_that_are_not_the_one_announced_are_closed(
+    bus: Bus, front: blocking.Client, file: Path, answer: list[int], count: int
+) -> None:
+    bus.answers["Open"] = bus.answers["Hold"] = lambda: answer
+    device = front.attach(file)
+    for get in (device.open, device.hold):
+        sent = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(count)]
+        bus.sends = [OwnedFd(fd) for fd in sent]
+        with pytest.raises(errors.Failed, match="did not send"):
+            get()
+        for fd in sent:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
+
+
+@pytest.mark.parametrize("attaches", [True, False])
+def test_fds_in_an_answer_that_has_none_are_closed(
+    bus: Bus, front: blocking.Client, file: Path, attaches: bool
+) -> None:
+    device = front.attach(file)
+    bus.answers["Sync"] = list
+    sent = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    bus.sends = [OwnedFd(sent)]
+    if attaches:
+        front.attach(file)
+    else:
+        device.sync()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sent)
+
+
 def test_what_the_bus_is_too_full_for_is_sent_again(
     bus: Bus, front: blocking.Client, file: Path
 ) -> None:

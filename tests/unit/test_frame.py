@@ -292,3 +292,44 @@ def test_types_that_are_not_wanted_are_skipped_and_their_fds_are_not() -> None:
     seen = reader.feed(with_sender(signal) + call(2) + with_sender(signal), [5])
     assert [one.header and one.header.serial for one in seen] == [2, None]
     assert [one.fds for one in seen] == [[], [5]]
+
+
+def test_signals_to_one_connection_are_skipped_where_broadcasts_are_heard() -> None:
+    """Transport rule 15 (every connection): unparsed, and their fds are their sender's."""
+    to_all = with_sender(codec.serialize(codec.signal("/a", "b.c", "D", "", [], serial=1)))
+    one = codec.signal("/a", "b.c", "E", "", [], serial=2, destination=":1.1")
+    to_one = with_sender(codec.serialize(one))
+    call = with_sender(
+        codec.serialize(codec.method_call(":1.1", "/a", "b.c", "F", "", [], serial=3))
+    )
+    reader = frame.Reader(1 << 16, broadcasts=True)
+    frames = reader.feed(to_one + to_all + call + to_one, [])
+    assert [one.header.serial for one in frames if one.header] == [1, 3]
+    (skipped,) = reader.feed(to_one, [7])
+    assert (skipped.header, skipped.fds, skipped.sender) == (None, [7], ":1.7")
+    everything = frame.Reader(1 << 16).feed(to_one + to_all, [])
+    assert [one.header.serial for one in everything if one.header] == [2, 1]
+
+
+def test_a_signal_whose_fields_cannot_be_told_is_skipped_where_broadcasts_are_heard() -> None:
+    """Transport rule 15 (every connection): a field of another kind hides no destination."""
+    signal = with_sender(
+        codec.serialize(codec.signal("/a", "b.c", "D", "", [], serial=1, destination=":1.1"))
+    )
+    hiding = signal.replace(b"\x06\x01s\0", b"\x06\x01o\0")
+    assert hiding != signal
+    odd = signal.replace(b"\x06\x01s\0", b"\x0b\x01d\0")
+    assert odd != signal
+    for data in (hiding, odd):
+        assert frame.Reader(1 << 16, broadcasts=True).feed(data, []) == []
+
+
+def test_fds_of_skipped_types_are_their_senders() -> None:
+    """Transport rule 16 (whose fds)."""
+    call = with_sender(
+        codec.serialize(codec.method_call(":1.1", "/a", "b.c", "F", "", [], serial=3))
+    )
+    reader = frame.Reader(1 << 16, types=[frame.SIGNAL])
+    assert [each.sender for each in reader.feed(call[:20], [])] == []
+    (skipped,) = reader.feed(call[20:], [7])
+    assert (skipped.fds, skipped.sender) == ([7], ":1.7")

@@ -23,7 +23,7 @@ LAYERS = (
     ("operations", "attaching", "announcer"),
     ("manager", "passthrough", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("ending", "proposal", "restoring"),
-    ("lifetimes",),
+    ("lifetimes", "questions"),
     (
         "registry",
         "locks",
@@ -61,7 +61,7 @@ LAYERS = (
         "cli.progress",
         "cli.stream",
     ),
-    ("attachment", "cli.style"),
+    ("attachment", "closes", "cli.style"),
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),

@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from loopd import threads as module
+from loopd import closes
 from loopd.errors import LimitsExceeded, TimedOut
 from loopd.threads import Threads, Work
 
 OPERATION = Work.OPERATION
+USER, OTHER = 1000, 1001
 
 
 @contextmanager
@@ -117,10 +118,10 @@ def test_a_file_that_closes_at_once_does_not_wait_behind_those_that_may_not(
                 if fd == quick:
                     closed.set()
 
-            monkeypatch.setattr(module.os, "close", closing)
+            monkeypatch.setattr(closes.os, "close", closing)
             for fd in slow:
-                threads.close_fd(fd)
-            threads.close_fd(quick)
+                threads.close_fd(fd, owner=USER)
+            threads.close_fd(quick, owner=USER)
             assert await asyncio.to_thread(closed.wait, 10)
 
     story(body)
@@ -158,7 +159,7 @@ def test_what_comes_with_a_cancellation_is_dealt_with_in_a_thread() -> None:
 def test_who_is_in_a_thread_already_closes_there() -> None:
     async def body(threads: Threads) -> None:
         quick = os.memfd_create("quick")
-        await threads.run(lambda: threads.close_fd(quick))
+        await threads.run(lambda: threads.close_fd(quick, owner=USER))
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(quick)
 
@@ -170,7 +171,7 @@ def test_what_is_to_be_closed_at_a_stop_is_closed_and_waited_for() -> None:
         for _ in range(50):
             threads = Threads()
             fds = [fd for _ in range(20) for fd in os.pipe()]
-            threads.close_fds(fds)
+            threads.close_fds(fds, USER)
             # It is found to be slow, and handed on, while the pools are being shut.
             assert threads.stop(20) == 0
             for fd in fds:
@@ -243,7 +244,7 @@ def test_where_no_thread_can_be_started_an_end_waits_for_one(
                 threads.run_in_turn(1000, Work.ENDING, lambda: done.append("first"))
             )
             look = asyncio.ensure_future(threads.look(lambda: done.append("look")))
-            threads.close_fd(reading)
+            threads.close_fd(reading, owner=USER)
             await asyncio.sleep(0)
         await threads.run_in_turn(1000, Work.ENDING, lambda: done.append("second"))
         await end
@@ -252,9 +253,9 @@ def test_where_no_thread_can_be_started_an_end_waits_for_one(
         assert sorted(done) == ["first", "look", "second"]
         quick = os.memfd_create("quick")
         monkeypatch.setattr(
-            module.os, "close", lambda fd, close=os.close: (close(fd), closed.set())
+            closes.os, "close", lambda fd, close=os.close: (close(fd), closed.set())
         )
-        threads.close_fd(quick)
+        threads.close_fd(quick, owner=USER)
         assert await asyncio.to_thread(closed.wait, 10)
 
     story(body)

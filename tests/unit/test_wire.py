@@ -52,6 +52,8 @@ class Harness:
         self.closed: list[int] = []
         self.wary = False
         self.trusted: set[str] = set()
+        self.unknown: asyncio.Future[None] | None = None
+        self.asked: list[str] = []
         self.connection = wire.Connection(
             ours,
             max_message=1 << 16,
@@ -60,8 +62,14 @@ class Harness:
             on_lost=self.lost.append,
             close_fds=self._close,
             is_wary=lambda: self.wary,
-            trusts=lambda sender: sender in self.trusted,
+            trusts=self._trusts,
         )
+
+    def _trusts(self, sender: str) -> "bool | asyncio.Future[None]":
+        self.asked.append(sender)
+        if self.unknown and not self.unknown.done():
+            return self.unknown
+        return sender in self.trusted
 
     def _close(self, fds: Iterable[int], _: str) -> None:
         for fd in fds:
@@ -243,6 +251,70 @@ def test_while_it_is_wary_fds_are_taken_of_those_only_whom_it_trusts() -> None:
             await turn()
         assert [one.fds_lost for one in harness.calls[2:]] == [False, False]
         assert len(harness.closed) == 1
+
+    story(body)
+
+
+def test_nothing_is_read_until_it_is_known_whose_fds_come_next() -> None:
+    """Transport rule 16 (whose fds): what comes without fds is read all the same."""
+
+    async def body(harness: Harness) -> None:
+        def call(serial: int, fds: list[int]) -> bytes:
+            message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=serial, fds=fds)
+            return serialize_from(message, ":1.7")
+
+        harness.wary = True
+        harness.unknown = asyncio.get_running_loop().create_future()
+        harness.peer.socket.sendall(call(1, []))
+        while not harness.calls:
+            await turn()
+        assert harness.asked == []
+        socket.send_fds(harness.peer.socket, [call(2, [0])], [0])
+        harness.peer.socket.sendall(call(3, []))
+        while not harness.asked:
+            await turn()
+        await turn()
+        assert len(harness.calls) == 1
+        harness.trusted.add(":1.7")
+        harness.unknown.set_result(None)
+        while len(harness.calls) < 3:
+            await turn()
+        assert harness.asked == [":1.7", ":1.7"]
+        assert [one.fds_lost for one in harness.calls] == [False] * 3
+        assert len(harness.closed) == 1
+
+    story(body)
+
+
+def test_a_connection_that_closes_while_it_waits_stays_closed() -> None:
+    async def body(harness: Harness) -> None:
+        harness.wary = True
+        harness.unknown = asyncio.get_running_loop().create_future()
+        message = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=1, fds=[0])
+        socket.send_fds(harness.peer.socket, [serialize_from(message, ":1.7")], [0])
+        while not harness.asked:
+            await turn()
+        harness.connection.close()
+        harness.unknown.set_result(None)
+        await turn()
+        assert harness.calls == []
+
+    story(body)
+
+
+def test_fds_are_handed_over_before_the_news_that_their_sender_has_left() -> None:
+    """Transport rule 16 (whose fds): else they would be at nobody's expense."""
+
+    async def body(harness: Harness) -> None:
+        closed: list[int] = []
+        harness.connection._on_signal = lambda _: closed.append(len(harness.closed))
+        call = codec.method_call(":1.1", "/a", "b.c", "D", "", [], serial=1, fds=[0])
+        news = codec.signal("/a", "b.c", "NameOwnerChanged", "", [], serial=2)
+        socket.send_fds(harness.peer.socket, [serialize_from(call, ":1.7")], [0])
+        harness.peer.socket.sendall(serialize_from(news, ":1.7"))
+        while not closed:
+            await turn()
+        assert closed == [1]
 
     story(body)
 
