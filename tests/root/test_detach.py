@@ -436,15 +436,19 @@ def test_ones_own_device_comes_first(world: World) -> None:
     caller, other, root = world.caller(), world.caller(OTHER), world.caller(None)
     path = world.image()
     mine = caller.attach(path, "r")
-    # A device of somebody else is found as long as one has none of one's own.
-    assert get_device(other, File(path, os.O_RDONLY)) == mine.path
+    # Another user's is never found.
+    error = error_of(get_device, other, File(path, os.O_RDONLY))
+    assert error.name == f"{ERROR}NoSuchDevice"
+    assert mine.node in error.message
     theirs = other.attach(path, "r")
     assert get_device(caller, File(path, os.O_RDONLY)) == mine.path
     assert get_device(other, File(path, os.O_RDONLY)) == theirs.path
-    assert error_of(get_device, root, File(path, os.O_RDONLY)).name == f"{ERROR}Ambiguous"
+    error = error_of(detach_by_fd, root, File(path, os.O_RDONLY))
+    assert error.name == f"{ERROR}NoSuchDevice"
+    assert f"{min(mine.node, theirs.node)}, {max(mine.node, theirs.node)}" in error.message
     assert detach_by_fd(other, File(path, os.O_RDONLY)) is True
     assert (is_bound(mine), is_bound(theirs)) == (True, False)
-    assert get_device(other, File(path, os.O_RDONLY)) == mine.path
+    assert error_of(detach_by_fd, other, File(path, os.O_RDONLY)).name == f"{ERROR}NoSuchDevice"
 
 
 def test_what_is_attached_nowhere_names_no_device(world: World) -> None:
