@@ -414,7 +414,7 @@ class Bus:
             if session.account and method.authorization is Authorization.MANAGER:
                 session.account.proven = True
             note_end(caller, method, "done")
-            await self._answer(header, client, method, result)
+            await self._answer(session, header, client, method, result)
         except LoopError as exc:
             note_end(caller, method, exc.dbus_name)
             self._answer_error(header, exc)
@@ -432,7 +432,12 @@ class Bus:
             self._end(session, call)
 
     async def _answer(
-        self, header: frame.Header, client: Client, method: Method, result: tuple[Any, ...]
+        self,
+        session: Session,
+        header: frame.Header,
+        client: Client,
+        method: Method,
+        result: tuple[Any, ...],
     ) -> None:
         fds = [value for value in result if isinstance(value, OwnedFd)]
         try:
@@ -443,6 +448,8 @@ class Bus:
             written = self.connection.reply(
                 header, method.out_signature, body, [fd.fileno() for fd in fds]
             )
+            if session.account:
+                self._turns.sends(session.account, written)
             if fds:
                 # They have to stay open until the bus has them.
                 await asyncio.wait([written])

@@ -17,7 +17,7 @@ from typing import Self
 from .access import ROOT
 from .errors import LimitsExceeded
 
-# Of all places one in so many is root's alone; of the others, up to a few, a user leaves none free.
+# One place in eight is root's alone. Where few are left, a user may have these without leaving any.
 _RESERVED = 8
 _FEW = 4
 

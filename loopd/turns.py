@@ -7,6 +7,7 @@ Root's calls never wait.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,8 @@ _FLOOD_SHARE = 0.1
 _FLOOD_BURST = 0.05
 # How much of our time is worth waking up for, in seconds.
 _STEP = 0.005
+# Answers of a user that wait for the bus before more of its calls are begun: others wait for them.
+_MAX_UNSENT = 4
 # How long calls are begun before what comes in is read, in seconds.
 _TURN = 0.005
 # How long a user counts as flooding after the last call that was too many, in seconds.
@@ -51,6 +54,8 @@ class Account:
         """Those that are not."""
         self.proven = uid == ROOT
         """Whether a call of its has been authorized."""
+        self.unsent = 0
+        """Answers that the bus has not taken yet."""
         self.used = 0.0
         """Seconds, on a scale that leaves out the times when it wanted nothing."""
         self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
@@ -68,9 +73,11 @@ class Account:
         self._flooding_until = time.monotonic() + _FLOOD
 
     def wait(self) -> float:
-        """The seconds until it may have more of our time."""
+        """The seconds until it may have more of our time; inf if it waits for the bus."""
         if self.uid == ROOT:
             return 0.0
+        if self.unsent >= _MAX_UNSENT:
+            return math.inf
         wait = self._usual.wait()
         return max(wait, self._flooding.wait()) if self._is_flooding else wait
 
@@ -120,6 +127,19 @@ class Turns:
         account.waiting.append(_Waiting(begin, refuse))
         self._wake(0.0)
 
+    def sends(self, account: Account, written: asyncio.Future[None]) -> None:
+        """Note an answer to a user, which is `written` when the bus has taken it."""
+        if written.done():
+            return
+
+        def sent(_: asyncio.Future[None]) -> None:
+            account.unsent -= 1
+            if account.waiting:
+                self._wake(0.0)
+
+        account.unsent += 1
+        written.add_done_callback(sent)
+
     def give_way(self, account: Account) -> bool:
         """Refuse the latest waiting call of the user with most of them, if those are more.
 
@@ -157,7 +177,8 @@ class Turns:
             return
         waits = {account: account.wait() for account in self._waiting}
         if wait := min(waits.values()):
-            self._wake(wait)
+            if wait < math.inf:
+                self._wake(wait)
             return
         ready = sorted((each for each in waits if not waits[each]), key=lambda each: each.used)
         self._wake(0.0)

@@ -35,7 +35,9 @@ class FakeConnection:
 
     def reply(self, to: frame.Header, *_: Any) -> "asyncio.Future[None]":
         self.replies.append(to.serial)
-        return asyncio.get_running_loop().create_future()
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
 
     def reply_error(self, to: frame.Header, name: str, text: str) -> None:
         self.errors.append((to.serial, name.rpartition(".")[2]))

@@ -255,6 +255,39 @@ def test_who_waits_alone_is_served_when_the_time_has_come() -> None:
     story(body)
 
 
+def test_who_has_answers_waiting_for_the_bus_waits_for_it_and_nobody_else_does() -> None:
+    """Within the limits: what waits to be sent is in the way of everybody's answers."""
+
+    async def body(queue: Turns) -> None:
+        begun: list[int] = []
+        greedy, other = queue.account(USER), queue.account(OTHER)
+        answers: list[asyncio.Future[None]] = []
+
+        def answer() -> None:
+            begun.append(USER)
+            answers.append(asyncio.get_running_loop().create_future())
+            queue.sends(greedy, answers[-1])
+
+        for _ in range(20):
+            queue.add(greedy, answer)
+            queue.add(other, lambda: begun.append(OTHER))
+        await settle(begun, 24)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert (begun.count(USER), begun.count(OTHER)) == (4, 20)
+        while len(begun) < 40:
+            answers.pop(0).set_result(None)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert len(answers) <= 4
+        for each in answers:
+            each.cancel()  # as what is dropped
+        await asyncio.sleep(0)
+        assert greedy.unsent == 0
+
+    story(body)
+
+
 def test_users_who_do_nothing_are_forgotten_when_there_are_many(clock: Clock) -> None:
     async def body(queue: Turns) -> None:
         flooder = queue.account(USER)
