@@ -103,15 +103,15 @@ class Record:
         if not isinstance(told, dict) or told.get("format") != _FORMAT:
             raise ValueError("it has another format")
         kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+        # What a later version has added is passed over, whatever it is.
+        told = {key: value for key, value in told.items() if key in kinds}
         for key, value in told.items():
-            if key not in kinds:
-                continue  # a later version has added it
             kind = kinds[key]
             if not isinstance(value, get_origin(kind) if isinstance(kind, GenericAlias) else kind):
                 raise TypeError(f"{key} has another type")
             if isinstance(value, dict) and not all(type(each) is int for each in value.values()):
                 raise TypeError(f"{key} has values of another type")
-        record = cls(**{key: value for key, value in told.items() if key in kinds})
+        record = cls(**told)
         record._check()
         return record
 

@@ -560,10 +560,15 @@ def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
     another.
     """
     caller, other = world.caller(), world.caller(OTHER)
-    for operation in OPERATIONS:
+    settings: dict[str, tuple[str, str, list[Any]]] = {
+        "SetDirectIO": ("SetDirectIO", "ba{sv}", [False, {}]),
+        "SetReference": ("SetReference", "sa{sv}", ["name", {}]),
+        "SetSectorSize": ("SetSectorSize", "ua{sv}", [4096, {}]),
+        "RescanPartitions": ("RescanPartitions", "a{sv}", [{}]),
+    }
+    for operation, (member, signature, args) in (OPERATIONS | settings).items():
         attached = caller.attach(world.image())
         world.polkit.on(managing(operation), Answer.HANG)
-        member, signature, args = OPERATIONS[operation]
         call = other.call_begin(attached.path, f"{LOOPD}.Device", member, signature, *args)
         question = world.polkit.wait_question(managing(operation))
         caller.detach(attached.path)
@@ -573,6 +578,8 @@ def test_the_device_may_go_while_polkit_thinks(world: World) -> None:
         assert name == f"{LOOPD}.Error.NoSuchDevice", operation
         assert caller.get(again.path, "State") == "attached"
         assert caller.get(again.path, "Size") == MIB
+        assert caller.get(again.path, "Reference") == ""
+        assert caller.get(again.path, "SectorSize") == 512
         caller.detach(again.path)
         world.polkit.reset(Answer.ALLOW)
 
