@@ -127,7 +127,8 @@ install-files: | $(if $(DESTDIR),,install-deps)
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(dbusdir)/interfaces
 	install -m 644 dbus/org.example.Loop1.conf $(DESTDIR)$(buspolicydir)
 	install -m 644 polkit/org.example.loop1.policy $(DESTDIR)$(polkitdir)/actions
-	install -m 644 polkit/org.example.loop1.rules $(DESTDIR)$(polkitdir)/rules.d
+	$(call fill,polkit/org.example.loop1.rules.in,$(polkitdir)/rules.d/org.example.loop1.rules)
+	install -m 755 polkit/image-owner $(DESTDIR)$(packagedir)
 	install -m 644 systemd/*.rules $(DESTDIR)$(rulesdir)
 	install -m 644 loopd/cli/completion/loopctl.bash $(DESTDIR)$(bashdir)/loopctl
 	install -m 644 loopd/cli/completion/loopctl.fish $(DESTDIR)$(fishdir)
@@ -161,7 +162,7 @@ define launcher
 endef
 
 define fill
-@sed 's|@sbindir@|$(sbindir)|; s|@bindir@|$(bindir)|' $(1) >$(DESTDIR)$(2)
+@sed 's|@sbindir@|$(sbindir)|; s|@bindir@|$(bindir)|; s|@packagedir@|$(packagedir)|' $(1) >$(DESTDIR)$(2)
 @chmod 644 $(DESTDIR)$(2)
 endef
 

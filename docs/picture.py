@@ -30,7 +30,7 @@ PICTURE = CHECKOUT / "docs" / "loopctl.svg"
 WIDTH = 86
 COMMANDS = """
 loopctl attach holiday.img
-sudo mount /dev/loop0 /mnt; ls /mnt
+sudo mount -o nosuid,nodev /dev/loop0 /mnt; ls /mnt
 loopctl list -j holiday.img -O NAME,SIZE,OWNER,LIFETIME,BACK-FILE
 sudo umount /mnt; loopctl detach holiday.img
 # For as long as a command runs:

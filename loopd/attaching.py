@@ -307,10 +307,12 @@ class Attaching:
         return undo
 
     def _publish(self, uid: int, proposal: Proposal, number: int, diskseq: int) -> None:
-        """Have udev make the links that devices of root's have."""
+        """Tell udev of the device: the links that root's have, or that it is a user's."""
         if uid == ROOT:
             description = udevlinks.describe(proposal.file.identity, proposal.request.reference)
             self._markers.publish(number, diskseq, description)
+        else:
+            self._markers.sign(number, diskseq, uid)
 
 
 def _now() -> int:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files in the runtime directory: which loop devices are loopd's, and which are ordinary users'.
 
-A mark is an empty file named after the device, written before binding and removed after unbinding.
-While one is in `unprivileged`, our udev rules give the device no persistent links and let nothing
-assemble it. Those in `attached` tell the next loopd what one that was killed has left. A file in
-`links` tells udev of one attachment, which its diskseq is part of the name of (see `udevlinks`).
+A mark is a file named after the device, written before binding and removed after unbinding. Those
+in `attached` tell the next loopd what one that was killed has left. By those in `unprivileged` our
+udev rules know a user's device. Once it is bound, such a mark says whose it is and which binding is
+meant, and a link to it has the diskseq in its name. A file in `links` tells udev of one attachment
+of root's, which its diskseq is part of the name of (see `udevlinks`).
 """
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class Markers:
         self._links = runtime_directory / "links"
         self._lock = threading.Lock()
         self._published: dict[int, str] = {}
-        """The files in `links`, by the numbers of their devices."""
+        """The names with a diskseq, by the numbers of their devices."""
         self._claims: dict[int, _Claim] = {}
         self._left: set[int] = set()
         """Devices that a former daemon has left bound."""
@@ -37,28 +39,44 @@ class Markers:
         """Make the directories."""
         for directory in (self._attached, self._unprivileged, self._links):
             directory.mkdir(parents=True, exist_ok=True)
-        for path in self._links.glob("loop*"):
-            self._published[_number_of(path)] = str(path)
+            for path in directory.glob("loop*_*"):
+                self._published[_number_of(path)] = str(path)
+        # polkit's rule reads a mark without being root.
+        for directory in (self._unprivileged.parent, self._unprivileged):
+            directory.chmod(0o711)
 
     def prune(self) -> list[int]:
         """Remove marks of devices that are neither bound nor about to be; return their numbers.
 
-        A daemon that was killed leaves its marks, and the next user of the number may be root.
+        A daemon that was killed leaves its marks, and the next user of the number may be root. A
+        mark of another binding goes, too, which udev's rule has not heeded.
         """
-        pruned = set()
+        left: defaultdict[int, list[Path]] = defaultdict(list)
+        pruned = []
         with self._lock:
             for directory in (self._attached, self._unprivileged, self._links):
                 for path in directory.glob("loop*"):
-                    number = _number_of(path)
-                    if number in self._claims:
-                        continue
-                    if kernel.loop_bound(number):
-                        self._left.add(number)
-                    else:
-                        path.unlink(missing_ok=True)
-                        self._published.pop(number, None)
-                        pruned.add(number)
-        return sorted(pruned - {-1})
+                    left[_number_of(path)].append(path)
+            for number in sorted(left.keys() - self._claims.keys()):
+                binding = kernel.loop_binding(number)
+                if binding is not None and not self._is_of_another(number, binding):
+                    self._left.add(number)
+                    continue
+                for path in left[number]:
+                    path.unlink()
+                self._published.pop(number, None)
+                if binding is None and number >= 0:
+                    pruned.append(number)
+        return pruned
+
+    def _is_of_another(self, number: int, binding: int) -> bool:
+        """Whether a user's mark tells of a binding, and that is another one."""
+        _, mark = self._marks(number)
+        try:
+            lines = Path(mark).read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return bool(lines) and f"LOOPD_BINDING={binding}" not in lines
 
     def claim(self, number: int, *, unprivileged: bool) -> Release:
         """Say whose file loopN is about to hold; returns what to call when loopd is done with it.
@@ -122,11 +140,22 @@ class Markers:
             self._published[number] = f"{self._links}/loop{number}_{diskseq}"
             self._write(number, description)
 
+    def sign(self, number: int, diskseq: int, owner: int) -> None:
+        """Tell in a user's mark which binding it is of; loopN is still locked against udev."""
+        with self._lock:
+            _, mark = self._marks(number)
+            facts = {"OWNER": owner, "DISKSEQ": diskseq, "BINDING": kernel.loop_binding(number)}
+            text = "".join(f"LOOPD_{key}={value}\n" for key, value in facts.items())
+            _make(mark, text.encode(), mode=0o644)
+            self._published[number] = f"{mark}_{diskseq}"
+            os.symlink(os.path.basename(mark), self._published[number])
+
     def rename(self, number: int, reference: bytes) -> None:
         """Have the links to loopN go by another reference, if it has any, when udev looks again."""
         with self._lock:
-            if path := self._published.get(number):
-                self._write(number, udevlinks.renamed(Path(path).read_text(), reference))
+            path = Path(self._published.get(number, ""))
+            if path.parent == self._links:
+                self._write(number, udevlinks.renamed(path.read_text(), reference))
 
     def _write(self, number: int, description: str) -> None:
         # At once, because udev may be reading it.
@@ -143,9 +172,11 @@ class Markers:
 
 
 # By os: pathlib took most of the time of a claim, a twentieth of an attach, and as much of root's.
-def _make(path: str, content: bytes = b"") -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+def _make(path: str, content: bytes = b"", mode: int | None = None) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
+        if mode is not None:
+            os.fchmod(fd, mode)
         if content:
             os.write(fd, content)
     finally:

@@ -149,11 +149,12 @@ class Service:
         }
 
     def marks(self) -> list[str]:
-        """Return the marks in the runtime directory."""
+        """Return the marks in the runtime directory; a link beside one has the diskseq, too."""
         return sorted(
             f"{directory}/{name}"
             for directory in MARKS
             for name in _list(self.runtime_directory / directory)
+            if "_" not in name
         )
 
     def records(self) -> list[str]:

@@ -2,6 +2,7 @@
 """The real udisksd on a private bus, whose mounts nobody else sees."""
 
 import os
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,13 @@ class Udisks:
             found[node] = (where, set(options.split(",")))
         return found
 
+    def mounts_of(self, device: int) -> list[tuple[str, set[str]]]:
+        """Return where a device of this number is mounted, and with which options."""
+        number = f"{os.major(device)}:{os.minor(device)}"
+        lines = Path(f"/proc/{self.process.pid}/mountinfo").read_text().splitlines()
+        fields = [line.split(" ") for line in lines]
+        return [(each[4], set(each[5].split(","))) for each in fields if each[2] == number]
+
     def wait_filesystem(self, caller: Caller, node: str) -> dict[str, Any]:
         """Wait until udisksd has seen a filesystem there; return the block device's properties."""
         path = block_path(node)
@@ -102,3 +110,9 @@ class Udisks:
 def block_path(node: str) -> str:
     """Return the object of a device node."""
     return f"/org/freedesktop/UDisks2/block_devices/{os.path.basename(node)}"
+
+
+def cover(process: Process, target: str, source: Path) -> None:
+    """Have a process that has mounts of its own see another file in a place."""
+    enter = ["nsenter", f"--mount=/proc/{process.pid}/ns/mnt"]
+    subprocess.run([*enter, "mount", "--bind", source, target], check=True, timeout=60)

@@ -162,3 +162,21 @@ def test_the_bus_starts_what_was_installed_and_nothing_is_left_of_it(
         system.make("uninstall", prefix)
         assert system.changed() == before
         assert name not in system.bus("ListActivatableNames")
+
+
+def test_a_removal_leaves_users_devices_theirs(system: System) -> None:
+    """Stale marks: the package's rules go, and a device that is mounted stays bound."""
+    rules, kept = "lib/udev/rules.d/62-loopd-unprivileged.rules", "/run/udev/rules.d"
+    scripts = CHECKOUT / "debian"
+    system.make("install", "/usr")
+    system.run("sh", f"{scripts}/loopd.prerm", "remove")
+    system.run("test", "!", "-e", kept)
+    system.run("mkdir", "--parents", "/run/loopd/unprivileged")
+    system.run("touch", "/run/loopd/unprivileged/loop3")
+    system.run("sh", f"{scripts}/loopd.prerm", "upgrade")
+    system.run("test", "!", "-e", kept)
+    system.run("sh", f"{scripts}/loopd.prerm", "remove")
+    system.run("cmp", f"/usr/{rules}", f"{kept}/{os.path.basename(rules)}")
+    # The next installation has its own.
+    system.run("sh", f"{scripts}/loopd.postinst", "configure")
+    system.run("test", "!", "-e", f"{kept}/{os.path.basename(rules)}")

@@ -6,6 +6,7 @@ What root attaches has the links there that newer versions of udev make by thems
 loopd runs on /run/loopd here, since that is where the rules look.
 """
 
+import fcntl
 import os
 import subprocess
 import uuid
@@ -26,6 +27,7 @@ from tests.harness.world import USER, World, make_world
 
 RUNTIME = Path("/run/loopd")
 LABEL = "loopd-links"
+LOOP_CHANGE_FD = 0x4C06
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def shared(udev: Udev) -> Iterator[World]:
     if made_here:
         # The same as a stop of the unit would leave behind, and nothing in it.
         with suppress(FileNotFoundError):
+            (RUNTIME / "lock").unlink()
             for directory in RUNTIME.iterdir():
                 directory.rmdir()
             RUNTIME.rmdir()
@@ -114,7 +117,7 @@ def test_an_image_with_the_uuid_of_a_mounted_filesystem_takes_no_link(
         user = world.caller(USER)
         attached = user.attach(copy)
         udev.settle()
-        assert udev.properties(attached.node)["ID_FS_UUID"] == name  # udev has looked
+        assert udev.properties(attached.node)["ID_FS_TYPE"] == "ext4"  # udev has looked
         assert (link_to(by_uuid), link_to(by_label)) == (node, node)
         assert udev.links(attached.node) <= {f"/dev/disk/by-diskseq/{attached.diskseq}"}
 
@@ -215,6 +218,85 @@ def test_a_mark_that_a_killed_loopd_left_on_a_used_device_goes_with_the_device(a
         finally:
             if fd >= 0:
                 os.close(fd)
+
+
+@contextmanager
+def marked(runtime: Path) -> Iterator[Udev]:
+    """An udevd whose rules look for the marks of a loopd of our own, which may end."""
+    # Beside those of the other tests, which look elsewhere.
+    ours = {
+        f"{path.stem}-own.rules": path.read_text().replace("/run/loopd/", f"{runtime}/")
+        for path in (CHECKOUT / "systemd").glob("*.rules")
+    }
+    with Udev(ours) as running:
+        yield running
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_mark_that_outlived_its_device_is_not_the_next_ones(area: Path, end: str) -> None:
+    """Stale marks."""
+    # Which nobody else on this machine is given.
+    number = 450_000 + os.getpid() % 50_000
+    mark = area / "unprivileged" / f"loop{number}"
+    made = make_ext4(area / "image", label=f"next-{end}")
+    link = Path(f"/dev/disk/by-label/next-{end}")
+    with marked(area) as udev:
+        with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world, world.test():
+            user = world.caller(USER)
+            attached = user.attach(world.image(), number=number)
+            fd = user.open_device(attached.path, "r")
+            if end == "killed":
+                world.daemon.kill()
+            else:
+                assert world.daemon.terminate() == 0
+            fd.close()
+            loops.wait_unbound(attached.number, attached.diskseq)
+        assert mark.exists()
+        # There is no loopd, and the number is root's.
+        subprocess.run(["losetup", attached.node, made], check=True)
+        try:
+            udev.settle()
+            assert link_to(link) == attached.node
+            assert "LOOPD_UNPRIVILEGED" not in udev.properties(attached.node)
+            with make_world(authority=RULES_ALLOW_ALL, runtime_directory=area) as world:
+                assert not [*(area / "unprivileged").iterdir()]
+                look_again(udev, attached.node)
+                assert link_to(link) == attached.node
+        finally:
+            subprocess.run(["losetup", "-d", attached.node], check=True)
+            udev.settle()
+            remove(number)
+
+
+def remove(number: int) -> None:
+    """Remove a loop device that nobody uses."""
+    with suppress(OSError):
+        control_fd = kernel.open_loop_control()
+        try:
+            kernel.loop_ctl_remove(control_fd, number)
+        finally:
+            os.close(control_fd)
+
+
+def test_an_owner_cannot_shed_the_mark(world: World, udev: Udev) -> None:
+    """Stale marks: LOOP_CHANGE_FD raises the diskseq as often as the owner likes."""
+    user = world.caller(USER)
+    attached = user.attach(make_ext4(world.new_path(), label="first", owner=USER), read_only=True)
+    other = make_ext4(world.new_path(), label="shed", owner=USER)
+    fd = user.open_device(attached.path, "r").fetch()
+    try:
+        with other.open("rb") as file:
+            fcntl.ioctl(fd, LOOP_CHANGE_FD, file.fileno())
+        loop = loops.look_at(attached.number)
+        assert loop
+        assert loop.diskseq > attached.diskseq
+        look_again(udev, attached.node)
+        assert udev.links(attached.node) == {f"/dev/disk/by-diskseq/{loop.diskseq}"}
+        assert udev.properties(attached.node)["LOOPD_UNPRIVILEGED"] == str(loop.diskseq)
+        assert not os.path.lexists("/dev/disk/by-label/shed")
+    finally:
+        os.close(fd)
+    user.detach(attached.path)
 
 
 # by-loop-inode and by-loop-ref

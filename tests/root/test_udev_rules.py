@@ -13,15 +13,17 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
+import pyudev
 
 from loopd import kernel
 from tests.harness.area import CHECKOUT
 from tests.harness.area import area as make_area
-from tests.harness.images import make_ext4, make_sparse
+from tests.harness.images import make_ext4, make_gpt, make_sparse
 from tests.harness.udev import Udev
 
 # Numbers that LOOP_CTL_GET_FREE gives nobody: a mark set before binding is on no other's device.
@@ -38,6 +40,15 @@ ENV{ID_FS_TYPE}=="LVM2_member|bcache|", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}!="
 # The real ones must not get this machine's unmarked devices.
 ENV{LOOPD_TEST}=="assembled", ENV{SYSTEMD_READY}="0", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1"
 LABEL="loopd_test_end"
+"""
+# What newer versions of udev find out, before our rules are asked.
+NEWER = """
+KERNEL!="loop[6-9]?????*", GOTO="loopd_newer_end"
+ENV{ID_PART_GPT_AUTO_ROOT_DISK}="1", ENV{ID_PART_GPT_AUTO_ROOT_ORIGIN}="1"
+ENV{ID_PART_GPT_AUTO_ROOT_UUID}="x", ENV{ID_PART_GPT_AUTO_ROOT}="1"
+ENV{ID_LOOP_BACKING_DEVICE}="1:2", ENV{ID_LOOP_BACKING_INODE}="3"
+ENV{ID_LOOP_BACKING_FILENAME}="x", ENV{ID_LOOP_BACKING_FILENAME_ENC}="x"
+LABEL="loopd_newer_end"
 """
 LATECOMER = 'KERNEL=="loop[6-9]?????*", SYMLINK+="disk/by-loopd-test/%k"\n'
 
@@ -56,7 +67,11 @@ class MarkedUdev(Udev):
             path.name: path.read_text().replace("/run/loopd/", f"{runtime}/")
             for path in (CHECKOUT / "systemd").glob("*.rules")
         }
-        tests = {"62-zz-loopd-test.rules": ASSEMBLERS, "99-zz-loopd-test.rules": LATECOMER}
+        tests = {
+            "60-zz-loopd-test.rules": NEWER,
+            "62-zz-loopd-test.rules": ASSEMBLERS,
+            "99-zz-loopd-test.rules": LATECOMER,
+        }
         super().__init__(ours | tests)
 
 
@@ -151,7 +166,7 @@ def lvm2_physical_volume(path: Path) -> Path:
 def md_member(path: Path) -> Path:
     head = struct.pack("<4I16s32s", 0xA92B4EFC, 1, 0, 0, uuid.uuid4().bytes, b"host:0")
     array = struct.pack("<QIIQII", 0, 1, 0, 60_000, 0, 2).ljust(64, b"\0")
-    place = struct.pack("<3Q", 2048, 60_000, 8).ljust(128, b"\0")
+    place = struct.pack("<3Q16x16s", 2048, 60_000, 8, uuid.uuid4().bytes).ljust(128, b"\0")
     total = sum(struct.unpack("<64I", head + array + place))
     place = place[:88] + struct.pack("<I", (total & 0xFFFFFFFF) + (total >> 32)) + place[92:]
     return write(blank(path), 4096, head + array + place)
@@ -184,7 +199,80 @@ def bcache(path: Path) -> Path:
     return write(blank(path), 4096, struct.pack("<Q", checksum) + superblock)
 
 
+def iso9660(path: Path) -> Path:
+    """With each name that such a filesystem can have."""
+    words = b"system", b"volume", b"set", b"publisher", b"preparer", b"application"
+    places = 8, 40, 190, 318, 446, 574
+    descriptor = bytearray(b"\1CD001\1".ljust(2048, b"\0"))
+    for place, word in zip(places, words, strict=True):
+        size = 32 if place < 190 else 128
+        descriptor[place : place + size] = word.ljust(size)
+    boot = b"\0CD001\1" + b"boot".ljust(32)
+    data = bytes(descriptor) + boot.ljust(2048, b"\0") + b"\xffCD001\1"
+    return write(blank(path), 32768, data)
+
+
+def gpt(path: Path) -> Path:
+    """A partition with a name, and a filesystem with names in it."""
+    make_gpt(path, [(2048, 8192)], 8 << 20)
+    return write(path, 1 << 20, ext4(path.with_suffix(".inside"), uuid.uuid4()).read_bytes())
+
+
+# What udev may know of a user's device: what the kernel and our rules say, what libblkid calls the
+# kind of it, and numbers. A key that is not here is to be looked at: could a user choose its words?
+KNOWN = {
+    *("DEVPATH", "DEVNAME", "DEVTYPE", "DISKSEQ", "PARTN", "MAJOR", "MINOR", "SUBSYSTEM"),
+    *("USEC_INITIALIZED", "DEVLINKS", "TAGS", "CURRENT_TAGS"),
+    *("LOOPD_UNPRIVILEGED", "UDISKS_IGNORE", "UDISKS_AUTO"),
+    *("SYSTEMD_READY", "DM_UDEV_DISABLE_OTHER_RULES_FLAG"),
+    *("ID_FS_TYPE", "ID_FS_USAGE", "ID_FS_SIZE", "ID_FS_LASTBLOCK", "ID_FS_BLOCKSIZE"),
+    *("ID_PART_TABLE_TYPE", "ID_PART_ENTRY_SCHEME", "ID_PART_ENTRY_NUMBER"),
+    *("ID_PART_ENTRY_OFFSET", "ID_PART_ENTRY_SIZE", "ID_PART_ENTRY_DISK"),
+    *("ID_LOOP_BACKING_DEVICE", "ID_LOOP_BACKING_INODE"),
+}
+WORDS = {
+    *("ID_FS_UUID", "ID_FS_UUID_ENC", "ID_FS_UUID_SUB", "ID_FS_UUID_SUB_ENC"),
+    *("ID_FS_LABEL", "ID_FS_LABEL_ENC", "ID_FS_VERSION"),
+    *("ID_FS_SYSTEM_ID", "ID_FS_BOOT_SYSTEM_ID", "ID_FS_PUBLISHER_ID", "ID_FS_APPLICATION_ID"),
+    *("ID_FS_DATA_PREPARER_ID", "ID_FS_VOLUME_SET_ID"),
+    *("ID_PART_TABLE_UUID", "ID_PART_ENTRY_UUID", "ID_PART_ENTRY_NAME", "ID_PART_ENTRY_TYPE"),
+    *("ID_PART_GPT_AUTO_ROOT", "ID_PART_GPT_AUTO_ROOT_UUID", "ID_PART_GPT_AUTO_ROOT_DISK"),
+    *("ID_PART_GPT_AUTO_ROOT_ORIGIN", "ID_LOOP_BACKING_FILENAME", "ID_LOOP_BACKING_FILENAME_ENC"),
+}
+
+
+def listen() -> pyudev.Monitor:
+    """Hear from now on what udevd tells of block devices."""
+    monitor = pyudev.Monitor.from_netlink(pyudev.Context(), "udev")
+    monitor.filter_by("block")
+    monitor.start()
+    return monitor
+
+
 # The stories
+
+
+def test_no_word_of_a_user_is_in_udevs_database(udev: MarkedUdev, area: Path) -> None:
+    """Lines of fstab."""
+    words = set()
+    for make in (iso9660, gpt, btrfs, md_member, lvm2_physical_volume, bcache):
+        image = make(area / make.__name__)
+        with bound(udev, image, marked=False) as disk, partition(udev, disk, 2048, 8192) as part:
+            words |= (properties(udev, disk) | properties(udev, part)).keys() & WORDS
+        heard = listen()
+        with bound(udev, image, marked=True) as disk, partition(udev, disk, 2048, 8192) as part:
+            events = [each for each in iter(partial(heard.poll, 0), None) if disk in each.sys_name]
+            assert {disk, part} == {each.sys_name for each in events}
+            told = [dict(each.properties) for each in events]
+            for found in (properties(udev, disk), properties(udev, part), *told):
+                # Others have no way to see what begins with a dot, but by listening.
+                keys = {key for key in found if not key.startswith(".")}
+                assert keys <= KNOWN | {"ACTION", "SEQNUM", "SYNTH_UUID"}
+                assert {Path(link).parent.name for link in found["DEVLINKS"].split()} == {
+                    "by-diskseq"
+                }
+    # There was something to take away.
+    assert words == WORDS
 
 
 def test_a_marked_image_takes_no_link_from_the_device_that_has_it(
@@ -203,13 +291,48 @@ def test_a_marked_image_takes_no_link_from_the_device_that_has_it(
         with bound(udev, forged, marked=True) as theirs:
             run("udevadm", "trigger", "--action=change", f"/dev/{theirs}")
             udev.settle()
-            assert properties(udev, theirs)["ID_FS_UUID"] == str(filesystem)
+            assert properties(udev, theirs)["ID_FS_TYPE"] == "ext4"  # udev has looked
             assert lasting_links(udev, theirs) == set()
             assert by_uuid.resolve().name == ours
             assert by_label.resolve().name == ours
         with bound(udev, forged, marked=False) as theirs:
             assert by_uuid.resolve().name == theirs
             assert by_label.resolve().name == theirs
+
+
+@pytest.mark.parametrize(
+    ("diskseq", "binding", "holds"),
+    [
+        ("the same", "the same", True),
+        # After LOOP_CHANGE_FD.
+        ("another", "the same", True),
+        # The number is somebody else's by now.
+        ("another", "another", False),
+        # About to be bound.
+        ("another", "", True),
+    ],
+)
+def test_a_mark_is_of_one_binding(
+    udev: MarkedUdev, area: Path, diskseq: str, binding: str, holds: bool
+) -> None:
+    """Stale marks."""
+    image = gpt(area / "image")
+    with bound(udev, image, marked=True) as disk, partition(udev, disk, 2048, 8192) as part:
+        mark = udev.marks / disk
+        seq = int(Path(f"/sys/block/{disk}/diskseq").read_text()) - (diskseq != "the same")
+        of = (kernel.loop_binding(int(disk.removeprefix("loop"))) or 0) + (binding != "the same")
+        if binding:
+            mark.write_text(f"LOOPD_OWNER=1\nLOOPD_DISKSEQ={seq}\nLOOPD_BINDING={of}\n")
+        link = udev.marks / f"{disk}_{seq}"
+        link.symlink_to(mark.name)
+        try:
+            run("udevadm", "trigger", "--action=change", f"/dev/{disk}", f"/dev/{part}")
+            udev.settle()
+            for name in (disk, part):
+                assert ("LOOPD_UNPRIVILEGED" in properties(udev, name)) is holds
+            assert bool(lasting_links(udev, part)) is not holds
+        finally:
+            link.unlink()
 
 
 def test_a_marked_disk_keeps_the_name_of_its_attachment(udev: MarkedUdev, area: Path) -> None:
@@ -228,8 +351,8 @@ def test_a_partition_goes_by_the_mark_of_its_disk(udev: MarkedUdev, area: Path) 
     write(image, 2048 * 512, ext4(area / "filesystem", filesystem).read_bytes())
 
     with bound(udev, image, marked=True) as disk, partition(udev, disk, 2048, 8192) as name:
-        assert properties(udev, name)["ID_FS_UUID"] == str(filesystem)
-        assert properties(udev, name)["ID_PART_ENTRY_UUID"].endswith("-01")
+        assert properties(udev, name)["ID_FS_TYPE"] == "ext4"
+        assert properties(udev, name)["ID_PART_ENTRY_NUMBER"] == "1"
         assert lasting_links(udev, name) == set()
     with bound(udev, image, marked=False) as disk, partition(udev, disk, 2048, 8192) as name:
         kinds = {Path(link).parent.name for link in lasting_links(udev, name)}
@@ -267,3 +390,23 @@ def test_nothing_assembles_a_marked(
 def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: MarkedUdev, area: Path) -> None:
     with bound(udev, ext4(area / "image", uuid.uuid4()), marked=True) as name:
         assert "SYSTEMD_READY" not in properties(udev, name)
+
+
+def test_a_marked_image_is_not_found_by_its_label_where_blkid_asks_udev(
+    udev: MarkedUdev, area: Path
+) -> None:
+    """Without EVALUATE=udev blkid and mount go on to read all devices of the machine."""
+    filesystem = uuid.uuid4()
+    image = ext4(area / "image", filesystem)
+    settings = area / "blkid.conf"
+    settings.write_text(f"EVALUATE=udev\nCACHE_FILE={area}/cache\n")
+    environment = os.environ | {"BLKID_CONF": str(settings)}
+    found = []
+    for marked in (True, False):
+        with bound(udev, image, marked=marked) as name:
+            command = ["blkid", "-L", label_of(filesystem)]
+            told = subprocess.run(
+                command, env=environment, check=False, capture_output=True, text=True, timeout=60
+            )
+            found.append(told.stdout.strip() == f"/dev/{name}")
+    assert found == [False, True]

@@ -4,11 +4,14 @@
 The real udisksd, polkitd and udevd, with our rules for the latter two; the sessions are made up.
 """
 
+import fcntl
 import os
 import pwd
+import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,10 @@ from tests.harness.udisks import UDISKSD, Udisks
 from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World, make_world
 
-RULES = (CHECKOUT / "polkit" / "org.example.loop1.rules").read_text()
+POLKIT_FILES = CHECKOUT / "polkit"
 ATTACH = rules_allowing("org.example.loop1.attach", "org.example.loop1.manage-others")
 MOUNT = "org.freedesktop.udisks2.filesystem-mount"
+LOOP_CHANGE_FD = 0x4C06
 NOT_AUTHORIZED = "org.freedesktop.UDisks2.Error.NotAuthorized"
 
 
@@ -52,12 +56,19 @@ def udev(runtime: Path) -> Iterator[Udev]:
 def shared(runtime: Path, udev: Udev) -> Iterator[World]:
     if not UDISKSD.exists():
         pytest.skip("udisks2 is not installed")
-    with make_world(
-        authority=ATTACH + RULES,
-        policies=[OUR_POLICY, POLKIT_POLICY, harness.POLICY],
-        runtime_directory=runtime,
-    ) as made:
-        yield made
+    with ExitStack() as stack:
+        package = stack.enter_context(area("package"))
+        program = (POLKIT_FILES / "image-owner").read_text()
+        (package / "image-owner").write_text(program.replace("/run/loopd/", f"{runtime}/"))
+        (package / "image-owner").chmod(0o755)
+        rules = (POLKIT_FILES / "org.example.loop1.rules.in").read_text()
+        yield stack.enter_context(
+            make_world(
+                authority=ATTACH + rules.replace("@packagedir@", str(package)),
+                policies=[OUR_POLICY, POLKIT_POLICY, harness.POLICY],
+                runtime_directory=runtime,
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,17 @@ def attach(world: World, udev: Udev, caller: Caller, image: Path | None = None) 
     return attached
 
 
+@pytest.fixture(scope="module")
+def fstab(shared: World, udisks: Udisks) -> Iterator[Path]:
+    """The file that udisksd and polkitd take for /etc/fstab."""
+    with area("fstab") as directory:
+        path = directory / "fstab"
+        path.touch()
+        for process in (authority(shared).process, udisks.process):
+            harness.cover(process, "/etc/fstab", path)
+        yield path
+
+
 @contextmanager
 def losetup(image: Path) -> Iterator[str]:
     """A device that loopd has not made."""
@@ -101,14 +123,21 @@ def losetup(image: Path) -> Iterator[str]:
         subprocess.run(["losetup", "-d", node], check=True)
 
 
-def refused(udisks: Udisks, caller: Caller, node: str) -> bool:
-    """Whether somebody may not mount a device."""
-    udisks.wait_filesystem(caller, node)
+def mounts(udisks: Udisks, caller: Caller, node: str) -> bool:
+    """Mount a device as somebody who may; say whether that is so."""
     try:
         udisks.mount(caller, node)
     except CallError as error:
         if not error.name.startswith(NOT_AUTHORIZED):
             raise
+        return False
+    return True
+
+
+def refused(udisks: Udisks, caller: Caller, node: str) -> bool:
+    """Whether somebody may not mount a device."""
+    udisks.wait_filesystem(caller, node)
+    if not mounts(udisks, caller, node):
         return True
     udisks.unmount(caller, node)
     return False
@@ -157,7 +186,9 @@ def test_nobody_else_does(world: World, udev: Udev, udisks: Udisks) -> None:
     owner.detach(attached.path)
 
 
-def allows(world: World, caller: Caller, device: str, action: str = f"{MOUNT}-system") -> bool:
+def allows(
+    world: World, caller: Caller, device: str, action: str = f"{MOUNT}-system", **details: str
+) -> bool:
     """Whether polkit says yes to what udisksd might ask."""
     subject = ("system-bus-name", {"name": Variant("s", caller.unique_name)})
     with world.bus.connect() as client:
@@ -166,19 +197,22 @@ def allows(world: World, caller: Caller, device: str, action: str = f"{MOUNT}-sy
             f"{POLKIT}.Authority",
             "CheckAuthorization",
             "(sa{sv})sa{ss}us",
-            [subject, action, {"device": device}, 0, ""],
+            [subject, action, details | {"device": device}, 0, ""],
             destination=POLKIT,
         )
     return bool(reply.body[0][0])
 
 
 @pytest.mark.alone
-def test_a_number_that_has_become_another_users_is_not_the_first_ones(world: World) -> None:
+def test_a_number_that_has_become_another_users_is_not_the_first_ones(
+    world: World, udev: Udev
+) -> None:
     """At once, whatever udev and udisksd have heard of it."""
     first, second = log_in(world, USER), log_in(world, OTHER)
     # Which nobody else on this machine is given meanwhile.
     number = 400_000 + os.getpid() % 50_000
     attached = first.attach(world.image(), number=number)
+    udev.settle()
     assert allows(world, first, attached.node)
     assert not allows(world, second, attached.node)
     first.detach(attached.path)
@@ -186,19 +220,55 @@ def test_a_number_that_has_become_another_users_is_not_the_first_ones(world: Wor
     again = second.attach(world.image(owner=OTHER), number=number)
     assert again.node == attached.node
     assert not allows(world, first, attached.node)
+    udev.settle()
+    assert not allows(world, first, attached.node)
     assert allows(world, second, attached.node)
     second.detach(again.path)
 
 
-def test_nothing_but_a_mount_of_that_device_is_allowed(world: World) -> None:
+def test_nothing_but_a_mount_of_that_device_is_allowed(world: World, udev: Udev) -> None:
     user = log_in(world, USER)
     attached = user.attach(world.image())
+    udev.settle()
     node = attached.node
     assert allows(world, user, node, f"{MOUNT}-other-seat")
     actions = ("filesystem-fstab", "modify-device-system", "encrypted-unlock-system")
     assert not any(allows(world, user, node, f"org.freedesktop.udisks2.{a}") for a in actions)
     names = ("", "loop", node[5:], f"{node}p", f"/dev/disk/../{node[5:]}", f"{node}\n", "/dev/sda1")
     assert not any(allows(world, user, name) for name in names)
+    user.detach(attached.path)
+
+
+def test_what_is_not_certain_is_not_allowed(world: World, udev: Udev, fstab: Path) -> None:
+    """Lines of fstab."""
+    user = log_in(world, USER)
+    image = make_ext4(world.new_path(), owner=USER)
+    attached = user.attach(image, read_only=True)
+    # udev may not have looked yet, and has then.
+    udev.settle()
+    assert allows(world, user, attached.node)
+    # By what udisksd still takes it for it would have found a line.
+    for key in ("id.label", "id.uuid", "partition.name", "partition.uuid"):
+        assert not allows(world, user, attached.node, **{key: "x"})
+    assert allows(world, user, attached.node, **{"id.type": "ext4", "partition.number": "1"})
+    # A name that is escaped could be any, and a file that polkitd may not read have any line.
+    lines = "/dev/sda1 / ext4", "LABEL=a\\040b /b ext4", "server:/a\\040b /c nfs", "# /dev/a\\040b"
+    fstab.write_text("\n".join(lines))
+    assert allows(world, user, attached.node)
+    fstab.write_text("/dev/disk/by-label/a\\040b /a ext4")
+    assert not allows(world, user, attached.node)
+    fstab.write_text("")
+    fstab.chmod(0o600)
+    assert not allows(world, user, attached.node)
+    fstab.chmod(0o644)
+    # Another file, which its owner has put behind it.
+    fd = user.open_device(attached.path, "r").fetch()
+    try:
+        with image.open("rb") as file:
+            fcntl.ioctl(fd, LOOP_CHANGE_FD, file.fileno())
+    finally:
+        os.close(fd)
+    assert not allows(world, user, attached.node)
     user.detach(attached.path)
 
 
@@ -210,6 +280,80 @@ def test_what_loopd_did_not_attach_for_a_user_is_left_to_udisks(
     with losetup(make_ext4(world.new_path(), owner=USER)) as node:
         udev.settle()
         assert refused(udisks, user, node)
+
+
+def partitioned(world: World) -> Path:
+    """A disk whose only partition has a filesystem."""
+    image = make_gpt(world.new_path(), [(2048, 8192)], 8 * MIB, owner=USER)
+    with image.open("r+b") as file:
+        file.seek(MIB)
+        file.write(make_ext4(world.new_path(), label="inside").read_bytes())
+    return image
+
+
+@contextmanager
+def the_systems(image: Path, udev: Udev, suffix: str) -> Iterator[str]:
+    """Root's device with the same names, for which the lines of fstab are; its node."""
+    with losetup(image) as node:
+        if suffix:
+            subprocess.run(["addpart", node, "1", "2048", "8192"], check=True)
+        udev.settle()
+        yield f"{node}{suffix}"
+        if suffix:
+            subprocess.run(["delpart", node, "1"], check=True)
+    udev.settle()
+
+
+def names_of(properties: dict[str, str]) -> list[str]:
+    """What the first field of a line of fstab can call a device, by what udev says of it."""
+    tags = {
+        "LABEL": ("ID_FS_LABEL", "by-label"),
+        "UUID": ("ID_FS_UUID", "by-uuid"),
+        "PARTLABEL": ("ID_PART_ENTRY_NAME", "by-partlabel"),
+        "PARTUUID": ("ID_PART_ENTRY_UUID", "by-partuuid"),
+    }
+    found = []
+    for tag, (key, directory) in tags.items():
+        if value := properties.get(key):
+            found += [f"{tag}={value}", f"/dev/disk/{directory}/{value}"]
+    return found
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["absent", "present"])
+@pytest.mark.parametrize("suffix", ["", "p1"], ids=["disk", "partition"])
+def test_a_users_image_takes_no_line_of_fstab(
+    world: World, udev: Udev, udisks: Udisks, fstab: Path, suffix: str, present: bool
+) -> None:
+    """Lines of fstab."""
+    label = uuid.uuid4().hex[:16]
+    image = partitioned(world) if suffix else make_ext4(world.new_path(), label=label, owner=USER)
+    original = Path(shutil.copy(image, world.new_path()))
+    with the_systems(original, udev, suffix) as system:
+        names = names_of(udev.properties(system))
+    assert len(names) == (8 if suffix else 4)
+    user = log_in(world, USER)
+    attached = user.attach(image, partition_scan=bool(suffix))
+    udev.settle()
+    node = f"{attached.node}{suffix}"
+    device = os.stat(node).st_rdev
+    udisks.wait_filesystem(user, node)
+    with ExitStack() as stack:
+        systems = 0
+        if present:
+            systems = os.stat(stack.enter_context(the_systems(original, udev, suffix))).st_rdev
+        by_node = [node, *udev.links(node)]
+        for name in names + by_node:
+            fstab.write_text(f"# a comment\n{name} {world.new_path()} ext4 noauto,suid,dev 0 0\n")
+            # The line of its node, which udisks2 takes it by, is not for the owner to use.
+            assert mounts(udisks, user, node) is (name not in by_node)
+            assert not udisks.mounts_of(systems)
+            found = udisks.mounts_of(device)
+            assert len(found) == (name not in by_node)
+            for _, options in found:
+                assert {"nosuid", "nodev"} <= options, name
+                udisks.unmount(user, node)
+    fstab.write_text("")
+    user.detach(attached.path)
 
 
 def test_nothing_of_it_shows_on_desktops(world: World, udev: Udev, udisks: Udisks) -> None:

@@ -20,6 +20,7 @@ XML = [
 ]
 SHELL = [
     CHECKOUT / ".ci" / "run",
+    CHECKOUT / "polkit" / "image-owner",
     *sorted(CHECKOUT.glob("[!.]*/**/*.sh")),
     *sorted(CHECKOUT.glob("debian/loopd.p*")),
     *sorted(CHECKOUT.glob("loopd/cli/completion/*.bash")),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The marks for udev's rules: there while an ordinary user's file is bound, and no longer."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from loopd.marker import Markers
 
 
 @pytest.fixture(autouse=True)
-def bound(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The numbers that the kernel has a file bound to."""
-    numbers: set[int] = set()
-    monkeypatch.setattr(kernel, "loop_bound", numbers.__contains__)
-    return numbers
+def bound(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """The bindings that the kernel has, by number."""
+    bindings: dict[int, int] = {}
+    monkeypatch.setattr(kernel, "loop_binding", bindings.get)
+    return bindings
 
 
 @pytest.fixture
@@ -82,14 +83,14 @@ def test_an_unbound_number_that_is_about_to_be_bound_keeps_its_mark(
 
 
 def test_left_over_marks_go_and_those_of_bound_and_claimed_devices_stay(
-    tmp_path: Path, bound: set[int]
+    tmp_path: Path, bound: dict[int, int]
 ) -> None:
     for kind, names in (("unprivileged", "3 4 x"), ("attached", "3 4 6 x")):
         directory = tmp_path / kind
         directory.mkdir()
         for name in names.split():
             (directory / f"loop{name}").touch()
-    bound.add(3)
+    bound[3] = 41
     markers = Markers(tmp_path)
     markers.prepare()
     markers.claim(5, unprivileged=True)
@@ -133,11 +134,13 @@ def test_a_reference_may_change(tmp_path: Path, markers: Markers) -> None:
     assert marks(tmp_path, "links") == {"loop7_41"}
 
 
-def test_what_was_left_over_for_udev_goes_with_its_device(tmp_path: Path, bound: set[int]) -> None:
+def test_what_was_left_over_for_udev_goes_with_its_device(
+    tmp_path: Path, bound: dict[int, int]
+) -> None:
     (tmp_path / "links").mkdir()
     for name in ("loop3_41", "loop4_42"):
         (tmp_path / "links" / name).touch()
-    bound.add(3)
+    bound[3] = 41
     markers = Markers(tmp_path)
     markers.prepare()
     assert markers.prune() == [4]
@@ -146,3 +149,61 @@ def test_what_was_left_over_for_udev_goes_with_its_device(tmp_path: Path, bound:
     assert "other" in (tmp_path / "links" / "loop3_41").read_text()
     markers.unbound(3)
     assert marks(tmp_path, "links") == set()
+
+
+def test_a_users_mark_tells_whose_it_is_and_of_which_binding(
+    tmp_path: Path, markers: Markers, bound: dict[int, int]
+) -> None:
+    release = markers.claim(7, unprivileged=True)
+    mark = tmp_path / "unprivileged" / "loop7"
+    # Until it is bound nobody can tell: then it holds in any case.
+    assert mark.read_text() == ""
+    bound[7] = 41
+    markers.sign(7, 1234, 1000)
+    text = "LOOPD_OWNER=1000\nLOOPD_DISKSEQ=1234\nLOOPD_BINDING=41\n"
+    assert mark.read_text() == mark.with_name("loop7_1234").read_text() == text
+    markers.rename(7, b"other")
+    assert mark.read_text() == text
+    release(None)
+    assert marks(tmp_path) == set()
+
+
+def test_others_read_a_users_mark_and_nothing_else(tmp_path: Path) -> None:
+    markers = Markers(tmp_path)
+    before = os.umask(0o077)
+    try:
+        markers.prepare()
+        markers.claim(7, unprivileged=True)
+        markers.sign(7, 1234, 1000)
+        markers.claim(8, unprivileged=False)
+        markers.publish(8, 1235, "")
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777
+        for path in (tmp_path, *tmp_path.rglob("*"))
+    }
+    assert {name for name, mode in modes.items() if mode & 0o004} == {
+        "unprivileged/loop7",
+        "unprivileged/loop7_1234",
+    }
+    # By its name, which says nothing new.
+    assert {name for name, mode in modes.items() if mode & 0o001} == {".", "unprivileged"}
+
+
+def test_a_left_over_mark_of_another_binding_goes(tmp_path: Path, bound: dict[int, int]) -> None:
+    former = Markers(tmp_path)
+    former.prepare()
+    for number in (3, 4):
+        bound[number] = 41
+        former.claim(number, unprivileged=True)
+        former.sign(number, number, 1000)
+    bound[4] = 42
+    markers = Markers(tmp_path)
+    markers.prepare()
+    # What is bound now is somebody else's, whose partitions are not to be removed.
+    assert markers.prune() == []
+    assert marks(tmp_path) == {"loop3", "loop3_3"}
+    assert marks(tmp_path, "attached") == {"loop3"}
+    markers.unbound(3)
+    assert marks(tmp_path) == set()

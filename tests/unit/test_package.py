@@ -206,6 +206,7 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     assert files - documentation == modules | {
         "etc/apparmor.d/usr.sbin.loopd",
         "usr/bin/loopctl",
+        "usr/lib/loopd/image-owner",
         "usr/lib/loopd/loopd/org.example.Loop1.xml",
         "usr/lib/loopd/loopd/py.typed",
         *(f"usr/lib/systemd/system/{name}" for name in ("loopd.service", "loop-attach@.service")),
@@ -225,7 +226,7 @@ def test_it_holds_what_is_installed_and_nothing_compiled(package: Package) -> No
     }
     for name, (member, _) in members.items():
         executable = member.isdir() or name in ("usr/bin/loopctl", "usr/sbin/loopd")
-        executable |= name.endswith(".rtupdate")
+        executable |= name.endswith((".rtupdate", "/image-owner"))
         assert member.mode == (0o755 if executable else 0o644), name
         assert (member.uid, member.gid) == (0, 0), name
 
@@ -239,6 +240,8 @@ def test_it_says_how_and_by_what_it_is_started(package: Package) -> None:
         program = members[name][1].decode().splitlines()
         assert program[0] == "#!/usr/bin/python3 -I"
         assert 'sys.path.insert(0, "/usr/lib/loopd")' in program
+    rules = members["usr/share/polkit-1/rules.d/org.example.loop1.rules"][1]
+    assert b'"/usr/lib/loopd/image-owner"' in rules
 
 
 def test_circumstances_are_not_in_it(package: Package, other: Package) -> None:
