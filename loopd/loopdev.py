@@ -44,6 +44,8 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
+    is_new: bool = False
+    """Whether the device was made for us, and is to be removed when it is unbound."""
     lock: OwnedFd | None = None
     """A second fd on the device, which holds a BSD lock: its close makes udev look again."""
     release: Release = field(default=lambda _: None, repr=False)

@@ -65,6 +65,8 @@ class Record:
     may_hang: bool
     bus: str
     """The id of the bus that holder and lock_holder are names of."""
+    is_new: bool = False
+    """Whether the loop device was made for this, and not only bound."""
     format: int = _FORMAT
 
     @classmethod
@@ -94,6 +96,7 @@ class Record:
             lock_expires=device.lock_expires,
             may_hang=device.may_hang,
             bus=bus,
+            is_new=bool(device.loop and device.loop.is_new),
         )
 
     @classmethod
