@@ -52,6 +52,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "Autoclear": ("b", lambda device: device.status.autoclear),
     "PartitionScan": ("b", lambda device: device.status.partition_scan),
     "Partitions": ("a(ustt)", _partitions),
+    "MissingPartitions": ("au", lambda device: device.missing_partitions),
     # Bytes that are no UTF-8 would cost us the bus.
     "Reference": ("s", lambda device: device.reference.decode(errors="replace")),
     "Owner": ("u", lambda device: device.owner),

@@ -243,8 +243,7 @@ class _Attempt:
                 raise StalePartitions(f"a partition of a former life of loop{number} is in use")
             if self.file.identity.block:
                 blockdev.mirror_discard_limit(number, self.file.identity.block.number)
-            if request.partition_scan:
-                partition.scan(loop_fd.fileno(), number)
+            table = partition.scan(loop_fd.fileno(), number) if request.partition_scan else None
             diskseq = loopinfo.diskseq(loop_fd.fileno(), which)
             self.publish(number, diskseq)
             keeps_lock = request.lock is not Lock.NONE
@@ -260,6 +259,7 @@ class _Attempt:
             writable=not request.read_only,
             ours=True,
             autoclear=True,
+            table=table,
             lock=lock_fd.move() if keeps_lock else None,
             release=release,
         )

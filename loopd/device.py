@@ -38,6 +38,8 @@ class Device:
     """The backing file, as far as known."""
     sector_size: int = 0
     """The logical one in bytes; 0 if a foreign device did not say."""
+    table: tuple[int, ...] = ()
+    """The numbers in the partition table, as it was read last."""
     reference: bytes = b""
     owner: int = NOBODY
     loop: LoopDevice | None = None
@@ -109,6 +111,12 @@ class Device:
         if self.file is None or self.private:
             return None
         return Mapping.of(self.file, status.offset, status.size, writable=not status.read_only)
+
+    @property
+    def missing_partitions(self) -> list[int]:
+        """The numbers that the partition table has and the device has not."""
+        there = {each.number for each in self.status.partitions}
+        return [number for number in self.table if number not in there]
 
     @property
     def lifetime(self) -> str:

@@ -44,6 +44,8 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
+    table: tuple[int, ...] | None = None
+    """The numbers in the partition table, if it has been read."""
     lock: OwnedFd | None = None
     """A second fd on the device, which holds a BSD lock: its close makes udev look again."""
     release: Release = field(default=lambda _: None, repr=False)

@@ -110,8 +110,11 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     """Change offset and limit, or with neither take up the file's size; returns the new size.
 
     All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already
-    are not set again. Raises InvalidArgs for a range outside the file and DeviceBusy, unless
-    `force`, if a device in use would shrink or move.
+    are not set again. Partitions that reach past the new end are cut, or go; a device that moves
+    has those of the table at its new place.
+
+    Raises InvalidArgs for a range outside the file and DeviceBusy, unless `force`, if a device in
+    use would shrink or move.
     """
     loop_fd = device.fd.fileno()
     info = kernel.loop_get_status64(loop_fd)
@@ -138,19 +141,50 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
         raise DeviceBusy(
             f"{device.node} is in use and would shrink or move: unmount it first, or pass force"
         )
-    if (new_offset, new_limit) == old:
-        # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
-        kernel.loop_set_capacity(loop_fd)
-        return kernel.blkgetsize64(loop_fd)
-    info.lo_offset, info.lo_sizelimit = new_offset, new_limit
+    former = _withdrawn(device, force=force) if moves else []
+    try:
+        if (new_offset, new_limit) == old:
+            # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
+            kernel.loop_set_capacity(loop_fd)
+        else:
+            _set_range(device, info, new_offset, new_limit, exactly=bool(size_limit))
+    except BaseException:
+        partitions.restore(loop_fd, former)
+        raise
+    if moves and _scans_partitions(device):
+        device.table = partitions.scan(loop_fd, device.number)
+    else:
+        partitions.fit(loop_fd, device.number)
+    return kernel.blkgetsize64(loop_fd)
+
+
+def _withdrawn(device: LoopDevice, *, force: bool) -> list[PartitionExtent]:
+    """Remove the partition devices of a device that is about to move; which they were.
+
+    Raises DeviceBusy, unless `force`, if one is in use.
+    """
+    loop_fd = device.fd.fileno()
+    former = kernel.loop_partitions(device.number)
+    if force:
+        partitions.remove_all(loop_fd, device.number)
+    else:
+        partitions.withdraw(loop_fd, device.number, former)
+    return former
+
+
+def _set_range(
+    device: LoopDevice, info: loop_info64, offset: int, limit: int, *, exactly: bool
+) -> None:
+    """Set offset and limit; with `exactly` the device has to come to have the limit's size."""
+    old = info.lo_offset, info.lo_sizelimit
+    info.lo_offset, info.lo_sizelimit = offset, limit
     _set_status(device, info)
-    size = kernel.blkgetsize64(loop_fd)
-    if size == 0 or (size_limit and size != size_limit):
+    size = kernel.blkgetsize64(device.fd.fileno())
+    if size == 0 or (exactly and size != limit):
         # Only now a file that we do not hold has shown its size: the kernel clamps.
         info.lo_offset, info.lo_sizelimit = old
         _set_status(device, info)
         raise InvalidArgs("size-limit: the range is not inside the file")
-    return size
 
 
 def _set_status(device: LoopDevice, info: loop_info64) -> None:
@@ -251,7 +285,7 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
             raise busy from exc
         raise
     if scans:
-        partitions.scan(loop_fd, device.number)
+        device.table = partitions.scan(loop_fd, device.number)
     return size
 
 
@@ -314,7 +348,8 @@ def rescan_partitions(device: LoopDevice) -> list[PartitionExtent]:
         _set_status(device, info)
     # As the kernel does before it reads a table: somebody may have written it to the file.
     kernel.blkflsbuf(loop_fd)
-    return partitions.scan(loop_fd, device.number)
+    device.table = partitions.scan(loop_fd, device.number)
+    return kernel.loop_partitions(device.number)
 
 
 def resize_partition(device: LoopDevice, partition: int, *, size: int | None) -> int:

@@ -80,6 +80,8 @@ class Operations:
             finally:
                 # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
                 device.sector_size = loopops.sector_size(loop)
+                if loop.table is not None:
+                    device.table = loop.table
 
         try:
             return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)

@@ -109,6 +109,10 @@ def _rows(device: Properties) -> dict[str, tuple[str, str]]:
         "autoclear": ("Autoclear", _yes(device.autoclear)),
         "partition_scan": ("Partition scan", _yes(device.partition_scan)),
         "partitions": ("Partitions", ", ".join(each.node for each in device.partitions) or "none"),
+        "missing_partitions": (
+            "Missing ones",
+            ", ".join(map(str, device.missing_partitions)) or "none",
+        ),
         "reference": ("Reference", printable(device.reference) or "none"),
         "owner": ("Owner", of_owner),
         "lifetime": ("Lifetime", device.lifetime or "until somebody detaches it"),

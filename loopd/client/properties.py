@@ -2,7 +2,7 @@
 """What a device is at one moment, as a client sees it: the properties of its object, typed."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 from ..codec import Variant
@@ -44,6 +44,8 @@ class Properties:
     autoclear: bool
     partition_scan: bool
     partitions: tuple[Partition, ...]
+    missing_partitions: tuple[int, ...] = ()
+    """Numbers that the partition table has and the device has not."""
     reference: str
     owner: int
     """A uid, or FOREIGN."""
@@ -64,11 +66,19 @@ class Properties:
     def decode(cls, found: dict[str, Variant]) -> Self:
         """Read them from an a{sv}; those of a newer loopd are passed over.
 
+        What an older one does not tell has a default.
+
         Raises Failed if one is missing.
         """
         values = _values(found)
         try:
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
+            return cls(
+                **{
+                    field.name: values[field.name]
+                    for field in fields(cls)
+                    if field.name in values or field.default is MISSING
+                }
+            )
         except KeyError as exc:
             raise Failed(f"loopd does not tell the property {exc} of a device") from exc
 
@@ -95,6 +105,8 @@ def _values(found: dict[str, Variant]) -> dict[str, Any]:
     }
     if "backing_file" in values:
         values["backing_file"] = values["backing_file"].removesuffix(b"\0")
+    if "missing_partitions" in values:
+        values["missing_partitions"] = tuple(values["missing_partitions"])
     if "partitions" in values:
         values["partitions"] = tuple(Partition(*each) for each in values["partitions"])
     return values

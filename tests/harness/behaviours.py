@@ -808,6 +808,24 @@ def test_a_rescan_follows_the_table_and_leaves_alone_what_is_as_it_says(lab: Lab
     assert loopops.rescan_partitions(device) == [PartitionExtent(1, MIB, MIB // 2)]
 
 
+def test_a_rescan_grows_what_is_in_use_and_tells_what_the_table_has(lab: Lab) -> None:
+    path = images.make_gpt(lab.gpt(), [(2048, 1024), (6144, 512)])
+    device = lab.attach(path, partition_scan=True)
+    assert device.table == (1, 2)
+    with lab.open(device.number, os.O_RDONLY | os.O_EXCL, partition=1):
+        images.make_gpt(path, [(2048, 2048), (3000, 100), (6144, 512)])
+        found = loopops.rescan_partitions(device)
+    assert found == [GPT[0], PartitionExtent(3, 3 * MIB, MIB // 4)]
+    assert device.table == (1, 2, 3)
+
+
+def test_partitions_do_not_reach_past_the_end_of_their_device(lab: Lab) -> None:
+    device = lab.attach(lab.gpt(), partition_scan=True)
+    assert resize(device, size_limit=MIB + MIB // 2) == MIB + MIB // 2
+    assert list(status(device).partitions) == [PartitionExtent(1, MIB, MIB // 2)]
+    assert resize(device, size_limit=0) == 4 * MIB
+
+
 def test_partitions_are_found_later_where_nobody_asked_for_them_at_first(lab: Lab) -> None:
     device = lab.attach(lab.gpt())
     assert status(device).partitions == ()

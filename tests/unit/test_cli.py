@@ -217,6 +217,7 @@ def device(**changes: Any) -> Properties:
         "autoclear": True,
         "partition_scan": False,
         "partitions": (),
+        "missing_partitions": (),
         "reference": "",
         "owner": 0,
         "holder": ":1.9",
@@ -272,12 +273,20 @@ def test_an_owner_without_a_name_is_a_number() -> None:
 def test_all_properties_are_shown() -> None:
     partition = Partition(1, "/dev/loop3p1", 512, 1024)
     shown = "\n".join(
-        output.properties(device(reference="r\x07", partitions=(partition,), size_limit=1 << 20))
+        output.properties(
+            device(
+                reference="r\x07",
+                partitions=(partition,),
+                missing_partitions=(2, 5),
+                size_limit=1 << 20,
+            )
+        )
     )
     for part in (
         "Size:           4 MiB (4194304 bytes)\n",
         "Size limit:     1 MiB (1048576 bytes)\n",
         "Partitions:     /dev/loop3p1\n",
+        "Missing ones:   2, 5\n",
         "Reference:      r\\x07\n",
         "Owner:          root (uid 0)\n",
         "Backing inode:  99 on 254:0\n",

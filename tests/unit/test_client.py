@@ -239,6 +239,7 @@ def properties(**changes: Variant) -> dict[str, Variant]:
         "Autoclear": Variant("b", True),
         "PartitionScan": Variant("b", False),
         "Partitions": Variant("a(ustt)", [[1, "/dev/loop3p1", 512, 1024]]),
+        "MissingPartitions": Variant("au", [2]),
         "Reference": Variant("s", ""),
         "Owner": Variant("u", 1000),
         "Holder": Variant("s", ":1.9"),

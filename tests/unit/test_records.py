@@ -34,6 +34,7 @@ GOOD: dict[str, Any] = {
     "lock_expires": 12.5,
     "may_hang": False,
     "bus": "0123",
+    "table": [1, 5],
     "format": 1,
 }
 HUGE = 1 << 70
@@ -71,6 +72,10 @@ def test_a_good_one_is_read(directory: Path) -> None:
         {"file_block": -1},
         {"file_inode": HUGE},
         {"attached_at": HUGE},
+        {"table": [0]},
+        {"table": [256]},
+        {"table": ["1"]},
+        {"table": {"1": 1}},
         {"lock_expires": float("nan")},
         {"lock_expires": float("inf")},
         {"reference": "\ud800"},
