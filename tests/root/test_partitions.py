@@ -359,7 +359,7 @@ def test_a_file_that_was_cut_off_has_its_partitions_up_to_its_end(
 def test_an_isohybrid_image_says_what_it_has_inside_of_another_partition(
     world: World, owner: Caller, area: Path
 ) -> None:
-    """systemd#12409: its EFI partition is a part of the first one, and the kernel adds none such."""
+    """systemd#12409: its EFI partition is a part of the first one; the kernel adds none such."""
     image = isohybrid(area, world.new_path())
     attached = owner.attach(image, "r", partition_scan=True)
     (only, *_), size = told(owner, attached), image.stat().st_size
@@ -399,7 +399,7 @@ def isohybrid(directory: Path, image: Path) -> Path:
 
 
 def test_a_slice_with_a_disklabel_says_what_it_has_inside(world: World, owner: Caller) -> None:
-    """util-linux PR 913: BSD's partitions are inside of the slice, and the kernel adds none such."""
+    """util-linux PR 913: BSD's partitions are inside of the slice; the kernel adds none such."""
     image = make_mbr(world.new_path(), ((2048, 4096), (8192, 1024)), owner=USER)
     with image.open("r+b") as file:
         file.seek(446 + 4)
