@@ -44,7 +44,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "BackingDevice": ("t", lambda device: device.file.device if device.file else 0),
     "BackingInode": ("t", lambda device: device.file.inode if device.file else 0),
     "Offset": ("t", lambda device: device.status.offset),
-    "SizeLimit": ("t", lambda device: device.status.size_limit),
+    "SizeLimit": ("t", lambda device: device.size_limit),
     "Size": ("t", lambda device: device.status.size),
     "SectorSize": ("u", lambda device: device.sector_size),
     "ReadOnly": ("b", lambda device: device.status.read_only),

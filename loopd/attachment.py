@@ -21,7 +21,7 @@ from .binding import DirectIORefused, Driver, Retry, StaleLimit, StalePartitions
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
-from .loopdev import LoopDevice, Release
+from .loopdev import Cut, LoopDevice, Release
 from .loopinfo import node
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 
@@ -75,11 +75,13 @@ def attach(
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
             request.check(file, backing.size(file_fd.fileno()))
+        asked, request = request, request.in_whole_sectors(backing.size(file_fd.fileno()))
         attempt = _Attempt(
             control_fd=control_fd.fileno(),
             file_fd=file_fd,
             file=file,
             request=request,
+            cut=Cut() if request is asked else Cut(request.size_limit, asked.size_limit),
             claim=claim,
             publish=publish,
             choose=choose,
@@ -130,6 +132,7 @@ class _Attempt:
     file_fd: OwnedFd
     file: BackingFile
     request: AttachRequest
+    cut: Cut
     claim: Claim
     publish: Publish
     choose: Choose
@@ -259,6 +262,7 @@ class _Attempt:
             writable=not request.read_only,
             ours=True,
             autoclear=True,
+            cut=self.cut,
             table=table,
             lock=lock_fd.move() if keeps_lock else None,
             release=release,

@@ -113,6 +113,12 @@ class Device:
         return Mapping.of(self.file, status.offset, status.size, writable=not status.read_only)
 
     @property
+    def size_limit(self) -> int:
+        """The size limit that was asked for."""
+        limit = self.status.size_limit
+        return self.loop.asked_limit(limit) if self.loop else limit
+
+    @property
     def missing_partitions(self) -> list[int]:
         """The numbers that the partition table has and the device has not."""
         there = {each.number for each in self.status.partitions}

@@ -18,7 +18,7 @@ from .blockdev import Lock
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
 from .kernel import PartitionExtent
-from .loopdev import LoopDevice
+from .loopdev import Cut, LoopDevice
 from .request import DEFAULT_SECTOR_SIZE, MAX_SECTOR_SIZE
 from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
 
@@ -120,7 +120,7 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     info = kernel.loop_get_status64(loop_fd)
     old = info.lo_offset, info.lo_sizelimit
     new_offset = info.lo_offset if offset is None else offset
-    new_limit = info.lo_sizelimit if size_limit is None else size_limit
+    new_limit = device.asked_limit(info.lo_sizelimit) if size_limit is None else size_limit
     sector_size = kernel.blksszget(loop_fd)
     if new_offset % 512:
         raise InvalidArgs("offset: not a multiple of 512")
@@ -135,7 +135,7 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
             raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
         if size_limit and size_limit > room:
             raise InvalidArgs(f"size-limit: reaches past the end of the file of {file_size} bytes")
-        new_size = min(new_limit or room, room) // 512 * 512
+        new_size = min(new_limit or room, room) // sector_size * sector_size
     moves = new_offset != info.lo_offset
     if (new_size < old_size or moves) and not force and blockdev.in_use(device.number):
         raise DeviceBusy(
@@ -148,6 +148,7 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
             kernel.loop_set_capacity(loop_fd)
         else:
             _set_range(device, info, new_offset, new_limit, exactly=bool(size_limit))
+        _keep_whole_sectors(device, new_limit)
     except BaseException:
         partitions.restore(loop_fd, former)
         raise
@@ -180,11 +181,33 @@ def _set_range(
     info.lo_offset, info.lo_sizelimit = offset, limit
     _set_status(device, info)
     size = kernel.blkgetsize64(device.fd.fileno())
-    if size == 0 or (exactly and size != limit):
+    if size < kernel.blksszget(device.fd.fileno()) or (exactly and size != limit):
         # Only now a file that we do not hold has shown its size: the kernel clamps.
         info.lo_offset, info.lo_sizelimit = old
         _set_status(device, info)
         raise InvalidArgs("size-limit: the range is not inside the file")
+
+
+def _keep_whole_sectors(device: LoopDevice, limit: int) -> None:
+    """Leave out a tail of less than a sector, which the kernel shows and cannot read.
+
+    `limit` is the one that was asked for. A device of somebody else's is left as it is.
+    """
+    loop_fd = device.fd.fileno()
+    sector_size = kernel.blksszget(loop_fd)
+    if not device.ours or not (device.cut.limit or kernel.blkgetsize64(loop_fd) % sector_size):
+        return
+    info = kernel.loop_get_status64(loop_fd)
+    if info.lo_sizelimit != limit:
+        info.lo_sizelimit = limit
+        _set_status(device, info)
+    size = kernel.blkgetsize64(loop_fd)
+    whole = size // sector_size * sector_size
+    device.cut = Cut()
+    if whole not in (0, size):
+        info.lo_sizelimit = whole
+        _set_status(device, info)
+        device.cut = Cut(whole, limit)
 
 
 def _set_status(device: LoopDevice, info: loop_info64) -> None:
@@ -261,7 +284,7 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         size = blockdev.probe_sector_size(loop_fd) or DEFAULT_SECTOR_SIZE
     if kernel.blksszget(loop_fd) == size:
         return size
-    limit = int(kernel.loop_attribute(device.number, "loop/sizelimit"))
+    limit = device.asked_limit(int(kernel.loop_attribute(device.number, "loop/sizelimit")))
     if limit % size:
         raise InvalidArgs(f"sector-size: the size limit, {limit}, is not a multiple of it")
     if kernel.blkgetsize64(loop_fd) < size:
@@ -284,6 +307,7 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         if exc.errno == errno.EBUSY:
             raise busy from exc
         raise
+    _keep_whole_sectors(device, limit)
     if scans:
         device.table = partitions.scan(loop_fd, device.number)
     return size

@@ -82,6 +82,8 @@ class Operations:
                 device.sector_size = loopops.sector_size(loop)
                 if loop.table is not None:
                     device.table = loop.table
+                if device.loop:
+                    device.loop.cut = loop.cut
 
         try:
             return await self._manager.with_loop(caller, device, change, admit=admit, scans=scans)
@@ -112,7 +114,7 @@ class Operations:
         if now is None:
             return
         start = device.status.offset if options.offset is None else options.offset
-        limit = device.status.size_limit if options.size_limit is None else options.size_limit
+        limit = device.size_limit if options.size_limit is None else options.size_limit
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
         others = (other for other in self._registry.over(now) if other is not device)

@@ -62,6 +62,8 @@ class Record:
     bus: str
     """The id of the bus that holder and lock_holder are names of."""
     table: list[int] = field(default_factory=list)
+    cut_limit: int = 0
+    cut_asked: int = 0
     format: int = _FORMAT
 
     @classmethod
@@ -92,6 +94,8 @@ class Record:
             may_hang=device.may_hang,
             bus=bus,
             table=list(device.table),
+            cut_limit=device.loop.cut.limit if device.loop else 0,
+            cut_asked=device.loop.cut.asked if device.loop else 0,
         )
 
     @classmethod

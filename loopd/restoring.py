@@ -210,6 +210,7 @@ class Restoring:
             fd,
             autoclear=record.autoclear or record.lifetime != SYSTEM,
         )
+        loop.cut = loopdev.Cut(record.cut_limit, record.cut_asked)
         try:
             status = loopinfo.status(record.number)
             if status.binding != record.binding:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -755,6 +756,54 @@ def test_the_table_is_looked_for_where_the_device_begins(
 def test_a_file_of_one_sector_has_no_table(lab: Lab) -> None:
     """A16."""
     assert loopops.sector_size(lab.attach(lab.image(512), sector_size=None)) == 512
+
+
+# --- a tail of less than a sector ---------------------------------------------------------------
+
+TAIL = 1024 + 100
+"""Bytes at the end of a file: two sectors of 512 bytes, and no sector of 4096."""
+
+
+def grow(path: Path, size: int) -> Path:
+    os.truncate(path, size)
+    return path
+
+
+def test_a_device_has_whole_sectors_only(lab: Lab) -> None:
+    """What is left of a sector is in the device's size by the kernel, and reading it fails."""
+    path = grow(lab.image(MIB), MIB + TAIL)
+    device = lab.attach(path, sector_size=4096)
+    assert status(device).size == MIB
+    assert status(lab.attach(lab.image(MIB + TAIL))).size == MIB + 1024
+    # A grown file is taken up as if there were no limit.
+    grow(path, 2 * MIB + TAIL)
+    assert resize(device) == status(device).size == 2 * MIB
+    assert resize(device) == 2 * MIB
+    grow(path, 2 * MIB + 4096)
+    assert resize(device) == 2 * MIB + 4096
+    assert status(device).size_limit == 0
+
+
+def test_another_sector_size_changes_what_is_whole(lab: Lab) -> None:
+    device = lab.attach(grow(lab.image(MIB), MIB + TAIL))
+    for size, whole in ((4096, MIB), (1024, MIB + 1024), (2048, MIB), (512, MIB + 1024)):
+        loopops.set_sector_size(device, size)
+        assert status(device).size == whole
+    assert status(device).size_limit == 0
+
+
+def test_a_limit_is_kept_over_a_tail(lab: Lab) -> None:
+    path = lab.image(2 * MIB)
+    device = lab.attach(path, sector_size=4096, size_limit=MIB)
+    grow(path, MIB - TAIL)
+    assert resize(device) == MIB - 4096
+    grow(path, 2 * MIB)
+    assert resize(device) == MIB
+    assert status(device).size_limit == MIB
+    # One with an offset, too.
+    grow(path, 2 * MIB + TAIL)
+    assert resize(device, offset=512, size_limit=0) == 2 * MIB
+    assert resize(device, offset=0, size_limit=4096) == 4096
 
 
 # --- partitions ---------------------------------------------------------------------------------

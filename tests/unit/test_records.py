@@ -35,6 +35,8 @@ GOOD: dict[str, Any] = {
     "may_hang": False,
     "bus": "0123",
     "table": [1, 5],
+    "cut_limit": 4096,
+    "cut_asked": 0,
     "format": 1,
 }
 HUGE = 1 << 70
