@@ -14,6 +14,7 @@ import sys
 import time
 
 from .. import errors
+from ..blockdev import probe_sector_size
 from ..client import Client, Device, Lifetime
 from ..client.image import open_file
 from ..client.properties import Properties
@@ -78,6 +79,7 @@ async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) 
             try:
                 signals.check()
                 _announce(found, device, properties)
+                _tell_of_partitions(found, file, properties)
             except (Interrupted, OSError):
                 # Nobody knows of it, so nobody would detach it.
                 await device.ensure_detached()
@@ -103,6 +105,7 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
             description = _description(found, properties)
             try:
                 _announce(found, device, properties)
+                _tell_of_partitions(found, file, properties)
                 say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
                 await signals.unless(tell_ready(properties, description))
                 ended = await signals.unless(device.wait_ended())
@@ -121,6 +124,7 @@ async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
             command = [argument.replace("{}", device.node) for argument in found.run]
             try:
                 _announce(found, device, properties, only_json=True)
+                _tell_of_partitions(found, file, properties)
                 variables = {"LOOPDEV": device.node}
                 # Whatever becomes of loopctl, the node is no other device's as long as it is used.
                 with await signals.unless(device.hold()) as held:
@@ -195,8 +199,29 @@ def _announce(
         print(output.as_json(value), flush=True)
     elif not only_json:
         print(device.node, flush=True)
-    if properties.missing_partitions:
-        say(output.missing_partitions(properties))
+
+
+def _tell_of_partitions(found: argparse.Namespace, file: OwnedFd, device: Properties) -> None:
+    """Say which partitions are missing, or why there may be none."""
+    if device.missing_partitions:
+        say(output.missing_partitions(device))
+    if not found.partscan or device.partitions or device.missing_partitions:
+        return
+    try:
+        size = probe_sector_size(file.fileno(), device.offset)
+    except LoopError as exc:
+        say(f"{device.node} has no partitions: {exc}")
+        return
+    if size is not None and size != device.sector_size:
+        say(
+            f"{device.node} has no partitions: the table in the file is for sectors of {size} "
+            "bytes; -b 0 takes them"
+        )
+    elif size is not None:
+        say(
+            f"{device.node} has no partitions: the table in the file cannot be read; the file may "
+            "have been cut off"
+        )
 
 
 def _description(found: argparse.Namespace, device: Properties) -> str:

@@ -37,9 +37,7 @@ async def find_disk(client: Client, target: str) -> Device:
     """
     device, partition = await find(client, target)
     if partition is not None:
-        raise InvalidArgs(
-            f"{device.node}p{partition} is a partition: name the disk, {device.node}"
-        )
+        raise InvalidArgs(f"{device.node}p{partition} is a partition: name the disk, {device.node}")
     return device
 
 

@@ -398,15 +398,11 @@ def test_what_is_for_all_of_a_device_is_not_done_to_a_partition(
     assert loopctl.json("show", node) == before
 
 
-def test_programs_are_told_what_an_fd_names(
-    world: World, disk: tuple[str, Path]
-) -> None:
+def test_programs_are_told_what_an_fd_names(world: World, disk: tuple[str, Path]) -> None:
     node, image = disk
     with blocking.Client.connect(world.bus.address) as client:
         with ExitStack() as stack:
-            whole, part, file = (
-                os.open(path, os.O_PATH) for path in (node, f"{node}p2", image)
-            )
+            whole, part, file = (os.open(path, os.O_PATH) for path in (node, f"{node}p2", image))
             for fd in (whole, part, file):
                 stack.callback(os.close, fd)
             named = [client.named_by_fd(fd) for fd in (whole, part, file)]
@@ -466,6 +462,25 @@ def test_who_attaches_is_told_what_is_missing(
             assert lines[0] == f"loopctl: {_MISSING.format(node)}\n"
         else:
             assert running.end() == (0, "", f"loopctl: {_MISSING.format(node)}\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "cut", "reason"),
+    [
+        (4096, 0, "is for sectors of 4096 bytes; -b 0 takes them"),
+        (512, MIB, "cannot be read; the file may have been cut off"),
+    ],
+)
+def test_who_finds_no_partitions_is_told_why(
+    world: World, logind: LogindDouble, loopctl: Loopctl, size: int, cut: int, reason: str
+) -> None:
+    """shrink-backup#61: the header of a GPT has the disk's size, and is of no use without it."""
+    image = make_gpt(world.new_path(), ((64, 64),), sector_size=size, owner=USER)
+    os.truncate(image, 4 * MIB - cut)
+    status, out, err = loopctl.run("attach", "-P", image)
+    assert status == 0
+    node = out.rstrip("\n")
+    assert err == f"loopctl: {node} has no partitions: the table in the file {reason}\n"
 
 
 # --- monitor ------------------------------------------------------------------------------------

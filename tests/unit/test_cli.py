@@ -468,7 +468,9 @@ def test_with_a_closed_stderr_nothing_goes_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
-def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path, closed: tuple[int, ...]) -> None:
+def test_no_file_takes_the_place_of_a_closed_stream(
+    tmp_path: Path, closed: tuple[int, ...]
+) -> None:
     """A command that loopctl runs would write to it."""
     program = (
         "import os, sys\n"
