@@ -21,7 +21,7 @@ from .binding import DirectIORefused, Driver, Retry, StaleLimit, StalePartitions
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
-from .loopdev import Cut, LoopDevice, Release
+from .loopdev import NO_CUT, Cut, LoopDevice, Release
 from .loopinfo import node
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 
@@ -81,7 +81,7 @@ def attach(
             file_fd=file_fd,
             file=file,
             request=request,
-            cut=Cut() if request is asked else Cut(request.size_limit, asked.size_limit),
+            cut=NO_CUT if request is asked else Cut(request.size_limit, asked.size_limit),
             claim=claim,
             publish=publish,
             choose=choose,

@@ -36,6 +36,9 @@ class Cut(NamedTuple):
     """The limit that was asked for."""
 
 
+NO_CUT = Cut()
+
+
 @dataclass(kw_only=True)
 class LoopDevice:
     """A device that we attached, or opened, and hold; `detach` ends it."""
@@ -54,7 +57,7 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
-    cut: Cut = Cut()
+    cut: Cut = NO_CUT
     table: tuple[int, ...] | None = None
     """The numbers in the partition table, if it has been read."""
     lock: OwnedFd | None = None

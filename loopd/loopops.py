@@ -18,7 +18,7 @@ from .blockdev import Lock
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
 from .kernel import PartitionExtent
-from .loopdev import Cut, LoopDevice
+from .loopdev import NO_CUT, Cut, LoopDevice
 from .request import DEFAULT_SECTOR_SIZE, MAX_SECTOR_SIZE
 from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
 
@@ -203,7 +203,7 @@ def _keep_whole_sectors(device: LoopDevice, limit: int) -> None:
         _set_status(device, info)
     size = kernel.blkgetsize64(loop_fd)
     whole = size // sector_size * sector_size
-    device.cut = Cut()
+    device.cut = NO_CUT
     if whole not in (0, size):
         info.lo_sizelimit = whole
         _set_status(device, info)

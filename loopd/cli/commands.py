@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's commands that ask loopd and end: `detach`, `resize`, `rescan`, `list`, `show`, `set`."""
+"""loopctl's commands that ask loopd and end: detach, resize, rescan, list, show and set."""
 
 import argparse
 import asyncio

@@ -23,9 +23,9 @@ def provide_streams() -> None:
             opened = os.open(os.devnull, flags)  # the lowest number that is free
             os.set_inheritable(opened, True)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def say(text: str) -> None:

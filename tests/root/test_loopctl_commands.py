@@ -369,7 +369,11 @@ def test_a_partition_is_shown(loopctl: Loopctl, disk: tuple[str, Path]) -> None:
     node, _ = disk
     told = loopctl.json("show", f"{node}p2")
     assert {name: told[name] for name in ("node", "number", "start", "size", "disk")} == {
-        **{"node": f"{node}p2", "number": 2, "start": 2 * MIB, "size": MIB, "disk": node}
+        "node": f"{node}p2",
+        "number": 2,
+        "start": 2 * MIB,
+        "size": MIB,
+        "disk": node,
     }
     status, out, err = loopctl.run("show", f"{node}p2")
     assert (status, err) == (0, "")
