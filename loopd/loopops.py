@@ -109,10 +109,8 @@ def _none_is_no_such_device(number: int) -> Iterator[None]:
 def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, force: bool) -> int:
     """Change offset and limit, or with neither take up the file's size; returns the new size.
 
-    All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already
-    are not set again. Partitions that reach past the new end are cut, or go; a device that moves
-    has those of the table at its new place.
-
+    All in bytes; a limit of 0 means to the end of the file. Partitions that reach past the new end
+    are cut, or go; a device that moves has those of the table at its new place.
     Raises InvalidArgs for a range outside the file and DeviceBusy, unless `force`, if a device in
     use would shrink or move.
     """

@@ -819,7 +819,7 @@ def test_partitions_are_there_when_attach_returns(lab: Lab) -> None:
 
 
 def test_the_kernels_parser_sees_nothing(lab: Lab) -> None:
-    """It would make partitions that vanish and come again, from a table that anyone wrote."""
+    """Kernel's parser: it would make partitions that vanish and come again, from anyone's table."""
     limits: list[int] = []
 
     def look() -> None:

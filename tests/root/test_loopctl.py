@@ -683,7 +683,7 @@ def let_end(write_end: int) -> None:
 def test_a_command_keeps_its_device_when_loopctl_is_killed(
     daemon: Daemon, loopctl: Loopctl, image: Path, caller: Caller
 ) -> None:
-    """Else what it takes for its device would soon be another user's."""
+    """Killed loopctl: what it takes for its device would soon be another user's."""
     with waiting(loopctl, image, "echo {}; read x") as (run, number, told):
         loop = look_at(number)
         assert loop is not None
@@ -709,7 +709,7 @@ def holder(caller: Caller, number: int) -> str:
 def test_nothing_is_left_of_a_run_that_is_killed_with_its_command(
     daemon: Daemon, loopctl: Loopctl, image: Path
 ) -> None:
-    """As the kernel does it to a control group that is out of memory."""
+    """Killed loopctl: as by the kernel, of a control group that is out of memory."""
     with waiting(loopctl, image, "echo {}; read x") as (run, number, _):
         loop = look_at(number)
         assert loop is not None
@@ -725,6 +725,7 @@ _DAEMON = 'exec 3<&0; setsid sh -c "read x" <&3 3<&- >/dev/null 2>&1 & echo {}'
 def test_what_a_command_leaves_running_keeps_the_device(
     daemon: Daemon, loopctl: Loopctl, image: Path, killed: bool
 ) -> None:
+    """Killed loopctl."""
     script = _DAEMON + ("; read y" if killed else "")
     with waiting(loopctl, image, script) as (run, number, told):
         loop = look_at(number)

@@ -286,7 +286,7 @@ def test_a_partition_can_be_opened(world: World, logind: LogindDouble, loopctl: 
 def test_a_command_without_a_stdout_does_not_write_to_the_device(
     loopctl: Loopctl, attached: tuple[str, Path]
 ) -> None:
-    """The device would be opened in its place."""
+    """Closed streams: the device would be opened in its place."""
     node, image = attached
     before = image.read_bytes()
     status, _, err = loopctl.run(

@@ -471,7 +471,7 @@ def test_with_a_closed_stderr_nothing_goes_elsewhere(tmp_path: Path) -> None:
 def test_no_file_takes_the_place_of_a_closed_stream(
     tmp_path: Path, closed: tuple[int, ...]
 ) -> None:
-    """A command that loopctl runs would write to it."""
+    """Closed streams: a command that loopctl runs would write to it."""
     program = (
         "import os, sys\n"
         "from loopd.cli import stream\n"

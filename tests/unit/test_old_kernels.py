@@ -389,6 +389,7 @@ def test_a_mounted_device_that_cannot_be_changed_is_busy(on: MakeLab) -> None:
 
 
 def test_a_kernel_with_a_parser_finds_nothing_before_we_have_looked(on: MakeLab) -> None:
+    """Kernel's parser."""
     lab = on(Traits())
     assert lab.scripted
     lab.scripted.parsed = {7: PartitionExtent(7, 0, 512), 1: GPT[0]}
