@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from . import backing, binding, blockdev, kernel, loopinfo
@@ -151,9 +151,9 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
         partitions.restore(loop_fd, former)
         raise
     if moves and _scans_partitions(device):
-        device.table = partitions.scan(loop_fd, device.number)
-    else:
-        partitions.fit(loop_fd, device.number)
+        with suppress(DeviceBusy):  # by force: one that is in use stays
+            device.table = partitions.scan(loop_fd, device.number)
+    partitions.fit(loop_fd, device.number)
     return kernel.blkgetsize64(loop_fd)
 
 

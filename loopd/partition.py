@@ -93,7 +93,7 @@ def fit(loop_fd: int, number: int) -> None:
         if each.start >= end:
             _remove(loop_fd, each.number)
         elif each.start + each.size > end:
-            kernel.blkpg_resize_partition(loop_fd, each.number, each.start, end - each.start)
+            _change(kernel.blkpg_resize_partition, loop_fd, each._replace(size=end - each.start))
 
 
 def withdraw(loop_fd: int, number: int, partitions: list[PartitionExtent]) -> None:
