@@ -944,7 +944,13 @@ def test_a_partition_open_in_any_mode_names_itself_and_its_device(
     assert root.manager("GetDevice", "h", 0, fds=[part]) == (attached.path,)
     assert resize_by_fd(root, part, {"size-limit": 512}) == 512
     check(owner, attached, {1: (MIB, 512)})
-    assert root.manager("Detach", "ha{sv}", 0, {}, fds=[part]) == (True,)
+    # Who names a partition does not mean the whole disk.
+    error = error_of(root.manager, "Detach", "ha{sv}", 0, {}, fds=[part])
+    assert error.name == INVALID_ARGS
+    assert attached.node in error.message
+    check(owner, attached, {1: (MIB, 512)})
+    disk = File(attached.node, flags)
+    assert root.manager("Detach", "ha{sv}", 0, {}, fds=[disk]) == (True,)
     assert loops.strays(attached.number) == ()
 
 
