@@ -15,7 +15,6 @@ import pytest
 from loopd import attachment, blockdev, kernel, loopdev, loopinfo, loopops, uapi
 from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, NotSupported
-from loopd.fd import OwnedFd
 from loopd.kernel import PartitionExtent
 from tests.harness.behaviours import GPT, status
 from tests.harness.images import MIB
@@ -364,16 +363,14 @@ def test_whoever_opens_each_new_device_leaves_few_behind(
     monkeypatch.setattr(attachment, "_NEW_DEVICE_LOCK_TIMEOUT", 0)
     lab = on(UNBINDS_WHILE_OPEN)
     assert lab.scripted
-    theirs: list[OwnedFd] = []
+    theirs = ExitStack()
 
     def open_it() -> None:
         assert lab.scripted
         if holds == "for a glance":
-            while theirs:
-                theirs.pop().close()
+            theirs.close()
         newest = max(lab.scripted.numbers(), key=lambda n: int(kernel.loop_attribute(n, "diskseq")))
-        theirs.append(lab.open(newest))
-        kernel.flock(theirs[-1].fileno(), fcntl.LOCK_SH)
+        kernel.flock(theirs.enter_context(lab.open(newest)).fileno(), fcntl.LOCK_SH)
 
     lab.script.after("loop_ctl_add", open_it, times=1000)
     strays: list[int] = []

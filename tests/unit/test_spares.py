@@ -164,12 +164,12 @@ def test_what_was_made_in_vain_is_removed_until_it_is_gone(
     monkeypatch.setattr(module, "_AGAIN_AFTER", 0)
 
     async def run() -> None:
-        removals = Removals(3)
+        removals = Removals(1)  # and each one after it
         spares = Spares(removals)
         await asyncio.to_thread(spares.numbers(UID).stays, 9)
         for count in (1, 2, 3):
-            while len(removals.numbers) < count:
-                await asyncio.sleep(0)
+            await removals.over.wait()
+            removals.over.clear()
             removals.done(count == 3)
         assert removals.numbers == [9, 9, 9]
         assert (spares._made, spares._going) == (set(), frozenset())
