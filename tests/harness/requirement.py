@@ -2,8 +2,8 @@
 """Categories of tests, and where a skip is a failure.
 
 A test's category is the directory it lies in (unit, bus, root, machine, kernel); those marked
-`lint` are of category lint as well.  A skip in a category that LOOPD_REQUIRE lists (root,bus,machine,lint) is
-reported as a failure with the skip's reason.
+`lint` are of category lint as well.  A skip in a category that LOOPD_REQUIRE lists
+(root,bus,machine,lint) is reported as a failure with the skip's reason.
 """
 
 import os

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from tests.harness.deadline import Deadline
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside, run_inside, scripted_kernel
 from tests.harness.script import Script
-from tests.harness.scripted import ScriptedKernel
+from tests.harness.scripted import ScriptedKernel, Traits
 
 UID = 1000
 
@@ -298,3 +299,57 @@ def test_a_number_that_cannot_be_made_is_not_taken_for_one_that_is_there(tmp_pat
             assert inside.scripted.bound() == []
 
     run_inside(tmp_path, story)
+
+
+def test_openers_that_come_between_leave_few_devices(tmp_path: Path) -> None:
+    """As udev does on Linux 6.1, where each attach makes a device."""
+    image = make_plain(tmp_path / "image", MIB)
+
+    async def story(inside: Inside, script: Script) -> None:
+        scripted = inside.scripted
+        glances: list[int] = []
+
+        def glance() -> None:
+            while glances:
+                scripted.close(glances.pop())
+            fd = scripted.open_loop(max(scripted.numbers()), os.O_RDONLY)
+            scripted.flock(fd, fcntl.LOCK_SH)
+            glances.append(fd)
+
+        caller = inside.caller(UID)
+        for _ in range(50):
+            script.after("loop_ctl_add", glance)
+            device = await inside.attach(caller, image)
+            assert await inside.manager.detach(caller, device)
+            assert len(scripted.numbers()) <= module._GOING + module._KEPT + 2
+        while glances:
+            scripted.close(glances.pop())
+        deadline = Deadline()
+        while scripted.numbers() or inside.spares._made:
+            assert deadline.remaining
+            await asyncio.sleep(0.01)
+
+    run_inside(tmp_path, story, Traits(release=(6, 1), says_partscan=False))
+
+
+def test_what_the_module_made_is_there_in_the_end(tmp_path: Path) -> None:
+    """Whatever anybody did with it."""
+    image = make_plain(tmp_path / "image", MIB)
+
+    async def story(inside: Inside, script: Script) -> None:
+        scripted = inside.scripted
+        for number in range(8):
+            scripted.loop_ctl_add(-1, number)
+        caller = inside.caller(ROOT)
+        devices = [await inside.attach(caller, image, read_only=True) for _ in range(4)]
+        devices.append(await inside.attach(caller, image, read_only=True, number=3))
+        for device in devices:
+            assert await inside.manager.detach(caller, device)
+        deadline = Deadline()
+        while len(scripted.numbers()) > 8:
+            assert deadline.remaining
+            await asyncio.sleep(0.01)
+        assert scripted.numbers() == [*range(8)]
+
+    run_inside(tmp_path, story)
+    run_inside(tmp_path, story, Traits(release=(6, 1), says_partscan=False))
