@@ -154,7 +154,7 @@ def test_a_mounted_device_goes_lazily_and_its_number_is_clean(
 
 
 def test_500_pairs_leave_no_devices(machine: Emulated, images: Path) -> None:
-    """What is made and not removed does not grow; udevd looks at every device meanwhile."""
+    """Devices made in vain: they stay few, though udevd looks at every device meanwhile."""
     image = machine.image(make_plain(images / "plain"))
     before = unbound(machine)
     script = f"""
@@ -175,7 +175,7 @@ asyncio.run(main())
 
 
 def test_what_the_module_made_stays(machine: Emulated, images: Path) -> None:
-    """loop0 to loop7 are there from the start, and others name them."""
+    """Devices of the module: loop0 to loop7 are there from the start, and others name them."""
     made = {f"loop{number}" for number in range(8)}
     assert made <= unbound(machine)
     image = machine.image(make_plain(images / "plain"))

@@ -359,7 +359,7 @@ def test_an_attempt_that_fails_leaves_no_number_behind(on: MakeLab) -> None:
 def test_whoever_opens_each_new_device_leaves_few_behind(
     on: MakeLab, holds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers of devices: udev is faster than we are, or somebody keeps them."""
+    """Devices made in vain: udev is faster than we are, or somebody keeps them."""
     monkeypatch.setattr(attachment, "_NEW_DEVICE_LOCK_TIMEOUT", 0)
     lab = on(UNBINDS_WHILE_OPEN)
     assert lab.scripted
@@ -381,7 +381,7 @@ def test_whoever_opens_each_new_device_leaves_few_behind(
 
 
 def test_a_glance_at_a_new_device_is_waited_for(on: MakeLab) -> None:
-    """Numbers of devices: udev looks at each."""
+    """Devices made in vain: udev looks at each."""
     lab = on(UNBINDS_WHILE_OPEN)
     assert lab.scripted
 
@@ -397,7 +397,7 @@ def test_a_glance_at_a_new_device_is_waited_for(on: MakeLab) -> None:
 
 
 def test_what_was_there_before_is_not_taken_for_new(on: MakeLab) -> None:
-    """Others name the devices that the module makes."""
+    """Devices of the module: others name them."""
     lab = on(UNBINDS_WHILE_OPEN)
     with blockdev.opened(kernel.open_loop_control()) as control:
         kernel.loop_ctl_add(control.fileno(), 3)

@@ -146,7 +146,7 @@ def test_one_that_others_have_bound_is_not_chosen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_was_there_before_is_neither_kept_nor_removed() -> None:
-    """The module makes some devices when it is loaded, and others name them."""
+    """Devices of the module: others name them."""
 
     def story(spares: Spares) -> None:
         for number in range(8):
@@ -179,7 +179,7 @@ def test_what_was_made_in_vain_is_removed_until_it_is_gone(
 
 
 def test_no_more_are_made_while_many_cannot_be_removed() -> None:
-    """Nobody else would take them away."""
+    """Devices made in vain."""
 
     async def run() -> None:
         removals = Removals(0)
@@ -302,7 +302,7 @@ def test_a_number_that_cannot_be_made_is_not_taken_for_one_that_is_there(tmp_pat
 
 
 def test_openers_that_come_between_leave_few_devices(tmp_path: Path) -> None:
-    """As udev does on Linux 6.1, where each attach makes a device."""
+    """Devices made in vain: as udev does on Linux 6.1, where each attach makes a device."""
     image = make_plain(tmp_path / "image", MIB)
 
     async def story(inside: Inside, script: Script) -> None:
@@ -333,7 +333,7 @@ def test_openers_that_come_between_leave_few_devices(tmp_path: Path) -> None:
 
 
 def test_what_the_module_made_is_there_in_the_end(tmp_path: Path) -> None:
-    """Whatever anybody did with it."""
+    """Devices of the module."""
     image = make_plain(tmp_path / "image", MIB)
 
     async def story(inside: Inside, script: Script) -> None:
