@@ -285,7 +285,7 @@ def test_a_rescan_finds_partitions_with_and_without_partscan(
             "async def main():\n"
             "    async with await Client.connect() as client:\n"
             f"        device = await client.device_by_node('{node}')\n"
-            "        print(len(await device.rescan_partitions()))\n"
+            "        print(await device.rescan_partitions())\n"
             "asyncio.run(main())"
         )
         assert told == "2\n"
