@@ -30,7 +30,11 @@ _HARDWARE = (
     *("-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "2048"),
     *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-serial"),
 )
-_KERNEL_OPTIONS = "console=ttyS0 root=/dev/vda rw quiet"
+# systemd waits for a device for 90 s by itself, which is too little at times.
+_KERNEL_OPTIONS = (
+    "console=ttyS0 root=/dev/vda rw quiet "
+    "systemd.default_device_timeout_sec=600 systemd.default_timeout_start_sec=600"
+)
 
 
 class FailedError(AssertionError):
