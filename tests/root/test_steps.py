@@ -49,8 +49,11 @@ def counted(library: str, user: str | None, pairs: int) -> dict[str, int]:
     uid = pwd.getpwnam(user or "root").pw_uid
     with area("steps") as directory:
         counts = directory / "counts"
-        options = {"library": library, "prelude": PRELUDE, "environment": {"STEPS": str(counts)}}
-        with make_world(**options) as made, made.test() as world:
+        environment = {"STEPS": str(counts)}
+        with (
+            make_world(library=library, prelude=PRELUDE, environment=environment) as made,
+            made.test() as world,
+        ):
             image, caller = world.image(), world.caller(user)
             for _ in range(pairs):
                 assert caller.detach(caller.attach(image).path)
