@@ -66,7 +66,11 @@ class Outbox:
             written.cancel()
             return written
         place = max(self._places.get(destination, 0), self._place) + len(data)
-        self._insert(_Outgoing(data, fds, destination, written, place))
+        outgoing = _Outgoing(data, fds, destination, written, place)
+        if self._queue:
+            self._insert(outgoing)
+        else:
+            self._queue.append(outgoing)
         self._places[destination] = place
         self._queued[destination] += len(data)
         if self._waits:

@@ -61,12 +61,18 @@ class Account:
         self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
         self._flooding = Bucket(burst=_FLOOD_BURST, rate=_FLOOD_SHARE, step=_STEP)
         self._flooding_until = 0.0
+        self._owed = 0.0
+        """Seconds that are yet to be taken from both, less than a step."""
 
     def charge(self, seconds: float) -> None:
         """Count time that was spent on this user."""
         self.used += seconds
-        self._usual.take(seconds)
-        self._flooding.take(seconds)
+        self._owed += seconds
+        # An Attach and a Detach are charged in fifteen pieces: the buckets took longer than most.
+        if self._owed >= _STEP:
+            self._usual.take(self._owed)
+            self._flooding.take(self._owed)
+            self._owed = 0.0
 
     def flood(self) -> None:
         """Note that a call came which was too many."""
@@ -181,13 +187,16 @@ class Turns:
                 self._wake(wait)
             return
         ready = sorted((each for each in waits if not waits[each]), key=lambda each: each.used)
-        self._wake(0.0)
         self._used = ready[0].used
         end = time.monotonic() + _TURN
-        for account in ready:
-            # Who has used more waits for the others, and what comes in waits for all of this.
-            if account.used > self._used + _STEP or time.monotonic() > end:
-                break
-            call = account.waiting[0]
-            self._remove(account, call)
-            call.begin()
+        try:
+            for account in ready:
+                # Who has used more waits for the others, and what comes in waits for all of this.
+                if account.used > self._used + _STEP or time.monotonic() > end:
+                    break
+                call = account.waiting[0]
+                self._remove(account, call)
+                call.begin()
+        finally:
+            if self._waiting:
+                self._wake(0.0)
