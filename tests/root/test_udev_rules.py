@@ -405,6 +405,20 @@ def test_nothing_assembles_a_marked(
         assert properties(udev, name)["LOOPD_TEST"] == "assembled"
 
 
+@pytest.mark.parametrize("image", [stratis, zfs_member])
+def test_what_a_daemon_would_assemble_by_its_type_alone_has_none(
+    udev: MarkedUdev, area: Path, image: Callable[[Path], Path]
+) -> None:
+    """Links of udev."""
+    path = image(area / "image")
+    with bound(udev, path, marked=True) as name:
+        found = properties(udev, name)
+        assert "ID_FS_TYPE" not in found
+        assert found["SYSTEMD_READY"] == "0"
+    with bound(udev, path, marked=False) as name:
+        assert properties(udev, name)["ID_FS_TYPE"] == image.__name__
+
+
 def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: MarkedUdev, area: Path) -> None:
     with bound(udev, ext4(area / "image", uuid.uuid4()), marked=True) as name:
         assert "SYSTEMD_READY" not in properties(udev, name)
