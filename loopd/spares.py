@@ -77,8 +77,8 @@ class Spares:
     def take(self, number: int, uid: int) -> None:
         """Note that a device is in use, by a user of ours or by somebody else (NOBODY)."""
         self._kept -= {number}
-        # Of somebody else's nothing is noted: by losetup or udisks2, for a moment, another user could
-        # have a number forgotten.
+        # Of somebody else's nothing is noted: by udisks2, for a moment, another user could have a
+        # number forgotten.
         if uid != NOBODY:
             self._left -= {number}
             # Now, since it can be unbound, and offered, for a moment before we hear of it.
