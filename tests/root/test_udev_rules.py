@@ -176,7 +176,7 @@ def btrfs(path: Path) -> Path:
     superblock = bytearray(4096)
     superblock[32:48] = uuid.uuid4().bytes
     struct.pack_into("<QQ8s", superblock, 48, 65536, 0, b"_BHRfS_M")
-    superblock[:4] = crc32c(superblock[32:])
+    superblock[:4] = crc32c(bytes(superblock[32:]))
     return write(blank(path), 65536, bytes(superblock))
 
 
