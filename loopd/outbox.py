@@ -49,6 +49,8 @@ class Outbox:
         """That of the last one sent."""
         self._waits = False
         """Whether the socket was full."""
+        self.total = 0
+        """The bytes put in so far."""
 
     def put(
         self, message: bytes, fds: Sequence[int], destination: str, *, soon: bool = False
@@ -69,6 +71,7 @@ class Outbox:
         self._insert(_Outgoing(data, fds, destination, written, place))
         self._places[destination] = place
         self._queued[destination] += len(data)
+        self.total += len(data)
         if self._waits:
             pass  # for the socket, which is full
         elif not soon or len(self._queue) >= _AT_A_TIME:

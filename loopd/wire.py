@@ -187,6 +187,11 @@ class Connection:
             raise error
         return reply.body, reply_fds
 
+    @property
+    def sent(self) -> int:
+        """The bytes sent so far, or waiting to be."""
+        return self._outbox.total
+
     def reply(
         self, to: frame.Header, signature: str, body: Sequence[Any], fds: Sequence[int] = ()
     ) -> asyncio.Future[None]:
@@ -196,10 +201,10 @@ class Connection:
         )
         return self._send(message, to.sender)
 
-    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+    def reply_error(self, to: frame.Header, name: str, text: str) -> asyncio.Future[None]:
         """Answer a call with an error."""
         message = codec.error(to.sender, to.serial, name, text, serial=self._next_serial())
-        self._send(message, to.sender)
+        return self._send(message, to.sender)
 
     def emit(
         self,
