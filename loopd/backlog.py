@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .access import ROOT
-from .errors import LoopError, TimedOut
+from .errors import LoopError, RefusedByBus, TimedOut
 from .leases import share
 from .tasks import Tasks
 from .turns import Account, Turns
@@ -130,7 +130,7 @@ class Backlog:
         before = reader.unread.get(name, Unread())
         try:
             told = await self._ask(name)
-        except TimedOut:
+        except (TimedOut, RefusedByBus):
             return
         except LoopError as exc:
             told = Unread()

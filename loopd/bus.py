@@ -92,6 +92,7 @@ class Bus:
             muted=self._muted,
             is_wary=lambda: threads.closes.crowded,
             trusts=self._trusts,
+            whose=self._whose,
         )
 
     @property
@@ -337,6 +338,13 @@ class Bus:
         """Refuse a call that waits, in favour of a user who has fewer."""
         self._answer_error(call.header, LimitsExceeded(_TOO_MANY))
         self._end(session, call)
+
+    def _whose(self, name: str) -> object:
+        """The user of a connection; those that we do not know yet are as one."""
+        if name == wire.BUS_NAME:
+            return name
+        session = self._sessions.get(name)
+        return session.account.uid if session and session.account else None
 
     def _close_fd(self, session: Session, fd: int) -> None:
         self._threads.close_fd(fd, owner=session.owner)

@@ -22,7 +22,7 @@ from tests.harness.deadline import Deadline
 from tests.harness.fake_bus import FakeBus
 from tests.harness.images import MIB, memfd
 from tests.harness.polkit import Answer, PolkitDouble
-from tests.harness.raw import BUS, BUS_PATH, RawClient
+from tests.harness.raw import BUS, BUS_PATH, DisconnectedError, RawClient
 from tests.harness.stall import stopped, wait_for_want_of_room
 from tests.harness.wire import Variant
 from tests.harness.world import OTHER, USER, World
@@ -322,6 +322,8 @@ def test_the_fds_of_an_answer_stay_open_until_the_bus_has_them(
                 for client in filling:
                     for _ in range(13):
                         client.send(MANAGER_PATH, INTROSPECTABLE, "Introspect")
+                # dbus-broker would pass on some of what follows first, to a socket that has room.
+                wait_passed_on(world, *filling)
                 serials = {
                     client: [
                         client.send(attached.path, DEVICE, "Open", "sa{sv}", ["r", {}])
@@ -343,6 +345,43 @@ def test_the_fds_of_an_answer_stay_open_until_the_bus_has_them(
             os.close(opened)
         staying.call(attached.path, DEVICE, "Detach", "a{sv}", [{}])
     still_serves(world)
+
+
+def test_who_does_not_read_its_answers_makes_loopd_mute_for_nobody(
+    new_world: Callable[..., World],
+) -> None:
+    """dbus-daemon reads no more from loopd while 64 of its fds wait for who does not read."""
+    world = new_world(config=ROOMY)
+    deaf, other = world.raw(), world.raw(OTHER)
+    with memfd() as fd:
+        attached = attach(deaf, fd)
+        try:
+            for _ in range(100):  # its socket is full then
+                deaf.send("/", INTROSPECTABLE, "Introspect", destination=BUS)
+            for _ in range(20):
+                for _ in range(8):
+                    deaf.send(attached.path, DEVICE, "Open", "sa{sv}", ["r", {}])
+                other.call(MANAGER_PATH, PEER, "Ping")
+        except DisconnectedError:
+            # dbus-broker ends who owes it too much.
+            assert isinstance(world.bus, PrivateBroker)
+            return
+        # It is served again when it has read.
+        deaf.call(MANAGER_PATH, PEER, "Ping")
+        deaf.call(attached.path, DEVICE, "Detach", "a{sv}", [{"lazy": Variant("b", True)}])
+        deaf.close()
+    still_serves(world)
+
+
+def test_little_of_loopds_is_where_nothing_can_go_before_it(library: str) -> None:
+    """In a socket of 200 KiB what root is answered would wait for minutes, if the bus is slow."""
+    with FakeBus() as bus, Daemon(bus, library=library) as daemon:
+        bus.reply(bus.send("Ping", interface=PEER))
+        for _ in range(30):
+            bus.send("Introspect", interface=INTROSPECTABLE)
+        wait_for_want_of_room(daemon.pid)
+        assert bus.unread() <= 16 << 10
+        daemon.kill()  # nobody would answer it when it says good-bye
 
 
 # --- 6: handlers ---------------------------------------------------------------------------------
