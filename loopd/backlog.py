@@ -50,15 +50,15 @@ class _Reader:
         before = self.unread.pop(name, Unread())
         if unread > Unread():
             self.unread[name] = unread
-        self.total = Unread(*(t - b + u for t, b, u in zip(self.total, before, unread, strict=True)))
+        self.total = Unread(
+            *(t - b + u for t, b, u in zip(self.total, before, unread, strict=True))
+        )
 
 
 class Backlog:
     """Holds back the users who do not read; `ask` tells what the bus holds for a connection."""
 
-    def __init__(
-        self, turns: Turns, tasks: Tasks, ask: Callable[[str], Awaitable[Unread]]
-    ) -> None:
+    def __init__(self, turns: Turns, tasks: Tasks, ask: Callable[[str], Awaitable[Unread]]) -> None:
         self._turns = turns
         self._tasks = tasks
         self._ask = ask

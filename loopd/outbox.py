@@ -119,7 +119,10 @@ class Outbox:
             return False
         if self._queued.total() + size > _MAX_QUEUED:
             filler = max(self._queued, key=self._queued.__getitem__)
-            log.warning("the bus is slow: dropped what waited for %s", "everyone" if filler == "" else filler)
+            log.warning(
+                "the bus is slow: dropped what waited for %s",
+                "everyone" if filler == "" else filler,
+            )
             first, *rest = self._queue  # the first may be half written
             self._queue = deque([first])
             for outgoing in rest:
