@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the bus holds of ours for users who do not read it.
 
-dbus-daemon reads no more from a sender of whose messages it holds 127 MiB or 64 fds. One client that
-never reads could so make us mute for everyone. dbus-daemon says how much a client has not read, and a
-user who has that much unread gets no more answers until it reads. dbus-broker charges the receiver,
-and knows no such question.
+dbus-daemon reads no more from a sender of whose messages it holds 127 MiB or 64 fds. One client
+that never reads could so make us mute for everyone. dbus-daemon says how much a client has not
+read, and a user with too much unread gets no more answers until it reads. dbus-broker charges the
+receiver, and knows no such question.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class _Reader:
 
     unread: dict[str, Unread] = field(default_factory=dict)
     """By connection; what was sent, until the bus says how much of that is left."""
-    total: Unread = Unread()
+    total: Unread = field(default_factory=Unread)
     checking: bool = False
     room: asyncio.Future[None] | None = None
     """Done when the user gets answers again; None if it does."""

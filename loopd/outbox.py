@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What we send, until the bus has taken it: so much at most, and little does not wait for much.
 
-Users share what the bus reads, whatever the number of their connections. What goes to one user stays
-in its order, and so does all that is sent before and after
-something for everyone, unless there is much of that: a signal comes before the answers that follow it.
+Users share what the bus reads, whatever the number of their connections. What goes to one user
+stays in its order, and so does all that is sent before and after something for everyone, unless
+there is much of that: a signal comes before the answers that follow it.
 """
 
 import asyncio
@@ -44,7 +44,8 @@ class _Outgoing:
 class Outbox:
     """The sending half of a connection.
 
-    `on_error` is told why nothing can be sent any more; `whose` tells to whom a destination belongs.
+    `on_error` is told why nothing can be sent any more; `whose` tells to whom a destination
+    belongs.
     """
 
     def __init__(

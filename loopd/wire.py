@@ -48,7 +48,8 @@ class Connection:
     is told whose they are. If it hears only `broadcasts`, signals to one connection are skipped
     unread, too. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
     left to the kernel but of those whom it `trusts`; where the answer to that is a future, nothing
-    is read until that is done. `whose` tells to whom a destination belongs. `on_lost` is called once when the bus is gone.
+    is read until that is done. `whose` tells to whom a destination belongs. `on_lost` is
+    called once when the bus is gone.
     """
 
     def __init__(
