@@ -56,6 +56,8 @@ class Account:
         """Whether a call of its has been authorized."""
         self.unsent = 0
         """Answers that the bus has not taken yet."""
+        self.deaf = False
+        """Whether it has not read what the bus holds for it, and gets no more until it does."""
         self.used = 0.0
         """Seconds, on a scale that leaves out the times when it wanted nothing."""
         self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
@@ -79,10 +81,10 @@ class Account:
         self._flooding_until = time.monotonic() + _FLOOD
 
     def wait(self) -> float:
-        """The seconds until it may have more of our time; inf if it waits for the bus."""
+        """The seconds until it may have more of our time; inf if the bus or itself has to read."""
         if self.uid == ROOT:
             return 0.0
-        if self.unsent >= _MAX_UNSENT:
+        if self.deaf or self.unsent >= _MAX_UNSENT:
             return math.inf
         wait = self._usual.wait()
         return max(wait, self._flooding.wait()) if self._is_flooding else wait
@@ -145,6 +147,11 @@ class Turns:
 
         account.unsent += 1
         written.add_done_callback(sent)
+
+    def resume(self, account: Account) -> None:
+        """Begin the calls of a user who was deaf."""
+        if account.waiting:
+            self._wake(0.0)
 
     def give_way(self, account: Account) -> bool:
         """Refuse the latest waiting call of the user with most of them, if those are more.
