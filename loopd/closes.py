@@ -23,8 +23,8 @@ _SLOW_AT_A_TIME = 4
 _MAX_SLOW = 32
 _MAX_OPEN = 256
 
-Submit = Callable[[Callable[[], None]], object]
-"""Has a function called in a thread of a pool."""
+Submit = Callable[[object, Callable[[], None]], object]
+"""Has a function called for an owner in a thread of a pool."""
 
 
 class Closes:
@@ -118,7 +118,7 @@ class _Lanes:
                 self._waiting.setdefault(owner, deque()).append(work)
                 return
             self._running[owner] += 1
-        self._submit(partial(self._run, owner, work))
+        self._submit(owner, partial(self._run, owner, work))
 
     def _run(self, owner: object, work: Callable[[], None] | None) -> None:
         while work:
