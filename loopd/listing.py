@@ -37,14 +37,15 @@ class Listing:
         async with self._making:
             while True:
                 listed = [*paths()]
-                missing = [path for path in listed if path not in self._kept]
-                if not missing:
-                    return codec.Array(self._signature, [self._kept[path] for path in listed])
                 end = time.monotonic() + _SLICE
-                for path in missing:
-                    element = codec.element(self._signature, self._element(path))
-                    self._kept[path] = element
+                for path in listed:
+                    if path in self._kept:
+                        continue
+                    self._kept[path] = codec.element(self._signature, self._element(path))
                     if time.monotonic() > end:
                         break
+                else:
+                    # Not a turn later, when more may have changed, and so for ever.
+                    return codec.Array(self._signature, [self._kept[path] for path in listed])
                 # What was listed may have changed when the others have had their turn.
                 await asyncio.sleep(0)

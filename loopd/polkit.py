@@ -33,8 +33,8 @@ _PATH = "/org/freedesktop/PolicyKit1/Authority"
 _INTERFACE = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_USER_INTERACTION = 1
 # Open questions of all users: dbus-daemon lets 128 calls of a connection's wait for their answers.
-# An eighth is left for others than polkit. A person may be asked for minutes, so half of the rest is
-# for what is answered at once.
+# An eighth is left for others than polkit. A person may be asked for minutes, so half of the rest
+# is for what is answered at once.
 _QUESTIONS = 128
 _PROMPTS = 64
 _HINT = "try again when one is answered"

@@ -230,11 +230,11 @@ class Threads:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
         return await asyncio.wrap_future(self._submit(self._looks, function))
 
-    def close_fd(self, fd: int, *, owner: object) -> None:
+    def close_fd(self, fd: int, *, owner: int | None) -> None:
         """Close a client's fd, see `close_fds`."""
         self.close_fds([fd], owner)
 
-    def close_fds(self, fds: Iterable[int], owner: object) -> None:
+    def close_fds(self, fds: Iterable[int], owner: int | None) -> None:
         """Close fds at the expense of the user who sent them."""
         if get_ident() == self._loop_thread:
             self.closes.later(fds, owner)
@@ -266,7 +266,7 @@ class Threads:
     def _closes_in(self, pool: ThreadPoolExecutor) -> Submit:
         """Has files closed in threads of a pool, and root's where no user's are in the way."""
 
-        def submit(owner: object, close: Callable[[], None]) -> None:
+        def submit(owner: int | None, close: Callable[[], None]) -> None:
             self._submit(self._roots_closes if owner == ROOT else pool, close)
 
         return submit
