@@ -128,13 +128,13 @@ def test_files_that_were_to_close_quickly_and_hang_take_threads_of_their_user_on
 def test_a_user_with_many_fds_to_be_closed_is_full_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hanging files: of any kind of file, together with those of a connection of the user's."""
+    """Hanging files: of any kind of file."""
     for make, limit in ((slow_fd, closes._MAX_SLOW), (quick_fd, closes._MAX_OPEN)):
         with closing(monkeypatch) as made:
             sent = made.send(HOG, limit, make, hang=True)
             made.wait_begun(1)
             assert not made.closes.crowded
-            sent += made.send(":1.7", 2 * SLOW, slow_fd, hang=True)
+            sent += made.send(HOG, 2 * SLOW, slow_fd, hang=True)
             assert made.closes.is_full(HOG)
             assert made.closes.crowded
             assert not made.closes.is_full(VICTIM)
