@@ -351,7 +351,7 @@ class Bus:
 
     def _close_fds(self, fds: Iterable[int], sender: str) -> None:
         session = self._sessions.get(sender)
-        self._threads.close_fds(fds, session.owner if session else sender)
+        self._threads.close_fds(fds, session.owner if session else None)
 
     def _trusts(self, sender: str) -> bool | asyncio.Future[None]:
         """Whether fds of a sender are taken while closing those of others may take for ever.
@@ -362,7 +362,7 @@ class Bus:
             return False
         session = self._session(sender)
         if session.account:
-            return not self._threads.closes.is_full(session.owner, session.name)
+            return not self._threads.closes.is_full(session.owner)
         if session.awaited is None and self._patient:
             session.awaited = self._tasks.start(self._await_identity(session))
         if session.awaited is None or session.awaited.done():

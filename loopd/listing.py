@@ -40,16 +40,17 @@ class Listing:
             patient_until = time.monotonic() + _PATIENCE
             while True:
                 listed = [*paths()]
-                missing = [path for path in listed if path not in self._kept]
-                if not missing:
-                    return codec.Array(self._signature, [self._kept[path] for path in listed])
                 now = time.monotonic()
                 # Devices may change faster than their elements are made: the rest comes at once.
                 end = now + _SLICE if now < patient_until else math.inf
-                for path in missing:
-                    element = codec.element(self._signature, self._element(path))
-                    self._kept[path] = element
+                for path in listed:
+                    if path in self._kept:
+                        continue
+                    self._kept[path] = codec.element(self._signature, self._element(path))
                     if time.monotonic() > end:
                         break
+                else:
+                    # Not a turn later, when more may have changed, and so for ever.
+                    return codec.Array(self._signature, [self._kept[path] for path in listed])
                 # What was listed may have changed when the others have had their turn.
                 await asyncio.sleep(0)
