@@ -3,6 +3,7 @@
 #   make          .venv, with .venv/bin/loopd and .venv/bin/loopctl run from this checkout
 #   make demo     the main job on a private bus, with real loop devices and polkit
 #   make check    all tests and linters
+#   make kernels  the same package under Debian 12's and Debian 13's own kernels, emulated
 #   make bench    what it costs, beside losetup and udisks2
 #   make install  onto this system, or below DESTDIR
 #   make man      the manual pages, in build/man
@@ -27,14 +28,15 @@ CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libx
                     lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
                     systemd-container dbus-broker $(EXAMPLE_PACKAGES)
 # Beside those.
+KERNELS_PACKAGES := qemu-system-x86
 BENCH_PACKAGES   := fio
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint bench install install-files uninstall man picture deb clean \
-        deps run-deps install-deps demo-deps deb-deps check-deps bench-deps
+.PHONY: all demo check lint kernels bench install install-files uninstall man picture deb clean \
+        deps run-deps install-deps demo-deps deb-deps check-deps kernels-deps bench-deps
 
 all: .venv/run
 
@@ -46,6 +48,10 @@ check: .venv/check
 
 lint: .venv/check
 	.venv/bin/python -m pytest -m lint
+
+# One machine at a time.
+kernels: .venv/check | kernels-deps
+	$(SUDO) .venv/bin/python -m pytest tests/kernel
 
 # In the end: .venv/bin/python -m bench.document build/bench.json
 bench: .venv/check | bench-deps
@@ -73,6 +79,7 @@ install-deps: ; $(call need,$(INSTALL_PACKAGES))
 demo-deps:    ; $(call need,$(DEMO_PACKAGES))
 deb-deps:     ; $(call need,$(DEB_PACKAGES))
 check-deps:   ; $(call need,$(CHECK_PACKAGES))
+kernels-deps: ; $(call need,$(KERNELS_PACKAGES))
 bench-deps:   ; $(call need,$(BENCH_PACKAGES))
 
 define need

@@ -221,7 +221,7 @@ class Attaching:
                 self._threads.close_fd(passed.release(), owner=caller.uid)
 
             loop, status = await self._threads.run(
-                attach, late=lambda attached: _undo(attached[0]), unused=unused
+                attach, late=lambda attached: self._undo(attached[0]), unused=unused
             )
             self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             unrecorded = admitted.enter_context(ExitStack())
@@ -289,7 +289,10 @@ class Attaching:
 
     def _drop(self, uid: int, loop: loopdev.LoopDevice) -> None:
         """Detach what a failure has left bound and unrecorded."""
-        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, partial(_undo, loop)))
+        self._tasks.start(self._threads.run_in_turn(uid, Work.ENDING, partial(self._undo, loop)))
+
+    def _undo(self, loop: loopdev.LoopDevice) -> None:
+        _undo(loop, self._spares.stays)
 
     def _claim(self, uid: int, number: int) -> loopdev.Release:
         """Take a number from the thread that is about to bind it."""
@@ -356,11 +359,11 @@ def _attach(
             loop.lock = store.keep(store.name(name, "lock"), loop.lock)
         return loop, status
     except BaseException:
-        _undo(loop)
+        _undo(loop, numbers.stays)
         raise
 
 
-def _undo(loop: loopdev.LoopDevice) -> None:
+def _undo(loop: loopdev.LoopDevice, stays: Callable[[int], None]) -> None:
     if not loopdev.detach(loop):
         # No client has ever had it, so nobody turns autoclear off.
         loop.close()
@@ -369,3 +372,5 @@ def _undo(loop: loopdev.LoopDevice) -> None:
     except OSError:
         waits = True  # as far as known; when it is looked at again, it is seen that it does not
     loop.release(loop.binding if waits else None)
+    if loop.is_new:
+        stays(loop.number)

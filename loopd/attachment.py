@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from . import backing, blockdev, kernel, loopdev, loopinfo, partition
 from .backing import BackingFile
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 64
 # loop-control's lock spares retries and is not needed for being right: not worth a long wait.
 _CONTROL_LOCK_TIMEOUT = 1.0
+# udev looks at each new device, for some milliseconds, and keeps it locked meanwhile.
+_NEW_DEVICE_LOCK_TIMEOUT = 0.25
+# What one attach makes in vain is removed before it makes another one.
+_STRAYS = 2
 
 # What a device says that somebody has cleared, removed or mounted under our hands.
 _NO_LONGER_OURS = (errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.EBUSY)
@@ -47,10 +51,14 @@ Publish = Callable[[int, int], None]
 class Numbers:
     """Which devices may be taken. A number that is wanted by the request is not asked about."""
 
-    choose: Callable[[int], int | None] = lambda number: number
-    """Gets the number of a free device, and returns which one is taken; None for a new one."""
+    choose: Callable[[int], int | None] = lambda control_fd: kernel.loop_ctl_get_free(control_fd)
+    """Names a device that is there and may be free; None for a new one."""
     new: Callable[[], Iterable[int]] = lambda: (-1,)
     """The numbers to try for a new device, in their order; -1 means any."""
+    suits: Callable[[int], bool] = lambda _: True
+    """Whether a new device may be taken."""
+    stays: Callable[[int], None] = lambda _: None
+    """Told of each device that was made in vain and could not be removed."""
 
 
 ANY = Numbers()
@@ -80,7 +88,7 @@ def attach(
     Raises InvalidArgs for options that do not fit the file, NotSupported, TimedOut, OSError, and
     DeviceBusy when the wanted device is in use or 64 attempts found no free one.
     """
-    with file_fd, _open_control() as control_fd:
+    with file_fd, _open_control() as control_fd, ExitStack() as afterwards:
         size = backing.size(file_fd.fileno())
         request.check(file, size)
         if request.sector_size is None:
@@ -98,11 +106,13 @@ def attach(
             claim=claim,
             publish=publish,
             numbers=numbers,
-            may_hang=may_hang,
             driver=driver,
             # Of a device that is there already, a former user may have an fd that sees our file.
             fresh=may_hang or blockdev.unbinds_while_open(),
+            # One that is there already is others' as well, and stays.
+            was_there=request.number is not None and kernel.loop_exists(request.number),
         )
+        afterwards.callback(attempt.leave)
         for pause in blockdev.retry_pauses(ATTEMPTS):
             try:
                 return attempt.bind()
@@ -117,8 +127,8 @@ def attach(
                     loopdev.try_remove(control_fd.fileno(), exc.number)
                 if request.number is not None and attempt.is_anothers(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
-                # A device that someone keeps locked is offered by GET_FREE again and again, as one
-                # is that udev still looks at. A new one is nobody's, and need not be waited for.
+                # A device that someone keeps locked is chosen again and again, as one is that udev
+                # still looks at. A new one is nobody's, and need not be waited for.
                 if not attempt.fresh:
                     attempt.fresh = True
                     continue
@@ -149,19 +159,34 @@ class _Attempt:
     claim: Claim
     publish: Publish
     numbers: Numbers
-    may_hang: bool
     driver: Driver
     fresh: bool
     """Whether a new device is to be made instead of taking one that is there."""
+    was_there: bool
+    """Whether there was a device of the wanted number before."""
     half_made: int | None = None
     """The last binding of ours, which udev may have open yet when it has been cleared."""
+    strays: set[int] = field(default_factory=set)
+    """The devices that were made in vain and are still there."""
 
     def is_anothers(self, number: int) -> bool:
         """Whether a device has a file of somebody else's."""
         return kernel.loop_binding(number) not in (None, self.half_made)
 
+    def leave(self) -> None:
+        """Have somebody else remove what we could not."""
+        for number in self.strays:
+            self.numbers.stays(number)
+
+    def _remove(self, number: int) -> None:
+        self.strays.discard(number)
+        if not loopdev.try_remove(self.control_fd, number):
+            self.strays.add(number)
+
     def bind(self) -> LoopDevice:
-        """Take a device and bind the file to it, or raise and leave nothing."""
+        """Take a device and bind the file to it, or raise and leave nothing but strays."""
+        for number in sorted(self.strays):
+            self._remove(number)
         wanted = self.request.number
         anew = wanted is not None and blockdev.unbinds_while_open()
         # Before any lock, since a removal takes 46 ms.
@@ -178,29 +203,36 @@ class _Attempt:
             number, is_new = self._allocate()
             if is_new:
                 # Nobody else would remove it, and one more stays with each failure.
-                stray.callback(loopdev.try_remove, self.control_fd, number)
-            with self._free_device(number) as (loop_fd, lock_fd):
-                if self.may_hang:
-                    # Binding asks the file's filesystem: only this attach is to wait for it.
-                    allocating.close()
+                stray.callback(self._remove, number)
+            if self.fresh:
+                # What follows waits: for udev, which looks at each new device, and for a filesystem
+                # that hangs, as binding asks it.
+                allocating.close()
+            with self._free_device(number, is_new=is_new) as (loop_fd, lock_fd):
                 device = self._bind(number, loop_fd, lock_fd, allocating.close)
             stray.pop_all()
+            device.is_new = is_new
             return device
 
     def _allocate(self) -> tuple[int, bool]:
         """The number of a device that may be free, and whether it was made for us."""
         wanted = self.request.number
         if wanted is not None:
-            return wanted, self._add(wanted) is not None
+            return wanted, self._add(wanted) is not None and not self.was_there
         if not self.fresh:
-            number = self.numbers.choose(kernel.loop_ctl_get_free(self.control_fd))
+            number = self.numbers.choose(self.control_fd)
             if number is not None:
                 return number, False
         for each in self.numbers.new():
+            if len(self.strays) >= _STRAYS:
+                break
             number = self._add(each)
+            if number is None:
+                continue
             # Somebody may have let go of that very number meanwhile.
-            if number is not None and self.numbers.choose(number) == number:
+            if self.numbers.suits(number):
                 return number, True
+            self.strays.add(number)
         raise Taken("no number is left for a new device")
 
     def _add(self, number: int) -> int | None:
@@ -213,7 +245,7 @@ class _Attempt:
         return None
 
     @contextmanager
-    def _free_device(self, number: int) -> Iterator[tuple[OwnedFd, OwnedFd]]:
+    def _free_device(self, number: int, *, is_new: bool) -> Iterator[tuple[OwnedFd, OwnedFd]]:
         """An unbound device that we have open and locked: its fd, and that of the lock."""
         # By sysfs, and before it is opened: a device that someone has bound to a hanging file
         # hangs whoever opens it or asks it anything.
@@ -224,7 +256,8 @@ class _Attempt:
             # A second fd for the lock: udev looks again when a device is closed, loop_fd stays.
             _open_free(number, os.O_RDONLY) as lock_fd,
         ):
-            if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX):
+            timeout = _NEW_DEVICE_LOCK_TIMEOUT if is_new else 0
+            if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX, timeout=timeout):
                 raise Taken(f"loop{number} is locked by someone else")
             if kernel.loop_bound(number):
                 raise Taken(f"loop{number} is bound already")

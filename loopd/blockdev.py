@@ -187,20 +187,25 @@ def _is_gpt_header(data: bytes) -> bool:
 def scans_partitions(attribute: Callable[[str], bytes]) -> bool:
     """Whether the kernel makes partition devices on a disk; `attribute` reads its sysfs.
 
-    Since Linux 6.10 it says so itself. Before, a flag and a count tell; what a loop device was told
-    is not enough, because Linux 5.8 forgets it.
+    Since Linux 6.10 it says so itself. Before, a flag and a count tell, but no more of a loop
+    device since Linux 5.17. What a loop device was told is not enough either, because Linux 5.8
+    forgets it.
     """
     try:
         return attribute("partscan") == b"1"
     except FileNotFoundError:
         pass
     try:
-        return (
-            int(attribute("ext_range")) > 1
-            and not int(attribute("capability"), 16) & _GENHD_FL_NO_PART_SCAN
-        )
+        if int(attribute("ext_range")) <= 1:
+            return False
+        if int(attribute("capability"), 16) & _GENHD_FL_NO_PART_SCAN:
+            return False
     except FileNotFoundError:
         return False  # a partition
+    try:
+        return attribute("loop/partscan") == b"1"
+    except FileNotFoundError:
+        return True  # no loop device
 
 
 def mirror_discard_limit(number: int, backing: int) -> None:

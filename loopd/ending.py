@@ -204,7 +204,8 @@ class Ending:
     def device_came(self, device: Device) -> None:
         """Note that a device has been bound, by whomever."""
         if device.number is not None:
-            self._spares.take(device.number, device.owner)
+            is_new = bool(device.loop and device.loop.is_new)
+            self._spares.take(device.number, device.owner, is_new=is_new)
 
     def device_gone(self, device: Device) -> None:
         """Clean up after a device that the kernel has let go of, whoever caused that."""
@@ -219,6 +220,8 @@ class Ending:
             device.loop.release(None)
             self._spares.keep(device.loop.number)
             log.info("%s is gone", device.node, extra={"UID": device.owner, **device.fields})
+        elif device.number is not None:
+            self._spares.left_by_others(device.number)
 
 
 def opened(device: Device) -> LoopDevice:

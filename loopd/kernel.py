@@ -283,6 +283,11 @@ def loop_binding(number: int) -> int | None:
         return None
 
 
+def loop_exists(number: int) -> bool:
+    """Whether there is a device of this number, bound or not."""
+    return os.path.exists(f"{_SYS_BLOCK}/loop{number}")
+
+
 def loop_bound(number: int) -> bool:
     """Whether the kernel has a file bound, be it that it only waits for the last close."""
     return loop_binding(number) is not None

@@ -57,6 +57,8 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
+    is_new: bool = False
+    """Whether the device was made for us, and is to be removed when it is unbound."""
     cut: Cut = NO_CUT
     table: tuple[int, ...] | None = None
     """The numbers in the partition table, if it has been read."""

@@ -57,7 +57,9 @@ def open_existing(number: int, which: int | None = None) -> LoopDevice:
             )
 
 
-def take_back(number: int, which: int, fd: OwnedFd | None, *, autoclear: bool) -> LoopDevice:
+def take_back(
+    number: int, which: int, fd: OwnedFd | None, *, autoclear: bool, is_new: bool
+) -> LoopDevice:
     """A device that a former loopd attached, which is ours now.
 
     `which` binding is meant; `fd` is the former one's, and taken over; without it the device is
@@ -86,7 +88,7 @@ def take_back(number: int, which: int, fd: OwnedFd | None, *, autoclear: bool) -
                 ours=True,
                 autoclear=autoclear,
             )
-    device.ours, device.autoclear = True, autoclear
+    device.ours, device.autoclear, device.is_new = True, autoclear, is_new
     try:
         if kernel.loop_attribute(number, "loop/autoclear") != (b"1" if autoclear else b"0"):
             set_autoclear(device, autoclear)

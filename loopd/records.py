@@ -65,6 +65,8 @@ class Record:
     may_hang: bool
     bus: str
     """The id of the bus that holder and lock_holder are names of."""
+    is_new: bool = False
+    """Whether the loop device was made for this, and not only bound."""
     table: list[int] = field(default_factory=list)
     cut_limit: int = 0
     cut_asked: int = 0
@@ -97,6 +99,7 @@ class Record:
             lock_expires=device.lock_expires,
             may_hang=device.may_hang,
             bus=bus,
+            is_new=bool(device.loop and device.loop.is_new),
             table=list(device.table),
             cut_limit=device.loop.cut.limit if device.loop else 0,
             cut_asked=device.loop.cut.asked if device.loop else 0,

@@ -209,6 +209,7 @@ class Restoring:
             record.binding,
             fd,
             autoclear=record.autoclear or record.lifetime != SYSTEM,
+            is_new=record.is_new,
         )
         loop.cut = loopdev.Cut(record.cut_limit, record.cut_asked)
         try:
@@ -317,7 +318,7 @@ def _give_up(name: str, kept: _Kept) -> None:
             return
         if label(f"loop{number}", loopinfo.diskseq(fd.fileno(), which)) != name:
             return  # it is what somebody did to it, or no device that loopd attached
-        loop = loopops.take_back(number, which, fd.move(), autoclear=True)
+        loop = loopops.take_back(number, which, fd.move(), autoclear=True, is_new=False)
     except (LoopError, OSError) as exc:
         log.debug("cannot look at what was kept as %s: %s", name, exc)
         return

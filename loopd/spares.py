@@ -8,6 +8,11 @@ for udev; together they were a fifth of an attach and a detach in a row.
 The lowest numbers are kept, because LOOP_CTL_GET_FREE names the lowest. A program that opens a
 device which was removed after GET_FREE had named it gets ENXIO, and losetup gives up then.
 
+Only devices that were made for loopd are kept and removed, and no others are taken. The loop module
+makes some when it is loaded, and others may name those. GET_FREE does not say whether it has made
+the device that it names, so loopd does not ask it. A device that somebody has open cannot be
+removed, and is tried again later. While there are many of those, no new ones are made.
+
 No other user gets the number for some seconds, also when the device has been removed, except by
 asking for that very number. A program that mounts a device by its name, as udisks2 does for its
 owner, would mount the other user's file.
@@ -20,7 +25,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-from . import loopdev
+from . import kernel, loopdev
 from .access import NOBODY
 from .attachment import Numbers
 from .threads import Threads
@@ -29,6 +34,10 @@ from .threads import Threads
 # user's work; and how many are kept: a user who detaches hundreds wants to see their nodes gone.
 _KEPT_FOR = 0.5
 _KEPT = 4
+# So many may be there to be removed before another one is made. Seconds until one that could not be
+# removed is tried again.
+_GOING = 16
+_AGAIN_AFTER = 2.0
 # Seconds since the last detach of the same user in which its numbers go to no other user.
 _REMEMBERED_FOR = 10.0
 
@@ -40,6 +49,10 @@ class Spares:
         self._threads = threads
         self._kept: frozenset[int] = frozenset()
         """The devices that are kept. Replaced, never changed, because threads read it."""
+        self._made: set[int] = set()
+        """The devices that were made for us, those in use among them."""
+        self._going: frozenset[int] = frozenset()
+        """Those of them that are unbound and not kept any more. Replaced as well."""
         self._owners: dict[int, int] = {}
         """The users of bound devices, and the last users of unbound and removed ones."""
         self._left: frozenset[int] = frozenset()
@@ -50,20 +63,22 @@ class Spares:
 
     def numbers(self, uid: int) -> Numbers:
         """Which devices a user may have, for the thread that attaches."""
-        return Numbers(choose=partial(self._choose, uid), new=partial(self._new, uid))
+        return Numbers(
+            choose=partial(self._choose, uid),
+            new=partial(self._new, uid),
+            suits=partial(self._suits, uid),
+            stays=self.stays,
+        )
 
-    def _choose(self, uid: int, number: int) -> int | None:
-        """The device for a user where this one is free; None for a new one."""
-        if self._suits(uid, number):
-            return number
-        if number not in self._kept:
-            # The kernel may have made it again just now, and no other program would remove it.
-            self._loop.call_soon_threadsafe(self._keep_again, number)
-        own = (each for each in self._kept if self._owners.get(each) == uid)
-        return min(own, default=None)
+    def _choose(self, uid: int, _control_fd: int) -> int | None:
+        """A device that a user has had, and that is not removed yet; None for a new one."""
+        own = (each for each in sorted(self._kept | self._going) if self._owners.get(each) == uid)
+        return next((each for each in own if not kernel.loop_bound(each)), None)
 
     def _new(self, uid: int) -> Iterator[int]:
         """The numbers to try for a new device."""
+        if len(self._going) >= _GOING:
+            return
         if all(self._suits(uid, number) for number in self._left):
             yield -1
         for number in itertools.count():
@@ -74,9 +89,19 @@ class Spares:
     def _suits(self, uid: int, number: int) -> bool:
         return self._owners.get(number, uid) == uid
 
-    def take(self, number: int, uid: int) -> None:
-        """Note that a device is in use, by a user of ours or by somebody else (NOBODY)."""
+    def stays(self, number: int) -> None:
+        """Remove a device that was made in vain, when that can be done; for threads."""
+        self._loop.call_soon_threadsafe(self._remove, number)
+
+    def take(self, number: int, uid: int, *, is_new: bool = False) -> None:
+        """Note that a device is in use, by a user of ours or by somebody else (NOBODY).
+
+        `is_new` says that it was made for that.
+        """
         self._kept -= {number}
+        self._going -= {number}
+        if is_new:
+            self._made.add(number)
         # Of somebody else's nothing is noted: by udisks2, for a moment, another user could have a
         # number forgotten.
         if uid != NOBODY:
@@ -85,19 +110,24 @@ class Spares:
             self._owners[number] = uid
 
     def keep(self, number: int) -> None:
-        """Keep a device of ours that has just been unbound; it is removed later if it still is."""
+        """Keep a device of ours that has just been unbound; it is removed later if it still is.
+
+        One that was there before us stays.
+        """
         uid = self._owners[number]
-        self._kept |= {number}
         self._left |= {number}
+        if number in self._made:
+            self._kept |= {number}
         if timer := self._timers.get(uid):
             timer.cancel()
         self._timers[uid] = self._loop.call_later(_KEPT_FOR, self._end, uid)
         if len(self._kept) > _KEPT:
             self._remove(max(self._kept))
 
-    def _keep_again(self, number: int) -> None:
-        if number in self._left:
-            self.keep(number)
+    def left_by_others(self, number: int) -> None:
+        """Remove a device that others have used since, if it was made for us."""
+        if number in self._made:
+            self._remove(number)
 
     def remove_all(self) -> None:
         """Keep none any more."""
@@ -121,4 +151,18 @@ class Spares:
 
     def _remove(self, number: int) -> None:
         self._kept -= {number}
-        self._threads.remove(loopdev.remove, number)
+        self._made.add(number)
+        self._going |= {number}
+        self._threads.remove(loopdev.remove, number, partial(self._removed, number))
+
+    def _removed(self, number: int, gone: bool) -> None:
+        if not gone:
+            self._loop.call_later(_AGAIN_AFTER, self._again, number)
+        elif number in self._going or number not in self._owners:
+            # Else there is a new one by now, which was made for us as well.
+            self._made.discard(number)
+            self._going -= {number}
+
+    def _again(self, number: int) -> None:
+        if number in self._going:
+            self._remove(number)

@@ -247,9 +247,20 @@ class Threads:
         else:
             self.closes.here(fds, owner)  # as well here as in another thread
 
-    def remove(self, function: Callable[[int], bool], number: int) -> None:
-        """Remove a loop device in nobody's way."""
-        self._submit(self._removals, partial(function, number)).add_done_callback(_note_late)
+    def remove(
+        self, function: Callable[[int], bool], number: int, done: Callable[[bool], None]
+    ) -> None:
+        """Remove a loop device in nobody's way; the event loop tells `done` whether it is gone."""
+        loop = asyncio.get_running_loop()
+
+        def tell(future: Future[bool]) -> None:
+            gone = not future.cancelled() and not future.exception() and future.result()
+            with suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(done, gone)
+
+        future = self._submit(self._removals, partial(function, number))
+        future.add_done_callback(_note_late)
+        future.add_done_callback(tell)
 
     def stop(self, timeout: float) -> int:
         """Take no more work, and say how many calls have not ended within `timeout` seconds.

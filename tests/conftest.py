@@ -77,9 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its category, and skip those of root without root."""
     for item in items:
         category = requirement.category_of(item.path)
-        if category in ("bus", "root", "machine"):
+        if category in ("bus", "root", "machine", "kernel"):
             item.add_marker(category)
-        if category in ("root", "machine") and os.getuid() != 0:
+        if category in ("root", "machine", "kernel") and os.getuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
 
 

@@ -569,25 +569,25 @@ def test_of_many_calls_on_one_connection_exactly_one_gets_the_file(
 OFFERS_A_STRANGERS_DEVICE = """
 import errno, os
 from loopd import kernel
-get_free, get_status = kernel.loop_ctl_get_free, kernel.loop_get_status64
+add, get_status = kernel.loop_ctl_add, kernel.loop_get_status64
 offered = False
-def offers(control_fd):
+def offers(control_fd, wanted):
     global offered
-    number = get_free(control_fd) if offered else {number}
+    number = add(control_fd, wanted) if offered else {number}
     offered = True
     return number
 def hangs(loop_fd):
     if os.readlink("/proc/self/fd/%d" % loop_fd) == "/dev/loop{number}":
         raise OSError(errno.ENOTCONN, "this would have asked a file that hangs")
     return get_status(loop_fd)
-kernel.loop_ctl_get_free, kernel.loop_get_status64 = offers, hangs
+kernel.loop_ctl_add, kernel.loop_get_status64 = offers, hangs
 """
 
 
 def test_a_device_that_a_stranger_bound_to_a_hanging_file_is_passed_over(
     world: World, caller: Caller, new_world: Callable[..., World]
 ) -> None:
-    """Foreign devices that hang: as happens to who asked for a free number a moment too early."""
+    """Foreign devices that hang: others were faster to bind what was just made."""
     taken = caller.attach(world.image(SIZE))
     late = new_world(prelude=OFFERS_A_STRANGERS_DEVICE.format(number=taken.number))
     attached = late.caller().attach(late.image(SIZE))

@@ -30,7 +30,7 @@ _HARDWARE = (
     *("-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "2048"),
     *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-serial"),
 )
-_KERNEL_OPTIONS = "console=ttyS0 root=/dev/vda rw systemd.show_status=1 loglevel=6"
+_KERNEL_OPTIONS = "console=ttyS0 root=/dev/vda rw quiet"
 
 
 class FailedError(AssertionError):

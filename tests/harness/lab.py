@@ -74,10 +74,22 @@ class Lab:
             examined = backing.examine(file.fileno())
             return self.attach_fd(file.move(), examined, **request)
 
-    def attach_fd(self, file: OwnedFd, examined: backing.BackingFile, **request: Any) -> LoopDevice:
+    def attach_fd(
+        self,
+        file: OwnedFd,
+        examined: backing.BackingFile,
+        *,
+        numbers: attachment.Numbers = attachment.ANY,
+        **request: Any,
+    ) -> LoopDevice:
         """Attach what an fd is open on, and take the fd over."""
         device = attachment.attach(
-            file, examined, AttachRequest(**request), self._claim, driver=self.driver
+            file,
+            examined,
+            AttachRequest(**request),
+            self._claim,
+            numbers=numbers,
+            driver=self.driver,
         )
         self._devices.append(device)
         return device

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Categories of tests, and where a skip is a failure.
 
-A test's category is the directory it lies in (unit, bus, root, machine); those marked `lint` are of
-category lint as well.  A skip in a category that LOOPD_REQUIRE lists (root,bus,machine,lint) is
-reported as a failure with the skip's reason.
+A test's category is the directory it lies in (unit, bus, root, machine, kernel); those marked
+`lint` are of category lint as well.  A skip in a category that LOOPD_REQUIRE lists
+(root,bus,machine,lint) is reported as a failure with the skip's reason.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-CATEGORIES = ("unit", "bus", "root", "machine")
+CATEGORIES = ("unit", "bus", "root", "machine", "kernel")
 _TESTS = Path(__file__).resolve().parents[1]
 
 

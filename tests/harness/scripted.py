@@ -437,12 +437,14 @@ class ScriptedKernel:
     def _attributes(self, loop: _Loop) -> dict[str, Any]:
         binding = loop.binding
         read_only = bool(binding and binding.info.lo_flags & LO_FLAGS_READ_ONLY)
+        # Later it is told by "loop/partscan" alone.
+        scanned = binding and binding.scanning
         found = {
             "size": loop.size // 512,
             "ro": read_only,
             "dev": "{}:{}".format(*self._device_number(loop.number, None)).encode(),
             "ext_range": DISK_MAX_PARTS,
-            "capability": b"%x" % (0 if binding and binding.scanning else 0x200),
+            "capability": b"%x" % (0 if scanned or self.traits.release >= (5, 17) else 0x200),
             "queue/logical_block_size": binding.block_size if binding else 512,
             "queue/discard_max_bytes": loop.discard_max,
             "queue/discard_max_hw_bytes": _DISCARD_MAX,
@@ -477,6 +479,9 @@ class ScriptedKernel:
     def loop_binding(self, number: int) -> int | None:
         loop = self._loops.get(number)
         return loop.binding.which if loop and loop.binding else None
+
+    def loop_exists(self, number: int) -> bool:
+        return number in self._loops
 
     def loop_bound(self, number: int) -> bool:
         return self.loop_binding(number) is not None

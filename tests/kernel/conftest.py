@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Emulated machines with loopd's package installed: one for each release of Debian, one at a time."""
+"""Emulated machines with loopd's package installed: one of each release, one after the other."""
 
 import shutil
 from collections.abc import Iterator

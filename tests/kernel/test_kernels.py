@@ -154,7 +154,7 @@ def test_a_mounted_device_goes_lazily_and_its_number_is_clean(
 
 
 def test_500_pairs_leave_no_devices(machine: Emulated, images: Path) -> None:
-    """What is made and not removed does not grow; udevd looks at every device meanwhile."""
+    """Devices made in vain: they stay few, though udevd looks at every device meanwhile."""
     image = machine.image(make_plain(images / "plain"))
     before = unbound(machine)
     script = f"""
@@ -170,12 +170,12 @@ async def main():
 asyncio.run(main())
 """
     machine.alice.run("env", "PYTHONPATH=/usr/lib/loopd", "/usr/bin/python3", "-c", script)
-    assert len(unbound(machine) - before) <= 8
+    assert len(unbound(machine) - before) <= 20  # what is kept, and what waits to be removed
     assert before <= unbound(machine)
 
 
 def test_what_the_module_made_stays(machine: Emulated, images: Path) -> None:
-    """loop0 to loop7 are there from the start, and others name them."""
+    """Devices of the module: loop0 to loop7 are there from the start, and others name them."""
     made = {f"loop{number}" for number in range(8)}
     assert made <= unbound(machine)
     image = machine.image(make_plain(images / "plain"))
@@ -253,7 +253,8 @@ def test_partitions_are_made_once_and_not_by_the_kernels_parser(
     make, options = TABLES[table]
     image = machine.image(make(images / "image"))
     machine.shell(
-        "rm -f /run/heard; systemd-run --quiet --unit=heard --property=StandardOutput=file:/run/heard "
+        "rm -f /run/heard\n"
+        "systemd-run --quiet --unit=heard --property=StandardOutput=file:/run/heard "
         "udevadm monitor --kernel --subsystem-match=block\n"
         "until grep -q KERNEL /run/heard; do sleep 0.1; done"
     )
@@ -284,7 +285,7 @@ def test_a_rescan_finds_partitions_with_and_without_partscan(
             "async def main():\n"
             "    async with await Client.connect() as client:\n"
             f"        device = await client.device_by_node('{node}')\n"
-            "        print(len(await device.rescan_partitions()))\n"
+            "        print(await device.rescan_partitions())\n"
             "asyncio.run(main())"
         )
         assert told == "2\n"
@@ -311,42 +312,52 @@ def test_the_next_image_is_clean_after_a_kill(machine: Emulated, images: Path) -
 # --- nothing of a user's image reaches the system by itself
 
 
-def members(machine: Emulated) -> dict[str, list[str]]:
-    """Commands that make an image what would be assembled, and show whether it was."""
-    return {
-        "lvm": ["pvcreate -qq {0} && vgcreate -qq testvg {0} && lvcreate -qq -an -l 1 -n v testvg"],
-        "md": [
-            "mdadm --create /dev/md/test --run --metadata=1.2 --level=1 -n1 --force {0}; mdadm --stop --scan"
-        ],
-        "btrfs": ["mkfs.btrfs -q -f {0}"],
-        "luks": [
-            "printf key | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 {0} -"
-        ],
-    }
-
-
+MEMBERS = {
+    "lvm": "pvcreate -qq {0}; vgcreate -qq testvg {0}; lvcreate -qq -l 1 -n v testvg\n"
+    "udevadm settle --timeout=250; vgchange -qq -an testvg",
+    "md": "mdadm --create /dev/md/test --run --metadata=1.2 --level=1 -n1 --force {0}\n"
+    "udevadm settle --timeout=250; mdadm --stop /dev/md/test",
+    "btrfs": "mkfs.btrfs -q -f {0}",
+    "luks": "printf key | cryptsetup luksFormat -q --pbkdf pbkdf2 "
+    "--pbkdf-force-iterations 1000 {0} -",
+}
+"""What makes a device one that the system would assemble, and leaves it not assembled."""
 ASSEMBLED = {
     "lvm": "test -e /dev/testvg/v",
     "md": "grep -q ^md /proc/mdstat",
     "btrfs": "btrfs filesystem show -d | grep -q {0}",
 }
+DISSOLVE = {"lvm": "vgchange -qq -an testvg", "md": "mdadm --stop --scan", "btrfs": "true"}
 
 
-@pytest.mark.parametrize("kind", ["lvm", "md", "btrfs", "luks"])
-def test_a_users_member_is_left_alone(machine: Emulated, kind: str) -> None:
+def make_member(machine: Emulated, kind: str) -> str:
+    """Make an image that is one; return its path."""
     image = f"/home/alice/{kind}"
-    machine.shell(f"truncate --size=128M {image}; chown alice: {image}")
+    machine.shell(f"rm -f {image}; truncate --size=128M {image}; chown alice: {image}")
     node = machine.run("losetup", "--find", "--show", image).strip()
-    for command in members(machine)[kind]:
-        machine.shell(command.format(node))
+    machine.shell(MEMBERS[kind].format(node))
     machine.run("losetup", "--detach", node)
     settled(machine)
-    node = attach(machine.alice, image)
+    return image
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_a_users_member_is_left_alone(machine: Emulated, kind: str) -> None:
+    node = attach(machine.alice, make_member(machine, kind))
     found = properties(machine, node)
-    assert not [
-        key for key in found if key.startswith(("ID_FS_UUID", "ID_FS_LABEL", "ID_PART_ENTRY_"))
-    ]
+    told = ("ID_FS_UUID", "ID_FS_LABEL", "ID_PART_ENTRY_")
+    assert not [key for key in found if key.startswith(told)]
     assert "by-uuid" not in found.get("DEVLINKS", "")
     if kind in ASSEMBLED:
         assert machine.result("sh", "-c", ASSEMBLED[kind].format(node)).returncode != 0
     machine.alice.run("loopctl", "detach", node)
+
+
+@pytest.mark.parametrize("kind", ASSEMBLED)
+def test_roots_member_is_assembled(machine: Emulated, kind: str) -> None:
+    """The control: this machine would have assembled the user's."""
+    node = attach(machine, make_member(machine, kind))
+    settled(machine)
+    machine.shell(f"until {ASSEMBLED[kind].format(node)}; do sleep 0.1; done")
+    machine.shell(DISSOLVE[kind])
+    machine.run("loopctl", "detach", node)

@@ -2,6 +2,7 @@
 """Kernels that the machine does not run: older ones, newer ones, and what each lacks or forgets."""
 
 import errno
+import fcntl
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loopd import blockdev, kernel, loopdev, loopinfo, loopops, uapi
+from loopd import attachment, blockdev, kernel, loopdev, loopinfo, loopops, uapi
 from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, NotSupported
 from loopd.kernel import PartitionExtent
@@ -118,14 +119,14 @@ def test_what_loop_configure_forgets_is_seen_and_it_is_not_asked_again(
     on: MakeLab, forgotten: str, request_: dict[str, Any]
 ) -> None:
     """A5, A7: done over on another device, because clearing one may take a while."""
-    lab = on(Traits(forgets=frozenset({forgotten}), says_partscan=False))
+    lab = on(Traits(release=(5, 8), forgets=frozenset({forgotten}), says_partscan=False))
     device = lab.attach(lab.gpt(), **request_)
     told = status(device)
     assert told.size == request_.get("size_limit", 4 * MIB)
     assert loopops.sector_size(device) == request_.get("sector_size", 512)
     assert list(told.partitions) == (GPT if request_.get("partition_scan") else [])
     assert not lab.driver.configures
-    assert device.number != 0
+    assert counted(lab, "loop_ctl_add") == 2
     assert (counted(lab, "loop_configure"), counted(lab, "loop_set_fd")) == (1, 1)
     lab.attach(lab.image(), **request_)
     assert counted(lab, "loop_configure") == 1
@@ -299,7 +300,8 @@ def test_without_diskseqs_each_attachment_still_has_a_number_of_its_own(on: Make
 
 # --- before Linux 6.11 --------------------------------------------------------------------------
 
-UNBINDS_WHILE_OPEN = Traits(release=(6, 1))
+UNBINDS_WHILE_OPEN = Traits(release=(6, 1), says_partscan=False)
+"""As Debian 12 has it."""
 
 
 def test_the_only_opener_unbinds_at_once(on: MakeLab) -> None:
@@ -351,6 +353,71 @@ def test_an_attempt_that_fails_leaves_no_number_behind(on: MakeLab) -> None:
     lab.script.fail("loop_configure", errno.EBUSY, times=3)
     device = lab.attach(lab.image())
     assert lab.scripted.numbers() == [device.number]
+
+
+@pytest.mark.parametrize("holds", ["for a glance", "for ever"])
+def test_whoever_opens_each_new_device_leaves_few_behind(
+    on: MakeLab, holds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices made in vain: udev is faster than we are, or somebody keeps them."""
+    monkeypatch.setattr(attachment, "_NEW_DEVICE_LOCK_TIMEOUT", 0)
+    lab = on(UNBINDS_WHILE_OPEN)
+    assert lab.scripted
+    theirs = ExitStack()
+
+    def open_it() -> None:
+        assert lab.scripted
+        if holds == "for a glance":
+            theirs.close()
+        newest = max(lab.scripted.numbers(), key=lambda n: int(kernel.loop_attribute(n, "diskseq")))
+        kernel.flock(theirs.enter_context(lab.open(newest)).fileno(), fcntl.LOCK_SH)
+
+    lab.script.after("loop_ctl_add", open_it, times=1000)
+    strays: list[int] = []
+    with pytest.raises(DeviceBusy):
+        lab.attach(lab.image(), numbers=attachment.Numbers(stays=strays.append))
+    assert len(lab.scripted.numbers()) <= 2
+    assert strays == lab.scripted.numbers()
+
+
+def test_a_glance_at_a_new_device_is_waited_for(on: MakeLab) -> None:
+    """Devices made in vain: udev looks at each."""
+    lab = on(UNBINDS_WHILE_OPEN)
+    assert lab.scripted
+
+    def open_it() -> None:
+        theirs = lab.open(0)
+        kernel.flock(theirs.fileno(), fcntl.LOCK_SH)
+        lab.script.after_error("flock", theirs.close)
+
+    lab.script.after("loop_ctl_add", open_it)
+    device = lab.attach(lab.image())
+    assert (device.number, device.is_new) == (0, True)
+    assert counted(lab, "loop_ctl_add") == 1
+
+
+def test_what_was_there_before_is_not_taken_for_new(on: MakeLab) -> None:
+    """Devices of the module: others name them."""
+    lab = on(UNBINDS_WHILE_OPEN)
+    with blockdev.opened(kernel.open_loop_control()) as control:
+        kernel.loop_ctl_add(control.fileno(), 3)
+    device = lab.attach(lab.image(), number=3)
+    assert (device.number, device.is_new) == (3, False)
+    other = lab.attach(lab.image(), number=4)
+    assert (other.number, other.is_new) == (4, True)
+
+
+def test_partitions_found_later_end_with_their_device(on: MakeLab) -> None:
+    """Old partitions: sysfs says of each device that it is scanned, but for loop/partscan."""
+    lab = on(UNBINDS_WHILE_OPEN)
+    device = lab.attach(lab.gpt())
+    assert status(device).partition_scan is False
+    assert loopops.rescan_partitions(device) == GPT
+    assert kernel.loop_attribute(device.number, "loop/partscan") == b"1"
+    assert status(device).partition_scan is True
+    device.close()  # as when loopd is killed
+    assert kernel.loop_partitions(device.number) == []
+    lab.forget(device)
 
 
 def test_another_opener_that_goes_at_the_last_moment_loses_nobody_a_device(on: MakeLab) -> None:

@@ -43,6 +43,7 @@ GOOD: dict[str, Any] = {
     "table": [1, 5],
     "cut_limit": 4096,
     "cut_asked": 0,
+    "is_new": True,
     "format": 1,
 }
 HUGE = 1 << 70

@@ -265,7 +265,9 @@ def test_what_is_to_be_closed_at_a_stop_is_closed_and_waited_for() -> None:
             for fd in fds:
                 with pytest.raises(OSError, match="Bad file descriptor"):
                     os.fstat(fd)
-            threads.remove(lambda number: True, 1)  # too late, and nothing waits for it
+            threads.remove(
+                lambda number: True, 1, lambda gone: None
+            )  # too late, and nothing waits for it
             assert threads.stop(0) == 0
 
     asyncio.run(run())
