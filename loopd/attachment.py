@@ -17,7 +17,16 @@ from dataclasses import dataclass, replace
 
 from . import backing, blockdev, kernel, loopdev, loopinfo, partition
 from .backing import BackingFile
-from .binding import DirectIORefused, Driver, Retry, StaleLimit, StalePartitions, Taken
+from .binding import (
+    DirectIORefused,
+    Driver,
+    Misplaced,
+    NoNode,
+    Retry,
+    StaleLimit,
+    StalePartitions,
+    Taken,
+)
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
@@ -111,6 +120,7 @@ def attach(
                 log.debug("attach: %s; trying again", exc)
                 if isinstance(exc, StaleLimit):
                     loopdev.try_remove(control_fd.fileno(), exc.number)
+                attempt.require_nodes(exc)
                 if request.number is not None and attempt.is_anothers(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
                 # A device that someone keeps locked is offered by GET_FREE again and again, as one
@@ -148,12 +158,25 @@ class _Attempt:
     driver: Driver
     fresh: bool
     """Whether a new device is to be made instead of taking one that is there."""
+    lacked_node: bool = False
+    """Whether a device of an attempt before had no node."""
     half_made: int | None = None
     """The last binding of ours, which udev may have open yet when it has been cleared."""
 
     def is_anothers(self, number: int) -> bool:
         """Whether a device has a file of somebody else's."""
         return kernel.loop_binding(number) not in (None, self.half_made)
+
+    def require_nodes(self, failure: Retry) -> None:
+        """Raise NotSupported for a failure that comes of /dev and would come again."""
+        wanted = self.request.number is not None
+        if isinstance(failure, Misplaced) and wanted:
+            raise NotSupported(str(failure)) from failure
+        if isinstance(failure, NoNode):
+            # Once it can be a device that somebody is just making or removing.
+            if self.lacked_node:
+                raise NotSupported(str(failure)) from failure
+            self.lacked_node = True
 
     def bind(self) -> LoopDevice:
         """Take a device and bind the file to it, or raise and leave nothing."""
@@ -174,11 +197,15 @@ class _Attempt:
             if is_new:
                 # Nobody else would remove it, and one more stays with each failure.
                 stray.callback(loopdev.try_remove, self.control_fd, number)
-            with self._free_device(number) as (loop_fd, lock_fd):
-                if self.may_hang:
-                    # Binding asks the file's filesystem: only this attach is to wait for it.
-                    allocating.close()
-                device = self._bind(number, loop_fd, lock_fd, allocating.close)
+            try:
+                with self._free_device(number) as (loop_fd, lock_fd):
+                    if self.may_hang:
+                        # Binding asks the file's filesystem: only this attach is to wait for it.
+                        allocating.close()
+                    device = self._bind(number, loop_fd, lock_fd, allocating.close)
+            except Misplaced:
+                stray.pop_all()  # else the next new device would have the same number
+                raise
             stray.pop_all()
             return device
 
@@ -292,9 +319,25 @@ def _waiting(number: int, binding: int | None) -> int | None:
 
 def _open_free(number: int, flags: int) -> OwnedFd:
     try:
-        return blockdev.opened(kernel.open_loop(number, flags))
+        return blockdev.open_loop(number, flags)
+    except blockdev.NotALoopDevice as exc:
+        log.warning("%s", exc)
+        raise Misplaced(str(exc)) from exc
     except OSError as exc:
-        # Removed since GET_FREE, or its node not made yet.
-        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
-            raise Taken(f"loop{number} vanished") from exc
-        raise
+        if exc.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            raise
+        if exc.errno == errno.ENOENT and _is_there(number):
+            raise NoNode(
+                f"{node(number)} is missing, as if the kernel did not make the nodes in this /dev: "
+                "run loopd where /dev is a devtmpfs"
+            ) from exc
+        raise Taken(f"loop{number} vanished") from exc  # removed since GET_FREE
+
+
+def _is_there(number: int) -> bool:
+    """Whether the kernel has such a device, bound or not."""
+    try:
+        kernel.loop_attribute(number, "dev")
+    except OSError:
+        return False
+    return True

@@ -192,7 +192,7 @@ def remove(number: int) -> bool:
 
 def clean(number: int) -> None:
     """Remove what partitions an unbound device of a former loopd still has. Raises OSError."""
-    with suppress(FileNotFoundError), blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as fd:
+    with suppress(FileNotFoundError), blockdev.open_loop(number, os.O_RDONLY) as fd:
         locked = blockdev.try_lock(fd.fileno(), fcntl.LOCK_EX)
         if locked and not kernel.loop_bound(number):
             partition.remove_all(fd.fileno(), number)
