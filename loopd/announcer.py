@@ -46,7 +46,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "BackingDevice": ("t", lambda device: device.file.device if device.file else 0),
     "BackingInode": ("t", lambda device: device.file.inode if device.file else 0),
     "Offset": ("t", lambda device: device.status.offset),
-    "SizeLimit": ("t", lambda device: device.status.size_limit),
+    "SizeLimit": ("t", lambda device: device.size_limit),
     "Size": ("t", lambda device: device.status.size),
     "SectorSize": ("u", lambda device: device.sector_size),
     "ReadOnly": ("b", lambda device: device.status.read_only),
@@ -54,6 +54,7 @@ DEVICE_PROPERTIES: dict[str, tuple[str, Callable[[Device], Any]]] = {
     "Autoclear": ("b", lambda device: device.status.autoclear),
     "PartitionScan": ("b", lambda device: device.status.partition_scan),
     "Partitions": ("a(ustt)", _partitions),
+    "MissingPartitions": ("au", lambda device: device.missing_partitions),
     # Bytes that are no UTF-8 would cost us the bus.
     "Reference": ("s", lambda device: device.reference.decode(errors="replace")),
     "Owner": ("u", lambda device: device.owner),

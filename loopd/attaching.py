@@ -234,6 +234,7 @@ class Attaching:
                 status=status,
                 file=proposal.file.identity,
                 sector_size=loopops.sector_size(loop),
+                table=loop.table or (),
                 reference=request.reference,
                 may_hang=proposal.may_hang,
                 owner=caller.uid,

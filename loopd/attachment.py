@@ -30,7 +30,7 @@ from .binding import (
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
-from .loopdev import LoopDevice, Release
+from .loopdev import NO_CUT, Cut, LoopDevice, Release
 from .loopinfo import node
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 
@@ -95,11 +95,13 @@ def attach(
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
             request.check(file, backing.size(file_fd.fileno()))
+        asked, request = request, request.in_whole_sectors(backing.size(file_fd.fileno()))
         attempt = _Attempt(
             control_fd=control_fd.fileno(),
             file_fd=file_fd,
             file=file,
             request=request,
+            cut=NO_CUT if request is asked else Cut(request.size_limit, asked.size_limit),
             claim=claim,
             publish=publish,
             numbers=numbers,
@@ -151,6 +153,7 @@ class _Attempt:
     file_fd: OwnedFd
     file: BackingFile
     request: AttachRequest
+    cut: Cut
     claim: Claim
     publish: Publish
     numbers: Numbers
@@ -290,8 +293,7 @@ class _Attempt:
                 raise StalePartitions(f"a partition of a former life of loop{number} is in use")
             if self.file.identity.block:
                 blockdev.mirror_discard_limit(number, self.file.identity.block.number)
-            if request.partition_scan:
-                partition.scan(loop_fd.fileno(), number)
+            table = partition.scan(loop_fd.fileno(), number) if request.partition_scan else None
             diskseq = loopinfo.diskseq(loop_fd.fileno(), which)
             self.publish(number, diskseq)
             keeps_lock = request.lock is not Lock.NONE
@@ -307,6 +309,8 @@ class _Attempt:
             writable=not request.read_only,
             ours=True,
             autoclear=True,
+            cut=self.cut,
+            table=table,
             lock=lock_fd.move() if keeps_lock else None,
             release=release,
         )

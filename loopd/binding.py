@@ -25,6 +25,8 @@ from .uapi import (
 
 log = logging.getLogger(__name__)
 
+# Less than the 512 bytes that the kernel counts sizes in: the device has none.
+_NOTHING = 511
 # A loop device says the former of an ioctl that it does not know.
 _UNKNOWN_IOCTL = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_FD = 0xFFFFFFFF
@@ -147,8 +149,9 @@ def _config(file_fd: int, request: AttachRequest) -> loop_config:
     sector_size = request.sector_size or DEFAULT_SECTOR_SIZE
     config = loop_config(fd=file_fd, block_size=sector_size)
     config.info.lo_offset = request.offset
-    # While partitions are scanned for there is one sector only: see `bind`.
-    config.info.lo_sizelimit = sector_size if request.partition_scan else request.size_limit
+    # Where partitions are to be found, the kernel's own parser looks now: see `bind`. One sector
+    # would be enough for it to see an MBR or a SUN label.
+    config.info.lo_sizelimit = _NOTHING if request.partition_scan else request.size_limit
     config.info.lo_file_name = request.reference
     config.info.lo_flags = (
         LO_FLAGS_AUTOCLEAR
@@ -174,6 +177,8 @@ def _forgotten(number: int, loop_fd: int, config: loop_config) -> str:
 
 def _require_size(loop_fd: int, config: loop_config) -> None:
     """Refuse a file that its owner has made smaller since it was checked."""
+    if config.info.lo_sizelimit == _NOTHING:
+        return  # it shows once the limit is the real one
     if kernel.blkgetsize64(loop_fd) < (config.info.lo_sizelimit or config.block_size):
         raise InvalidArgs("the file has become smaller while it was attached")
 

@@ -38,6 +38,8 @@ class Device:
     """The backing file, as far as known."""
     sector_size: int = 0
     """The logical one in bytes; 0 if a foreign device did not say."""
+    table: tuple[int, ...] = ()
+    """The numbers in the partition table, as it was read last."""
     reference: bytes = b""
     owner: int = NOBODY
     loop: LoopDevice | None = None
@@ -119,6 +121,18 @@ class Device:
             writable=not status.read_only,
             owner=self.owner,
         )
+
+    @property
+    def size_limit(self) -> int:
+        """The size limit that was asked for."""
+        limit = self.status.size_limit
+        return self.loop.asked_limit(limit) if self.loop else limit
+
+    @property
+    def missing_partitions(self) -> list[int]:
+        """The numbers that the partition table has and the device has not."""
+        there = {each.number for each in self.status.partitions}
+        return [number for number in self.table if number not in there]
 
     @property
     def lifetime(self) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from . import blockdev, kernel, partition
 from .fd import OwnedFd
@@ -24,6 +25,18 @@ log = logging.getLogger(__name__)
 _DEVICE_LOCK_TIMEOUT = 0.25
 
 Release = Callable[[int | None], None]
+
+
+class Cut(NamedTuple):
+    """A size limit that leaves out a tail of less than a sector, which could not be read."""
+
+    limit: int = 0
+    """As the kernel has it; 0 if there is none such."""
+    asked: int = 0
+    """The limit that was asked for."""
+
+
+NO_CUT = Cut()
 
 
 @dataclass(kw_only=True)
@@ -44,6 +57,9 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
+    cut: Cut = NO_CUT
+    table: tuple[int, ...] | None = None
+    """The numbers in the partition table, if it has been read."""
     lock: OwnedFd | None = None
     """A second fd on the device, which holds a BSD lock: its close makes udev look again."""
     release: Release = field(default=lambda _: None, repr=False)
@@ -61,6 +77,10 @@ class LoopDevice:
             if self.file is not None:
                 file = OwnedFd(kernel.dup(self.file.fileno()))
             return replace(self, fd=fd.move(), file=file, lock=None)
+
+    def asked_limit(self, limit: int) -> int:
+        """The size limit that was asked for, where the kernel has this one."""
+        return self.cut.asked if limit and limit == self.cut.limit else limit
 
     def close(self) -> None:
         """Let go of our fds; the file last, whose filesystem may make its close wait.

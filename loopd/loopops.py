@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from . import backing, binding, blockdev, kernel, loopinfo
@@ -18,7 +18,7 @@ from .blockdev import Lock
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice
 from .fd import OwnedFd
 from .kernel import PartitionExtent
-from .loopdev import LoopDevice
+from .loopdev import NO_CUT, Cut, LoopDevice
 from .request import DEFAULT_SECTOR_SIZE, MAX_SECTOR_SIZE
 from .uapi import LO_FLAGS_AUTOCLEAR, LO_FLAGS_PARTSCAN, LO_NAME_SIZE, loop_info64
 
@@ -109,15 +109,16 @@ def _none_is_no_such_device(number: int) -> Iterator[None]:
 def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, force: bool) -> int:
     """Change offset and limit, or with neither take up the file's size; returns the new size.
 
-    All in bytes; a limit of 0 means to the end of the file. Numbers that are in effect already
-    are not set again. Raises InvalidArgs for a range outside the file and DeviceBusy, unless
-    `force`, if a device in use would shrink or move.
+    All in bytes; a limit of 0 means to the end of the file. Partitions that reach past the new end
+    are cut, or go; a device that moves has those of the table at its new place.
+    Raises InvalidArgs for a range outside the file and DeviceBusy, unless `force`, if a device in
+    use would shrink or move.
     """
     loop_fd = device.fd.fileno()
     info = kernel.loop_get_status64(loop_fd)
     old = info.lo_offset, info.lo_sizelimit
     new_offset = info.lo_offset if offset is None else offset
-    new_limit = info.lo_sizelimit if size_limit is None else size_limit
+    new_limit = device.asked_limit(info.lo_sizelimit) if size_limit is None else size_limit
     sector_size = kernel.blksszget(loop_fd)
     if new_offset % 512:
         raise InvalidArgs("offset: not a multiple of 512")
@@ -132,25 +133,79 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
             raise InvalidArgs(f"offset: not inside the file, which has {file_size} bytes")
         if size_limit and size_limit > room:
             raise InvalidArgs(f"size-limit: reaches past the end of the file of {file_size} bytes")
-        new_size = min(new_limit or room, room) // 512 * 512
+        new_size = min(new_limit or room, room) // sector_size * sector_size
     moves = new_offset != info.lo_offset
     if (new_size < old_size or moves) and not force and blockdev.in_use(device.number):
         raise DeviceBusy(
             f"{device.node} is in use and would shrink or move: unmount it first, or pass force"
         )
-    if (new_offset, new_limit) == old:
-        # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
-        kernel.loop_set_capacity(loop_fd)
-        return kernel.blkgetsize64(loop_fd)
-    info.lo_offset, info.lo_sizelimit = new_offset, new_limit
+    former = _withdrawn(device, force=force) if moves else []
+    try:
+        if (new_offset, new_limit) == old:
+            # SET_STATUS64 with the old numbers would not look at the file: a grown one needs this.
+            kernel.loop_set_capacity(loop_fd)
+        else:
+            _set_range(device, info, new_offset, new_limit, exactly=bool(size_limit))
+        _keep_whole_sectors(device, new_limit)
+    except BaseException:
+        partitions.restore(loop_fd, former)
+        raise
+    if moves and _scans_partitions(device):
+        with suppress(DeviceBusy):  # by force: one that is in use stays
+            device.table = partitions.scan(loop_fd, device.number)
+    partitions.fit(loop_fd, device.number)
+    return kernel.blkgetsize64(loop_fd)
+
+
+def _withdrawn(device: LoopDevice, *, force: bool) -> list[PartitionExtent]:
+    """Remove the partition devices of a device that is about to move; which they were.
+
+    Raises DeviceBusy, unless `force`, if one is in use.
+    """
+    loop_fd = device.fd.fileno()
+    former = kernel.loop_partitions(device.number)
+    if force:
+        partitions.remove_all(loop_fd, device.number)
+    else:
+        partitions.withdraw(loop_fd, device.number, former)
+    return former
+
+
+def _set_range(
+    device: LoopDevice, info: loop_info64, offset: int, limit: int, *, exactly: bool
+) -> None:
+    """Set offset and limit; with `exactly` the device has to come to have the limit's size."""
+    old = info.lo_offset, info.lo_sizelimit
+    info.lo_offset, info.lo_sizelimit = offset, limit
     _set_status(device, info)
-    size = kernel.blkgetsize64(loop_fd)
-    if size == 0 or (size_limit and size != size_limit):
+    size = kernel.blkgetsize64(device.fd.fileno())
+    if size < kernel.blksszget(device.fd.fileno()) or (exactly and size != limit):
         # Only now a file that we do not hold has shown its size: the kernel clamps.
         info.lo_offset, info.lo_sizelimit = old
         _set_status(device, info)
         raise InvalidArgs("size-limit: the range is not inside the file")
-    return size
+
+
+def _keep_whole_sectors(device: LoopDevice, limit: int) -> None:
+    """Leave out a tail of less than a sector, which the kernel shows and cannot read.
+
+    `limit` is the one that was asked for. A device of somebody else's is left as it is.
+    """
+    loop_fd = device.fd.fileno()
+    sector_size = kernel.blksszget(loop_fd)
+    if not device.ours or not (device.cut.limit or kernel.blkgetsize64(loop_fd) % sector_size):
+        return
+    info = kernel.loop_get_status64(loop_fd)
+    if info.lo_sizelimit != limit:
+        info.lo_sizelimit = limit
+        _set_status(device, info)
+    size = kernel.blkgetsize64(loop_fd)
+    whole = size // sector_size * sector_size
+    device.cut = NO_CUT
+    if whole not in (0, size):
+        info.lo_sizelimit = whole
+        _set_status(device, info)
+        device.cut = Cut(whole, limit)
 
 
 def _set_status(device: LoopDevice, info: loop_info64) -> None:
@@ -227,7 +282,7 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         size = blockdev.probe_sector_size(loop_fd) or DEFAULT_SECTOR_SIZE
     if kernel.blksszget(loop_fd) == size:
         return size
-    limit = int(kernel.loop_attribute(device.number, "loop/sizelimit"))
+    limit = device.asked_limit(int(kernel.loop_attribute(device.number, "loop/sizelimit")))
     if limit % size:
         raise InvalidArgs(f"sector-size: the size limit, {limit}, is not a multiple of it")
     if kernel.blkgetsize64(loop_fd) < size:
@@ -250,8 +305,9 @@ def set_sector_size(device: LoopDevice, size: int | None) -> int:
         if exc.errno == errno.EBUSY:
             raise busy from exc
         raise
+    _keep_whole_sectors(device, limit)
     if scans:
-        partitions.scan(loop_fd, device.number)
+        device.table = partitions.scan(loop_fd, device.number)
     return size
 
 
@@ -314,7 +370,8 @@ def rescan_partitions(device: LoopDevice) -> list[PartitionExtent]:
         _set_status(device, info)
     # As the kernel does before it reads a table: somebody may have written it to the file.
     kernel.blkflsbuf(loop_fd)
-    return partitions.scan(loop_fd, device.number)
+    device.table = partitions.scan(loop_fd, device.number)
+    return kernel.loop_partitions(device.number)
 
 
 def resize_partition(device: LoopDevice, partition: int, *, size: int | None) -> int:

@@ -263,7 +263,11 @@ class Manager:
 
     async def detach_by_fd(self, caller: Caller, fd: OwnedFd, *, lazy: bool) -> bool:
         """As `detach`, on what the fd names."""
-        device, _ = await self.named(caller, fd)
+        device, partition = await self.named(caller, fd)
+        if partition is not None:
+            raise InvalidArgs(
+                f"the fd is open on a partition: pass one that is open on the disk, {device.node}"
+            )
         return await self.detach(caller, device, lazy=lazy)
 
     def client_left(self, client: Client) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from . import access, blockdev, kernel, loopdev, loopinfo, loopops, overlap
 from .access import ROOT, Caller, Operation
@@ -41,6 +41,16 @@ class ResizeOptions:
     size_limit: int | None = None
     force: bool = False
     allow_overlap: bool = False
+
+
+class _Found(NamedTuple):
+    """What a change has left, beside its result."""
+
+    sector_size: int
+    partitions: int
+    """How many were there before it or after it, the greater number."""
+    table: tuple[int, ...] | None
+    cut: loopdev.Cut
 
 
 class Operations:
@@ -105,8 +115,7 @@ class Operations:
         partitions are counted afterwards.
         """
         results: list[_T] = []
-        sector_sizes: list[int] = []
-        partitions: list[int] = []
+        found: list[_Found] = []
         waiting = True
 
         def change(loop: loopdev.LoopDevice) -> _T:
@@ -116,16 +125,21 @@ class Operations:
                 results.append(result)
                 return result
             finally:
-                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
-                sector_sizes.append(loopops.sector_size(loop))
                 # As if all were made anew, which is so where the sector size changes.
                 after = kernel.loop_partitions(loop.number) if scans else []
-                partitions.append(max(len(before), len(after)))
+                partitions = max(len(before), len(after))
+                # Here, because the kernel tells nobody, and sysfs may let whoever reads it wait.
+                sector_size = loopops.sector_size(loop)
+                found.append(_Found(sector_size, partitions, loop.table, loop.cut))
 
         def take_up() -> None:
-            self._uevents.count(caller.uid, PARTITION * sum(partitions))
-            for size in sector_sizes:
-                device.sector_size = size
+            for each in found:
+                self._uevents.count(caller.uid, PARTITION * each.partitions)
+                device.sector_size = each.sector_size
+                if each.table is not None:
+                    device.table = each.table
+                if device.loop:
+                    device.loop.cut = each.cut
             for result in results:
                 note(result)
             if not waiting:
@@ -169,7 +183,7 @@ class Operations:
         if now is None:
             return
         start = device.status.offset if options.offset is None else options.offset
-        limit = device.status.size_limit if options.size_limit is None else options.size_limit
+        limit = device.size_limit if options.size_limit is None else options.size_limit
         moved = now.start - device.status.offset + start  # a partition's bytes are its disk's
         then = replace(now, start=moved, end=moved + limit if limit else _ANY_END)
         if not options.allow_overlap:

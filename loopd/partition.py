@@ -8,6 +8,7 @@ without PARTSCAN outlive the binding, and the next image on the number would be 
 import errno
 import logging
 import time
+from collections.abc import Callable
 
 from . import blockdev, kernel, table
 from .errors import DeviceBusy, InvalidArgs, NoSuchDevice, TimedOut
@@ -50,24 +51,49 @@ def _remove(loop_fd: int, partition: int) -> bool:
     return True
 
 
-def scan(loop_fd: int, number: int) -> list[PartitionExtent]:
-    """Bring the partition devices in step with the table on the device, and return them.
+def scan(loop_fd: int, number: int) -> tuple[int, ...]:
+    """Bring the partition devices in step with the table on the device.
 
-    Returns once their nodes exist. PARTSCAN has to be set on the device before. Partitions that
-    are as the table says are not touched.
+    Returns the numbers that the table has, once the nodes exist; what the kernel does not take, as
+    it overlaps another one, has none. PARTSCAN has to be set on the device before. Partitions that
+    are as the table says are not touched, and those that are larger there grow in place.
 
-    Raises DeviceBusy if one in use would have to change, and leaves all as they were; TimedOut,
-    OSError.
+    Raises DeviceBusy if one in use would have to move or shrink, and leaves all as they were;
+    TimedOut, OSError.
     """
-    wanted = table.read(number)
+    told = table.read(number)
+    wanted = [each for each in told.values() if each]
     there = kernel.loop_partitions(number)
-    withdraw(loop_fd, number, [each for each in there if each not in wanted])
+    growing = [each for each in there if _grows(each, told.get(each.number))]
+    kept = {each.number for each in growing}
+    withdraw(
+        loop_fd, number, [each for each in there if each not in wanted and each.number not in kept]
+    )
     for each in wanted:
-        if each not in there:
-            _add(loop_fd, each)
-    found = kernel.loop_partitions(number)
-    _wait_for_nodes(number, found)
-    return found
+        if each.number in kept:
+            _change(kernel.blkpg_resize_partition, loop_fd, each)
+        elif each not in there:
+            _change(kernel.blkpg_add_partition, loop_fd, each)
+    _wait_for_nodes(number, kernel.loop_partitions(number))
+    return tuple(told)
+
+
+def _grows(now: PartitionExtent, then: PartitionExtent | None) -> bool:
+    return then is not None and then.start == now.start and then.size > now.size
+
+
+def fit(loop_fd: int, number: int) -> None:
+    """Cut the partition devices to a device that has become smaller, or remove them.
+
+    What begins past the end and is in use stays.
+    """
+    sector_size = kernel.blksszget(loop_fd)
+    end = kernel.blkgetsize64(loop_fd) // sector_size * sector_size
+    for each in kernel.loop_partitions(number):
+        if each.start >= end:
+            _remove(loop_fd, each.number)
+        elif each.start + each.size > end:
+            _change(kernel.blkpg_resize_partition, loop_fd, each._replace(size=end - each.start))
 
 
 def withdraw(loop_fd: int, number: int, partitions: list[PartitionExtent]) -> None:
@@ -80,7 +106,7 @@ def withdraw(loop_fd: int, number: int, partitions: list[PartitionExtent]) -> No
             if time.monotonic() >= deadline:
                 restore(loop_fd, removed)
                 raise DeviceBusy(
-                    f"{node(number, each.number)} is in use and would have to change: "
+                    f"{node(number, each.number)} is in use and would have to go, move or shrink: "
                     "unmount it first"
                 )
             time.sleep(_INTERVAL)
@@ -90,17 +116,17 @@ def withdraw(loop_fd: int, number: int, partitions: list[PartitionExtent]) -> No
 def restore(loop_fd: int, partitions: list[PartitionExtent]) -> None:
     """Make partition devices again that `withdraw` has removed."""
     for each in partitions:
-        _add(loop_fd, each)
+        _change(kernel.blkpg_add_partition, loop_fd, each)
 
 
-def _add(loop_fd: int, extent: PartitionExtent) -> None:
+def _change(call: Callable[[int, int, int, int], None], loop_fd: int, to: PartitionExtent) -> None:
     try:
-        kernel.blkpg_add_partition(loop_fd, extent.number, extent.start, extent.size)
+        call(loop_fd, to.number, to.start, to.size)
     except OSError as exc:
-        # A table may say anything: what overlaps another partition is left out, as by partx.
+        # A table may say anything, and the kernel takes nothing that overlaps a partition.
         if exc.errno not in (errno.EBUSY, errno.EINVAL):
             raise
-        log.debug("the kernel does not take partition %d: %s", extent.number, exc.strerror)
+        log.debug("the kernel does not take partition %d: %s", to.number, exc.strerror)
 
 
 def _wait_for_nodes(number: int, partitions: list[PartitionExtent]) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Self, get_origin
@@ -24,7 +24,7 @@ from .access import NOBODY
 from .blockdev import Lock
 from .device import Device, label
 from .leases import LIFETIMES, Lease
-from .uapi import LO_NAME_SIZE
+from .uapi import DISK_MAX_PARTS, LO_NAME_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class Record:
     may_hang: bool
     bus: str
     """The id of the bus that holder and lock_holder are names of."""
+    table: list[int] = field(default_factory=list)
+    cut_limit: int = 0
+    cut_asked: int = 0
     format: int = _FORMAT
 
     @classmethod
@@ -94,6 +97,9 @@ class Record:
             lock_expires=device.lock_expires,
             may_hang=device.may_hang,
             bus=bus,
+            table=list(device.table),
+            cut_limit=device.loop.cut.limit if device.loop else 0,
+            cut_asked=device.loop.cut.asked if device.loop else 0,
         )
 
     @classmethod
@@ -129,6 +135,8 @@ class Record:
             raise ValueError("it has a number that none of ours is")
         if not all(0 <= uid < NOBODY for uid in (self.owner, *self.holds.values())):
             raise ValueError("it has an owner that is no user")
+        if not all(type(each) is int and 0 < each < DISK_MAX_PARTS for each in self.table):
+            raise ValueError("it has a partition that no table has")
         if self.lock_expires is not None and not math.isfinite(self.lock_expires):
             raise ValueError("it has a lock that ends at no time")
         if not all(_HOLDER.fullmatch(name) for name in (self.holder, self.lock_holder)):

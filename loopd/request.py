@@ -2,7 +2,7 @@
 """What a loop device is to be, and whether the file allows it: pure."""
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .backing import BackingFile
 from .blockdev import Lock
@@ -31,6 +31,13 @@ class AttachRequest:
     """The BSD lock that is kept."""
     number: int | None = None
     """The device to bind, and no other; None means any free one."""
+
+    def in_whole_sectors(self, size: int) -> "AttachRequest":
+        """The same without a tail of less than a sector, which the kernel shows and cannot read."""
+        tail = (size - self.offset) % (self.sector_size or DEFAULT_SECTOR_SIZE)
+        if self.size_limit or tail < DEFAULT_SECTOR_SIZE:
+            return self
+        return replace(self, size_limit=size - self.offset - tail)
 
     def check(self, file: BackingFile, size: int) -> None:
         """Refuse what the kernel would take and round, clamp or fail later; `size` is the file's.

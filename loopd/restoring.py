@@ -199,6 +199,7 @@ class Restoring:
             reference=record.reference.encode(errors="surrogateescape"),
             owner=record.owner,
             attached_at=record.attached_at,
+            table=tuple(record.table),
             may_hang=record.may_hang,
         )
         if record.number is None:
@@ -209,6 +210,7 @@ class Restoring:
             fd,
             autoclear=record.autoclear or record.lifetime != SYSTEM,
         )
+        loop.cut = loopdev.Cut(record.cut_limit, record.cut_asked)
         try:
             status = loopinfo.status(record.number)
             if status.binding != record.binding:
@@ -224,7 +226,10 @@ class Restoring:
             raise
         loop.lock = _lock(record, kept)
         loop.release = self._claim(record.number)
-        return device(number=record.number, status=status, sector_size=sector_size, loop=loop)
+        found = device(number=record.number, status=status, sector_size=sector_size, loop=loop)
+        if loop.table is not None:
+            found.table = loop.table
+        return found
 
     @staticmethod
     def _reopen_block(record: Record, fd: OwnedFd | None, device: Callable[..., Device]) -> Device:

@@ -30,11 +30,14 @@ _MAX_ANSWER = 64 * 1024
 _EXTENDED_SIZE = 1024
 
 
-def read(number: int) -> list[PartitionExtent]:
-    """The partitions that the table on a loop device tells of, by number, none without a table.
+Table = dict[int, PartitionExtent | None]
+"""The partitions of a table by number; None for one that the device cannot have."""
 
-    Those that the device has no room for, or that the kernel could not take, are left out. The
-    child has the device open while it reads. Raises TimedOut, Failed, OSError.
+
+def read(number: int) -> Table:
+    """The partitions that the table on a loop device tells of, none without a table.
+
+    The child has the device open while it reads. Raises TimedOut, Failed, OSError.
     """
     with blockdev.open_loop(number, os.O_RDONLY) as device_fd:
         answer = _ask(device_fd.fileno())
@@ -43,36 +46,34 @@ def read(number: int) -> list[PartitionExtent]:
     return check(answer, size=size, sector_size=sector_size)
 
 
-def check(answer: bytes, *, size: int, sector_size: int) -> list[PartitionExtent]:
-    """The partitions in a child's answer that a device of `size` bytes can have.
+def check(answer: bytes, *, size: int, sector_size: int) -> Table:
+    """The partitions in a child's answer, as a device of `size` bytes can have them.
 
-    Raises Failed if the answer is none.
+    One that reaches past the end is cut there, as by the kernel's own parser. One that begins past
+    the end, or not at a whole sector, cannot be had. Raises Failed if the answer is none.
     """
     try:
         told = [tuple(map(int, line.split())) for line in answer.decode("ascii").splitlines()]
         starts = sorted(start for _, start, _, _ in told)
-        found: dict[int, PartitionExtent] = {}
+        found: Table = {}
         for number, start, length, extended in told:
             if extended:
                 behind = bisect_right(starts, start)
                 room = starts[behind] - start if behind < len(starts) else length
                 length = min(length, room, max(_EXTENDED_SIZE, sector_size) // 512)
-            extent = PartitionExtent(number, start * 512, length * 512)
-            if _is_possible(extent, size, sector_size):
-                found.setdefault(number, extent)
+            if 0 < number < DISK_MAX_PARTS and length > 0:
+                extent = PartitionExtent(number, start * 512, length * 512)
+                found[number] = found.get(number) or _cut(extent, size, sector_size)
     except ValueError as exc:
         raise Failed("the child that reads partition tables makes no sense") from exc
-    return sorted(found.values())
+    return dict(sorted(found.items()))
 
 
-def _is_possible(extent: PartitionExtent, size: int, sector_size: int) -> bool:
-    return (
-        0 < extent.number < DISK_MAX_PARTS
-        and extent.start >= 0
-        and extent.size > 0
-        and extent.start + extent.size <= size
-        and not (extent.start % sector_size or extent.size % sector_size)
-    )
+def _cut(extent: PartitionExtent, size: int, sector_size: int) -> PartitionExtent | None:
+    length = min(extent.size, size // sector_size * sector_size - extent.start)
+    if extent.start < 0 or length <= 0 or extent.start % sector_size or length % sector_size:
+        return None
+    return extent._replace(size=length)
 
 
 def _ask(device_fd: int) -> bytes:

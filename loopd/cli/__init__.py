@@ -18,21 +18,21 @@ from .monitoring import monitor
 from .opening import open_device
 from .outcome import SIGNALLED, ExitCode, RunExitCode, about, exit_code, sentence
 from .signals import Interrupted
-from .stream import complain, give_up_stdout
+from .stream import complain, give_up_stdout, provide_streams
 
 _EXPECTED = (LoopError, BusError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `loopctl`; returns its exit status."""
+    provide_streams()
     for stream in (sys.stdout, sys.stderr):
         # A name that the locale has no letters for is no reason to fail.
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
         status = _main(sys.argv[1:] if arguments is None else arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         give_up_stdout()
         return SIGNALLED + signal.SIGPIPE
@@ -75,6 +75,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "hold": hold,
     "detach": commands.detach,
     "resize": commands.resize,
+    "rescan": commands.rescan,
     "list": commands.list_devices,
     "show": commands.show,
     "set": commands.change,

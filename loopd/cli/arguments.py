@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from .columns import COLUMNS, DEFAULT
@@ -17,9 +17,10 @@ from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
 
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
-_NODE = re.compile(r"(?:/dev/)?loop[0-9]{1,7}", re.ASCII)
+_NODE = re.compile(r"((?:/dev/)?loop[0-9]{1,7})(?:p([0-9]{1,7}))?", re.ASCII)
 
 _TARGET_HELP = "/dev/loop3 or loop3, else an attached file (./loop3, if it is called so)"
+_OR_PARTITION = "; /dev/loop3p1 is that partition alone"
 _WITH_COMMAND = ("run", "open")
 _ENDS_AS_COMMAND = (
     "SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to it. The exit status is the command's, "
@@ -105,12 +106,22 @@ def parse_columns(text: str) -> tuple[str, ...]:
     return (*usual, *names)
 
 
-def node_of(target: str) -> str | None:
+class Node(NamedTuple):
+    """A node that was named."""
+
+    disk: str
+    """That of the loop device, as /dev/loop3 or loop3."""
+    partition: int | None
+    """The number of the partition that was meant; None if all of it was."""
+
+
+def node_of(target: str) -> Node | None:
     """The node that a DEVICE-OR-FILE means, through symbolic links, too; None if it is a file."""
-    if _NODE.fullmatch(target):
-        return target
-    resolved = os.path.realpath(target)
-    return resolved if resolved.startswith("/dev/") and _NODE.fullmatch(resolved) else None
+    match = _NODE.fullmatch(target)
+    if match is None:
+        resolved = os.path.realpath(target)
+        match = _NODE.fullmatch(resolved) if resolved.startswith("/dev/") else None
+    return Node(match[1], int(match[2]) if match[2] else None) if match else None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,10 +202,18 @@ def parser() -> argparse.ArgumentParser:
     )
 
     resize = command("resize", "take up the new size of a file, or set offset and limit")
-    resize.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    resize.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP + _OR_PARTITION)
     _add_range(resize)
     resize.add_argument("--force", action="store_true", help="shrink it even while it is in use")
     _add_allow_overlap(resize)
+
+    rescan = command(
+        "rescan",
+        "bring the partitions in step with the partition table",
+        "Bring the devices of the partitions in step with the partition table, and print their "
+        "nodes. One that is in use can grow, and neither go nor move nor shrink.",
+    )
+    rescan.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
 
     listing = command(
         "list",
@@ -219,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     show = command("show", "tell all about a device")
-    show.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    show.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP + _OR_PARTITION)
 
     change = command("set", "change how a device is, or for how long it stays")
     change.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
@@ -257,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     )
     opening.usage_code = RunExitCode.FAILED
     opening.usage = "loopctl open [OPTION...] DEVICE-OR-FILE [-- COMMAND [ARGUMENT...]]"
-    opening.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    opening.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP + _OR_PARTITION)
     opening.add_argument("-w", "--read-write", action="store_true", help="open it for writing, too")
     opening.add_argument(
         "--partition", type=parse_number, metavar="N", help="this partition, not the whole"
@@ -274,7 +293,9 @@ def parser() -> argparse.ArgumentParser:
         "run",
         "attach a file for as long as a command runs",
         "Attach a file, run the command, detach. The command finds the device's node in $LOOPDEV, "
-        "and in place of every {} in its arguments. " + _ENDS_AS_COMMAND,
+        "and in place of every {} in its arguments. It inherits an fd, which keeps the device as "
+        "long as it or what it has started has that open, also if loopctl is killed. "
+        + _ENDS_AS_COMMAND,
     )
     run.usage_code = RunExitCode.FAILED
     run.usage = "loopctl run [OPTION...] FILE -- COMMAND [ARGUMENT...]"

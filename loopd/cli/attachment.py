@@ -7,10 +7,14 @@ whatever takes its time afterwards is given up when one comes.
 
 import argparse
 import asyncio
+import contextlib
 import os
 import stat
 import sys
+import time
 
+from .. import errors
+from ..blockdev import probe_sector_size
 from ..client import Client, Device, Lifetime
 from ..client.image import open_file
 from ..client.properties import Properties
@@ -27,6 +31,10 @@ from .readiness import tell_ready, tell_stopping
 from .signals import Interrupted, Signals
 from .stream import complain, say
 from .style import Style
+
+# Seconds in which loopd has noticed that a Hold is closed, and between looks.
+_LETTING_GO = 1.0
+_PAUSE = 0.01
 
 _UNTIL = {"user": "until you have logged out", "system": "until somebody detaches it"}
 
@@ -72,6 +80,7 @@ async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) 
             try:
                 signals.check()
                 _announce(found, device, properties)
+                _tell_of_partitions(found, file, properties)
             except (Interrupted, OSError):
                 # Nobody knows of it, so nobody would detach it.
                 await device.ensure_detached()
@@ -97,6 +106,7 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
             description = _description(found, properties)
             try:
                 _announce(found, device, properties)
+                _tell_of_partitions(found, file, properties)
                 say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
                 await signals.unless(tell_ready(properties, description))
                 ended = await signals.unless(device.wait_ended())
@@ -115,8 +125,13 @@ async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
             command = [argument.replace("{}", device.node) for argument in found.run]
             try:
                 _announce(found, device, properties, only_json=True)
+                _tell_of_partitions(found, file, properties)
                 variables = {"LOOPDEV": device.node}
-                status = await run_command(command, device, signals, variables=variables)
+                # Whatever becomes of loopctl, the node is no other device's as long as it is used.
+                with await signals.unless(device.hold()) as held:
+                    status = await run_command(
+                        command, device, signals, variables=variables, fds=[held.fileno()]
+                    )
             finally:
                 gone = await _detached_at_last(device)
             if not gone:
@@ -125,11 +140,26 @@ async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
 
 
 async def _detached_at_last(device: Device) -> bool:
+    """Detach a device, unless what the command has started, and left behind, keeps it."""
     try:
+        if await _is_held(device):
+            say(f"what the command has left running keeps {device.node}, which goes with the last")
+            return True
         return await device.ensure_detached()
     except LoopError as exc:
         complain(f"{device.node}: {sentence(exc)}")  # the command's exit status counts for more
         return True
+
+
+async def _is_held(device: Device) -> bool:
+    """Whether somebody holds it still, when loopd has had the time to notice who does not."""
+    deadline = time.monotonic() + _LETTING_GO
+    with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
+        while (await device.properties()).holds:
+            if time.monotonic() > deadline:
+                return True
+            await asyncio.sleep(_PAUSE)
+    return False
 
 
 async def _attached(
@@ -165,11 +195,34 @@ def _announce(
             "object": device.path,
             "node": device.node,
             "diskseq": device.diskseq,
-            "partitions": output.partitions_for_json(properties),
+            **output.partitions_for_json(properties),
         }
         print(output.as_json(value), flush=True)
     elif not only_json:
         print(device.node, flush=True)
+
+
+def _tell_of_partitions(found: argparse.Namespace, file: OwnedFd, device: Properties) -> None:
+    """Say which partitions are missing, or why there may be none."""
+    if device.missing_partitions:
+        say(output.missing_partitions(device))
+    if not found.partscan or device.partitions or device.missing_partitions:
+        return
+    try:
+        size = probe_sector_size(file.fileno(), device.offset)
+    except LoopError as exc:
+        say(f"{device.node} has no partitions: {exc}")
+        return
+    if size is not None and size != device.sector_size:
+        say(
+            f"{device.node} has no partitions: the table in the file is for sectors of {size} "
+            "bytes; -b 0 takes them"
+        )
+    elif size is not None:
+        say(
+            f"{device.node} has no partitions: the table in the file cannot be read; the file may "
+            "have been cut off"
+        )
 
 
 def _description(found: argparse.Namespace, device: Properties) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's commands that ask loopd and end: `detach`, `resize`, `list`, `show` and `set`."""
+"""loopctl's commands that ask loopd and end: detach, resize, rescan, list, show and set."""
 
 import argparse
 import asyncio
@@ -8,9 +8,10 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from ..client import Client, Device
+from ..client.image import name_file
 from ..errors import LoopError
 from . import columns, output
-from .connection import associated, connected, find
+from .connection import associated, connected, find, find_disk, find_partition
 from .outcome import ExitCode, about, exit_code
 from .stream import complain, say
 from .style import Style
@@ -24,6 +25,11 @@ def detach(found: argparse.Namespace) -> int:
 def resize(found: argparse.Namespace) -> int:
     """`loopctl resize`; returns its exit status."""
     return _run(_resize, found, asking=True)
+
+
+def rescan(found: argparse.Namespace) -> int:
+    """`loopctl rescan`; returns its exit status."""
+    return _run(_rescan, found, asking=True)
 
 
 def list_devices(found: argparse.Namespace) -> int:
@@ -58,7 +64,7 @@ async def _detach(found: argparse.Namespace, client: Client) -> int:
     status, results = ExitCode.OK, []
     for target in found.targets or await _chosen(found, client):
         try:
-            device = await find(client, target) if isinstance(target, str) else target
+            device = await find_disk(client, target) if isinstance(target, str) else target
             gone = await device.detach(lazy=found.lazy)
         except (LoopError, OSError) as exc:
             complain(about(target if isinstance(target, str) else target.node, exc))
@@ -83,17 +89,48 @@ async def _chosen(found: argparse.Namespace, client: Client) -> list[Device]:
 
 
 async def _resize(found: argparse.Namespace, client: Client) -> int:
-    device = await find(client, found.target)
-    size = await device.resize(
-        offset=found.offset,
-        size_limit=found.sizelimit,
-        force=found.force,
-        allow_overlap=found.allow_overlap,
-    )
-    if found.json:
-        print(output.as_json({"object": device.path, "node": device.node, "size": size}))
+    device, partition = await find(client, found.target)
+    if partition is None:
+        node = device.node
+        size = await device.resize(
+            offset=found.offset,
+            size_limit=found.sizelimit,
+            force=found.force,
+            allow_overlap=found.allow_overlap,
+        )
     else:
-        print(f"{device.node}: {output.exact_size(size)}")
+        node = (await find_partition(device, partition)).node
+        with name_file(node) as named:
+            size = await client.resize_by_fd(
+                named,
+                offset=found.offset,
+                size_limit=found.sizelimit,
+                force=found.force,
+                allow_overlap=found.allow_overlap,
+            )
+    if found.json:
+        print(output.as_json({"object": device.path, "node": node, "size": size}))
+    else:
+        print(f"{node}: {output.exact_size(size)}")
+    return ExitCode.OK
+
+
+async def _rescan(found: argparse.Namespace, client: Client) -> int:
+    device = await find_disk(client, found.target)
+    await device.rescan_partitions()
+    properties = await device.properties()
+    if found.json:
+        value = {
+            "object": device.path,
+            "node": device.node,
+            **output.partitions_for_json(properties),
+        }
+        print(output.as_json(value))
+    else:
+        for each in properties.partitions:
+            print(each.node)
+    if properties.missing_partitions:
+        say(output.missing_partitions(properties))
     return ExitCode.OK
 
 
@@ -126,18 +163,28 @@ async def _list(found: argparse.Namespace, client: Client) -> int:
 
 
 async def _show(found: argparse.Namespace, client: Client) -> int:
-    device = await find(client, found.target)
-    properties = await device.properties()
-    if found.json:
-        print(output.as_json(output.properties_for_json(device.path, properties)))
+    device, number = await find(client, found.target)
+    label = Style(sys.stdout).bold
+    if number is not None:
+        partition = await find_partition(device, number)
+        if found.json:
+            value = {"object": device.path, "disk": device.node, **partition._asdict()}
+            print(output.as_json(value))
+            return ExitCode.OK
+        lines = output.partition(partition, device.node, label)
     else:
-        for line in output.properties(properties, Style(sys.stdout).bold):
-            print(line)
+        properties = await device.properties()
+        if found.json:
+            print(output.as_json(output.properties_for_json(device.path, properties)))
+            return ExitCode.OK
+        lines = output.properties(properties, label)
+    for line in lines:
+        print(line)
     return ExitCode.OK
 
 
 async def _set(found: argparse.Namespace, client: Client) -> int:
-    device = await find(client, found.target)
+    device = await find_disk(client, found.target)
     if found.sector_size is not None:
         await device.set_sector_size(found.sector_size)
     if found.direct_io is not None:

@@ -7,9 +7,10 @@ import os
 from collections.abc import AsyncIterator
 
 from .. import errors
-from ..client import Client, Device
+from ..client import Client, Device, Named
 from ..client.image import name_file
-from ..client.properties import Properties
+from ..client.properties import Partition, Properties
+from ..errors import InvalidArgs, NoSuchDevice
 from .agent import agent
 from .arguments import node_of
 from .output import printable
@@ -40,12 +41,31 @@ async def connected(found: argparse.Namespace, *, asking: bool = False) -> Async
             yield client
 
 
-async def find(client: Client, target: str) -> Device:
-    """The device that a DEVICE-OR-FILE names."""
+async def find(client: Client, target: str) -> Named[Device]:
+    """The device that a DEVICE-OR-FILE names, or the partition of one."""
     if node := node_of(target):
-        return await client.device_by_node(node)
+        return Named(await client.device_by_node(node.disk), node.partition)
     with name_file(target) as file:
-        return await client.device_by_fd(file)
+        return await client.named_by_fd(file)
+
+
+async def find_disk(client: Client, target: str) -> Device:
+    """The device that a DEVICE-OR-FILE names, for what cannot be done to a partition.
+
+    Raises InvalidArgs for a partition.
+    """
+    device, partition = await find(client, target)
+    if partition is not None:
+        raise InvalidArgs(f"{device.node}p{partition} is a partition: name the disk, {device.node}")
+    return device
+
+
+async def find_partition(device: Device, number: int) -> Partition:
+    """A partition of a device. Raises NoSuchDevice."""
+    for partition in (await device.properties()).partitions:
+        if partition.number == number:
+            return partition
+    raise NoSuchDevice(f"{device.node} has no partition {number}")
 
 
 async def associated(client: Client, file: str) -> list[tuple[Device, Properties]]:

@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import os
 
+from ..errors import InvalidArgs
 from ..fd import OwnedFd
 from .agent import agent
 from .child import run_command
@@ -23,9 +24,14 @@ async def _open(found: argparse.Namespace, slot: OwnedFd) -> int:
     number = slot.fileno()
     with Signals() as signals:
         async with await signals.unless(connect(found)) as client:
-            device = await signals.unless(find(client, found.target))
+            device, partition = await signals.unless(find(client, found.target))
+            if found.partition is not None:
+                if partition is not None:
+                    raise InvalidArgs(f"--partition: {found.target} is a partition already")
+                partition = found.partition
+            node = device.node if partition is None else f"{device.node}p{partition}"
             async with agent(wanted=found.interactive):
-                opening = device.open("rw" if found.read_write else "r", partition=found.partition)
+                opening = device.open("rw" if found.read_write else "r", partition=partition)
                 opened = await signals.unless(opening)
             with opened:
                 os.dup2(opened.fileno(), number, inheritable=False)
@@ -34,6 +40,6 @@ async def _open(found: argparse.Namespace, slot: OwnedFd) -> int:
                 [argument.replace("{}", f"/dev/fd/{number}") for argument in command],
                 device,
                 signals,
-                variables={"LOOPDEV": device.node, "LOOPFD": str(number)},
+                variables={"LOOPDEV": node, "LOOPFD": str(number)},
                 fds=[number],
             )

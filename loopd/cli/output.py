@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..client.properties import FOREIGN, Properties
+from ..client.properties import FOREIGN, Partition, Properties
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -79,9 +79,36 @@ def table(rows: Sequence[Sequence[str]], names: Sequence[str], right: str = "") 
 
 def properties(device: Properties, label: Callable[[str], str] = lambda text: text) -> list[str]:
     """Lines that tell all of a device; `label` makes of what comes before a colon what it likes."""
-    rows = _rows(device).values()
+    return _labelled([*_rows(device).values()], label)
+
+
+def partition(
+    told: Partition, disk: str, label: Callable[[str], str] = lambda text: text
+) -> list[str]:
+    """Lines that tell all of a partition, as `properties` does of a device."""
+    rows = [
+        ("Node", told.node),
+        ("Partition", f"{told.number} of {disk}"),
+        ("Start", exact_size(told.start)),
+        ("Size", exact_size(told.size)),
+    ]
+    return _labelled(rows, label)
+
+
+def _labelled(rows: Sequence[tuple[str, str]], label: Callable[[str], str]) -> list[str]:
     width = max(len(name) for name, _ in rows) + 1
     return [f"{label(f'{name}:')}{'':{width - len(name)}}{value}" for name, value in rows]
+
+
+def missing_partitions(device: Properties) -> str:
+    """What to say of partitions that the table has and the device has not, of which there are."""
+    missing = device.missing_partitions
+    one = len(missing) == 1
+    return (
+        f"{device.node} has no partition{'' if one else 's'} {', '.join(map(str, missing))} of its "
+        f"table, which overlap{'s' if one else ''} another or begin{'s' if one else ''} past the "
+        "end; --offset and --sizelimit attach such a part of the file by itself"
+    )
 
 
 def news(device: Properties, names: Iterable[str]) -> str:
@@ -109,6 +136,10 @@ def _rows(device: Properties) -> dict[str, tuple[str, str]]:
         "autoclear": ("Autoclear", _yes(device.autoclear)),
         "partition_scan": ("Partition scan", _yes(device.partition_scan)),
         "partitions": ("Partitions", ", ".join(each.node for each in device.partitions) or "none"),
+        "missing_partitions": (
+            "Missing ones",
+            ", ".join(map(str, device.missing_partitions)) or "none",
+        ),
         "reference": ("Reference", printable(device.reference) or "none"),
         "owner": ("Owner", of_owner),
         "lifetime": ("Lifetime", device.lifetime or "until somebody detaches it"),
@@ -164,10 +195,13 @@ def properties_for_json(path: str, device: Properties) -> dict[str, Any]:
         "object": path,
         **asdict(device),
         "backing_file": device.backing_file.decode(errors="replace"),
-        "partitions": partitions_for_json(device),
+        **partitions_for_json(device),
     }
 
 
-def partitions_for_json(device: Properties) -> list[dict[str, Any]]:
-    """The partitions, each with its number, node, start and size."""
-    return [part._asdict() for part in device.partitions]
+def partitions_for_json(device: Properties) -> dict[str, Any]:
+    """The partitions, each with its number, node, start and size; the numbers that are missing."""
+    return {
+        "partitions": [part._asdict() for part in device.partitions],
+        "missing_partitions": [*device.missing_partitions],
+    }

@@ -9,6 +9,25 @@ from ..fd import OwnedFd
 from .style import Style
 
 
+def provide_streams() -> None:
+    """Have the three standard streams, also where loopctl was started without one of them.
+
+    The next file that is opened, such as an image, would get its number, and be what a command that
+    loopctl runs reads from or writes to. What would be read from a missing stdin or written to a
+    missing stdout is an error; what would be told on stderr is lost.
+    """
+    for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, flags)  # the lowest number that is free
+            os.set_inheritable(opened, True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
 def say(text: str) -> None:
     """Tell the person at the terminal; that nobody can read it is no error."""
     _say("loopctl:", text)

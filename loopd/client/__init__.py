@@ -28,7 +28,7 @@ from .. import dial, errors
 from ..fd import OwnedFd
 from .changes import Change, Changes, objects
 from .device import Device, Lifetime, Lock, properties, resize_options
-from .image import Path, open_file
+from .image import Path, open_file, partition_named
 from .link import (
     Disconnected,
     Link,
@@ -56,6 +56,7 @@ __all__ = [
     "File",
     "Lifetime",
     "Lock",
+    "Named",
     "Partition",
     "Progress",
     "Properties",
@@ -106,6 +107,14 @@ class Reconnected(NamedTuple, Generic[_D]):
     """Those that go on as they were, by their lifetime or by a Hold; their locks have ended."""
     gone: tuple[_D, ...]
     """Those that went with the old connection, or otherwise, or are about to."""
+
+
+class Named(NamedTuple, Generic[_D]):
+    """What an fd names."""
+
+    device: _D
+    partition: int | None
+    """The number of the partition of it that the fd is open on; None if it names all of it."""
 
 
 class Client:
@@ -278,18 +287,34 @@ class Client:
     async def device_by_fd(self, file: int | SupportsFileno) -> Device:
         """The device that an fd names: it is open, in any mode, on the device or its backing file.
 
-        Of the devices with that backing file the caller's own come first.
-        Raises NoSuchDevice, Ambiguous.
+        Of the devices with that backing file the caller's own come first. An fd on a partition is
+        for `named_by_fd`. Raises NoSuchDevice, Ambiguous, InvalidArgs.
         """
-        fd = OwnedFd(os.dup(_fileno(file)))
-        asking = self._link.start_passing(PATH, NAME, "GetDevice", "h", [0], fd, returns=[is_path])
+        device, partition = await self.named_by_fd(file)
+        if partition is not None:
+            raise errors.InvalidArgs(
+                f"the fd is open on partition {partition} of {device.node}, and not on all of it"
+            )
+        return device
+
+    async def named_by_fd(self, file: int | SupportsFileno) -> Named[Device]:
+        """The device that an fd names, or that it names a partition of.
+
+        Raises NoSuchDevice, Ambiguous, and OSError where sysfs does not tell.
+        """
+        with OwnedFd(os.dup(_fileno(file))) as fd:
+            partition = partition_named(fd.fileno())
+            asking = self._link.start_passing(
+                PATH, NAME, "GetDevice", "h", [0], fd.move(), returns=[is_path]
+            )
         (path,) = await asyncio.shield(asking)
-        return await self._found(path)
+        return Named(await self._found(path), partition)
 
     async def detach_by_fd(self, file: int | SupportsFileno, *, lazy: bool = False) -> bool:
         """As Device.detach, on the device that an fd names, see device_by_fd.
 
-        Raises NoSuchDevice, Ambiguous, and what Device.detach does.
+        Raises NoSuchDevice, Ambiguous, InvalidArgs for an fd on a partition, and what Device.detach
+        does.
         """
         options = make_options(("lazy", "b", lazy or None))
         try:

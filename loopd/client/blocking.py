@@ -18,7 +18,7 @@ from typing import Literal, Self, Unpack
 
 from .. import client
 from ..fd import OwnedFd
-from . import AttachOptions, Daemon, File, Lifetime, Lock, Reconnected, SupportsFileno
+from . import AttachOptions, Daemon, File, Lifetime, Lock, Named, Reconnected, SupportsFileno
 from .changes import Change
 from .properties import Properties
 from .watch import Ended
@@ -78,6 +78,11 @@ class Client:
     def device_by_fd(self, file: int | SupportsFileno) -> "Device":
         """As loopd.client.Client.device_by_fd."""
         return self._device(self._runner.run(self._client.device_by_fd(file)))
+
+    def named_by_fd(self, file: int | SupportsFileno) -> "Named[Device]":
+        """As loopd.client.Client.named_by_fd."""
+        device, partition = self._runner.run(self._client.named_by_fd(file))
+        return Named(self._device(device), partition)
 
     def detach_by_fd(self, file: int | SupportsFileno, *, lazy: bool = False) -> bool:
         """As loopd.client.Client.detach_by_fd."""

@@ -177,7 +177,9 @@ class Device:
     async def rescan_partitions(self) -> int:
         """Bring the partitions' devices in step with the partition table; returns how many.
 
-        Raises DeviceBusy if one in use would have to change, AccessDenied, NotSupported, TimedOut.
+        One that is larger there grows, also while it is in use; Properties.missing_partitions has
+        the numbers of those that cannot be. Raises DeviceBusy if one in use would have to go, move
+        or shrink, and leaves all as they are then, AccessDenied, NotSupported, TimedOut.
         """
         return int(await self._answer(int, "RescanPartitions", "a{sv}", {}))
 

@@ -4,7 +4,10 @@
 import contextlib
 import errno
 import os
+import re
+import stat
 
+from .. import kernel
 from ..fd import OwnedFd
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -41,6 +44,9 @@ def _open(path: Path, access: int, direct: bool) -> OwnedFd:
     return OwnedFd(os.open(path, flags))
 
 
+_PARTITION = re.compile(r"loop\d+p(\d+)", re.ASCII)
+
+
 def name_file(path: Path) -> OwnedFd:
     """Open a file, a node or a partition only to tell loopd which one is meant.
 
@@ -48,3 +54,16 @@ def name_file(path: Path) -> OwnedFd:
     of a device that is to be detached. Raises OSError.
     """
     return OwnedFd(os.open(path, os.O_PATH | os.O_CLOEXEC))
+
+
+def partition_named(fd: int) -> int | None:
+    """The number of the partition of a loop device that an fd is open on, in any mode.
+
+    None if it is open on anything else. Asks no filesystem. Raises OSError.
+    """
+    status = kernel.statx(fd)
+    if not stat.S_ISBLK(status.stx_mode):
+        return None
+    name = kernel.block_name(status.stx_rdev_major, status.stx_rdev_minor)
+    match = _PARTITION.fullmatch(name)
+    return int(match[1]) if match else None

@@ -9,7 +9,7 @@ exception: the path of a file, and a reference.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 from ..codec import Variant
@@ -91,6 +91,8 @@ class Properties:
     autoclear: bool
     partition_scan: bool
     partitions: tuple[Partition, ...]
+    missing_partitions: tuple[int, ...] = ()
+    """Numbers that the partition table has and the device has not."""
     reference: str
     owner: int
     """A uid, or FOREIGN."""
@@ -111,11 +113,12 @@ class Properties:
     def decode(cls, found: Any) -> Self:
         """Read them from an a{sv}; those of a newer loopd are passed over.
 
-        Raises Failed if one is missing, or is not what loopd tells of a device.
+        What an older one does not tell has a default. Raises Failed if one is missing, or is not
+        what loopd tells of a device.
         """
         values = _values(found)
         for field in fields(cls):
-            if field.name not in values:
+            if field.name not in values and field.default is MISSING:
                 raise Failed(f"loopd does not tell the property {field.name!r} of a device")
         return cls(**values)
 
@@ -180,6 +183,7 @@ _TOLD: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "autoclear": ("b", _anything),
     "partition_scan": ("b", _anything),
     "partitions": ("a(ustt)", lambda found: all(map(_is_partition, found))),
+    "missing_partitions": ("au", _anything),
     "reference": ("s", _anything),
     "owner": ("u", _anything),
     "holder": ("s", lambda name: not name or bool(_UNIQUE_NAME.fullmatch(name))),
@@ -209,6 +213,8 @@ def _values(found: Any) -> dict[str, Any]:
         values[key] = variant.value
     if "backing_file" in values:
         values["backing_file"] = bytes(values["backing_file"]).removesuffix(b"\0")
+    if "missing_partitions" in values:
+        values["missing_partitions"] = tuple(values["missing_partitions"])
     if "partitions" in values:
         values["partitions"] = tuple(Partition(*each) for each in values["partitions"])
     return values

@@ -36,6 +36,7 @@ BLOCK = f"{PREFIX}attach-block-device"
 UNTRUSTED = f"{PREFIX}attach-untrusted-filesystem"
 OPEN = f"{PREFIX}open-device"
 MANAGE = f"{PREFIX}manage-others"
+OPEN_OTHERS = f"{PREFIX}open-others-device"
 
 DENIED = f"{BUS}.Error.AccessDenied"
 INVALID = f"{BUS}.Error.InvalidArgs"
@@ -240,7 +241,9 @@ def test_a_uid_above_the_signed_numbers_is_a_user_like_any_other(
             ("Resize", "a{sv}", [{}]),
         ):
             assert error_of(call, others.path, DEVICE, member, signature, args) == DENIED
-        assert [question.action for question in world.polkit.questions] == [ATTACH] + [MANAGE] * 3
+        assert [question.action for question in world.polkit.questions] == [
+            *(ATTACH, MANAGE, OPEN_OTHERS, MANAGE)
+        ]
         assert {question.bus_name for question in world.polkit.questions} == {client.unique_name}
         world.polkit.reset(Answer.ALLOW)
         own = attach(client, fd)

@@ -306,10 +306,12 @@ def partitions(data: bytes) -> None:
         found = table.check(data[7:], size=size, sector_size=sector_size)
     except Failed:
         return
-    numbers = [each.number for each in found]
-    assert numbers == sorted(set(numbers)), "a number is there twice"
-    for each in found:
-        assert 1 <= each.number <= 255, "the kernel has no such number"
+    assert list(found) == sorted(found), "they are in no order"
+    assert all(1 <= number <= 255 for number in found), "the kernel has no such number"
+    for number, each in found.items():
+        if each is None:
+            continue
+        assert each.number == number, "it has another number"
         assert each.start >= 0, "begins before the device"
         assert each.size > 0, "is empty"
         assert each.start + each.size <= size, "ends behind the device"

@@ -12,6 +12,7 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -757,6 +758,54 @@ def test_a_file_of_one_sector_has_no_table(lab: Lab) -> None:
     assert loopops.sector_size(lab.attach(lab.image(512), sector_size=None)) == 512
 
 
+# --- a tail of less than a sector ---------------------------------------------------------------
+
+TAIL = 1024 + 100
+"""Bytes at the end of a file: two sectors of 512 bytes, and no sector of 4096."""
+
+
+def grow(path: Path, size: int) -> Path:
+    os.truncate(path, size)
+    return path
+
+
+def test_a_device_has_whole_sectors_only(lab: Lab) -> None:
+    """What is left of a sector is in the device's size by the kernel, and reading it fails."""
+    path = grow(lab.image(MIB), MIB + TAIL)
+    device = lab.attach(path, sector_size=4096)
+    assert status(device).size == MIB
+    assert status(lab.attach(lab.image(MIB + TAIL))).size == MIB + 1024
+    # A grown file is taken up as if there were no limit.
+    grow(path, 2 * MIB + TAIL)
+    assert resize(device) == status(device).size == 2 * MIB
+    assert resize(device) == 2 * MIB
+    grow(path, 2 * MIB + 4096)
+    assert resize(device) == 2 * MIB + 4096
+    assert status(device).size_limit == 0
+
+
+def test_another_sector_size_changes_what_is_whole(lab: Lab) -> None:
+    device = lab.attach(grow(lab.image(MIB), MIB + TAIL))
+    for size, whole in ((4096, MIB), (1024, MIB + 1024), (2048, MIB), (512, MIB + 1024)):
+        loopops.set_sector_size(device, size)
+        assert status(device).size == whole
+    assert status(device).size_limit == 0
+
+
+def test_a_limit_is_kept_over_a_tail(lab: Lab) -> None:
+    path = lab.image(2 * MIB)
+    device = lab.attach(path, sector_size=4096, size_limit=MIB)
+    grow(path, MIB - TAIL)
+    assert resize(device) == MIB - 4096
+    grow(path, 2 * MIB)
+    assert resize(device) == MIB
+    assert status(device).size_limit == MIB
+    # One with an offset, too.
+    grow(path, 2 * MIB + TAIL)
+    assert resize(device, offset=512, size_limit=0) == 2 * MIB
+    assert resize(device, offset=0, size_limit=4096) == 4096
+
+
 # --- partitions ---------------------------------------------------------------------------------
 
 
@@ -769,8 +818,8 @@ def test_partitions_are_there_when_attach_returns(lab: Lab) -> None:
         assert kernel.partition_node_exists(device.number, each.number)
 
 
-def test_the_kernels_parser_sees_one_sector_only(lab: Lab) -> None:
-    """It would make partitions that vanish and come again, from a table that anyone wrote."""
+def test_the_kernels_parser_sees_nothing(lab: Lab) -> None:
+    """Kernel's parser: it would make partitions that vanish and come again, from anyone's table."""
     limits: list[int] = []
 
     def look() -> None:
@@ -778,7 +827,7 @@ def test_the_kernels_parser_sees_one_sector_only(lab: Lab) -> None:
 
     lab.script.after("loop_configure", look)
     device = lab.attach(lab.gpt(), partition_scan=True)
-    assert limits == [512]
+    assert limits == [0]
     assert status(device).size == 4 * MIB
 
 
@@ -806,6 +855,24 @@ def test_a_rescan_follows_the_table_and_leaves_alone_what_is_as_it_says(lab: Lab
         with pytest.raises(DeviceBusy, match=f"loop{device.number}p1 is in use"):
             loopops.rescan_partitions(device)
     assert loopops.rescan_partitions(device) == [PartitionExtent(1, MIB, MIB // 2)]
+
+
+def test_a_rescan_grows_what_is_in_use_and_tells_what_the_table_has(lab: Lab) -> None:
+    path = images.make_gpt(lab.gpt(), [(2048, 1024), (6144, 512)])
+    device = lab.attach(path, partition_scan=True)
+    assert device.table == (1, 2)
+    with lab.open(device.number, os.O_RDONLY | os.O_EXCL, partition=1):
+        images.make_gpt(path, [(2048, 2048), (3000, 100), (6144, 512)])
+        found = loopops.rescan_partitions(device)
+    assert found == [GPT[0], PartitionExtent(3, 3 * MIB, MIB // 4)]
+    assert device.table == (1, 2, 3)
+
+
+def test_partitions_do_not_reach_past_the_end_of_their_device(lab: Lab) -> None:
+    device = lab.attach(lab.gpt(), partition_scan=True)
+    assert resize(device, size_limit=MIB + MIB // 2) == MIB + MIB // 2
+    assert list(status(device).partitions) == [PartitionExtent(1, MIB, MIB // 2)]
+    assert resize(device, size_limit=0) == 4 * MIB
 
 
 def test_partitions_are_found_later_where_nobody_asked_for_them_at_first(lab: Lab) -> None:

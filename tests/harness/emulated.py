@@ -74,7 +74,9 @@ class Session:
         """Run a command that must succeed; return what it printed."""
         done = self.result(*command, stdin=stdin)
         if done.returncode != 0:
-            raise FailedError(f"{shlex.join(done.args)} ended with {done.returncode}: {done.stdout}")
+            raise FailedError(
+                f"{shlex.join(done.args)} ended with {done.returncode}: {done.stdout}"
+            )
         return done.stdout
 
     def shell(self, script: str) -> str:
@@ -162,7 +164,9 @@ class Emulated(Session):
 
     def write(self, path: str, data: bytes, *, owner: str = "root") -> str:
         """Make a file in the machine; return its path there."""
-        self.run("install", "-D", "-o", owner, "-g", owner, "-m", "644", "/dev/stdin", path, stdin=data)
+        self.run(
+            "install", "-D", "-o", owner, "-g", owner, "-m", "644", "/dev/stdin", path, stdin=data
+        )
         return path
 
     def image(self, file: Path, *, owner: str = "alice") -> str:
@@ -175,7 +179,19 @@ def disk(root: Path) -> Path:
     image = root.with_name(f"{root.name}.img")
     if not image.exists():
         unfinished = root.with_name(f"{root.name}.img.{os.getpid()}")
-        command = ["mke2fs", "-q", "-F", "-t", "ext4", "-E", "nodiscard", "-d", root, unfinished, "2G"]
+        command = [
+            "mke2fs",
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-E",
+            "nodiscard",
+            "-d",
+            root,
+            unfinished,
+            "2G",
+        ]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         unfinished.rename(image)
     return image

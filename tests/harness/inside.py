@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import ending, registry, table, threads
+from loopd import closes, ending, registry, table
 from loopd.access import Caller, Client
 from loopd.attaching import Attaching
 from loopd.config import Config
@@ -271,7 +271,7 @@ def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKern
             # A child of its own takes longer than all the rest.
             (table, "_ask", lambda _: TABLE),
             # Clients' fds may be on devices of the script.
-            (threads, "_close", scripted.close),
+            (closes, "_close", scripted.close),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(scripted.installed())

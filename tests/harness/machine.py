@@ -188,7 +188,7 @@ class LoopMachine(RuleBasedStateMachine):
             image=image,
             offset=offset,
             limit=limit,
-            size=min(limit or room, room) // 512 * 512,
+            size=min(limit or room, room) // unit * unit,
             sector_size=unit,
             read_only=read_only,
             partitions=image.partitions() if scan else [],
@@ -252,22 +252,31 @@ class LoopMachine(RuleBasedStateMachine):
         new_offset = expected.offset if offset is None else offset
         new_limit = expected.limit if limit is None else limit
         room = expected.image.size - new_offset
-        size = min(new_limit or room, room) // 512 * 512
+        size = min(new_limit or room, room) // expected.sector_size * expected.sector_size
         fits = room >= expected.sector_size and not (limit and limit > room)
         fits = fits and new_limit % expected.sector_size == 0
-        smaller = size < expected.size or new_offset != expected.offset
+        moves = new_offset != expected.offset
+        opened = {each.partition for each in expected.openers} - {None}
         try:
             told = loopops.resize(expected.device, offset=offset, size_limit=limit, force=force)
         except InvalidArgs:
             assert not fits
         except DeviceBusy:
-            assert expected.in_use()
-            assert smaller
+            assert (expected.in_use() and (moves or size < expected.size)) or (moves and opened)
             assert not force
+            assert kernel.loop_partitions(expected.device.number) == expected.partitions
         else:
             assert fits
             assert told == size
             expected.offset, expected.limit, expected.size = new_offset, new_limit, size
+            if moves:
+                expected.partitions = kernel.loop_partitions(expected.device.number)
+            else:
+                expected.partitions = [
+                    each._replace(size=min(each.size, max(size - each.start, 0)) or each.size)
+                    for each in expected.partitions
+                    if each.start < size or each.number in opened
+                ]
 
     @rule(expected=devices, reference=st.sampled_from([b"", b"name", b"x" * 63]))
     def set_reference(self, expected: Expected, reference: bytes) -> None:
@@ -280,6 +289,7 @@ class LoopMachine(RuleBasedStateMachine):
         # Partitions would be looked for anew, for sectors of another size.
         if expected not in self.attached or expected.partitions:
             return
+        looks = expected.device.cut.limit or expected.size % size
         try:
             loopops.set_sector_size(expected.device, size)
         except InvalidArgs:
@@ -287,6 +297,9 @@ class LoopMachine(RuleBasedStateMachine):
         except DeviceBusy:
             assert expected.in_use()
         else:
+            if looks and size != expected.sector_size:
+                room = expected.image.size - expected.offset
+                expected.size = min(expected.limit or room, room) // size * size
             expected.sector_size = size
 
     @rule(expected=devices, enable=st.booleans())
@@ -325,7 +338,12 @@ class LoopMachine(RuleBasedStateMachine):
             return
         wanted = expected.image.partitions()
         busy = {each.partition for each in expected.openers} - {None}
-        changing = {each.number for each in expected.partitions if each not in wanted}
+        grown = {(each.number, each.start): each.size for each in wanted}
+        changing = {
+            each.number
+            for each in expected.partitions
+            if grown.get((each.number, each.start), 0) < each.size
+        }
         try:
             found = loopops.rescan_partitions(expected.device)
         except DeviceBusy:
@@ -409,7 +427,8 @@ class LoopMachine(RuleBasedStateMachine):
         for expected in self.attached:
             told = loopinfo.status(expected.device.number)
             assert told.binding == expected.device.binding
-            assert (told.offset, told.size_limit, told.size) == (
+            limit = expected.device.asked_limit(told.size_limit)
+            assert (told.offset, limit, told.size) == (
                 expected.offset,
                 expected.limit,
                 expected.size,

@@ -315,9 +315,13 @@ def members(machine: Emulated) -> dict[str, list[str]]:
     """Commands that make an image what would be assembled, and show whether it was."""
     return {
         "lvm": ["pvcreate -qq {0} && vgcreate -qq testvg {0} && lvcreate -qq -an -l 1 -n v testvg"],
-        "md": ["mdadm --create /dev/md/test --run --metadata=1.2 --level=1 -n1 --force {0}; mdadm --stop --scan"],
+        "md": [
+            "mdadm --create /dev/md/test --run --metadata=1.2 --level=1 -n1 --force {0}; mdadm --stop --scan"
+        ],
         "btrfs": ["mkfs.btrfs -q -f {0}"],
-        "luks": ["printf key | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 {0} -"],
+        "luks": [
+            "printf key | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 {0} -"
+        ],
     }
 
 
@@ -339,7 +343,9 @@ def test_a_users_member_is_left_alone(machine: Emulated, kind: str) -> None:
     settled(machine)
     node = attach(machine.alice, image)
     found = properties(machine, node)
-    assert not [key for key in found if key.startswith(("ID_FS_UUID", "ID_FS_LABEL", "ID_PART_ENTRY_"))]
+    assert not [
+        key for key in found if key.startswith(("ID_FS_UUID", "ID_FS_LABEL", "ID_PART_ENTRY_"))
+    ]
     assert "by-uuid" not in found.get("DEVLINKS", "")
     if kind in ASSEMBLED:
         assert machine.result("sh", "-c", ASSEMBLED[kind].format(node)).returncode != 0

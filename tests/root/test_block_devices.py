@@ -254,6 +254,7 @@ def test_a_whole_block_device_needs_no_loop_device(owner: Caller, disk: loops.Bo
         "Autoclear": False,
         "PartitionScan": False,
         "Partitions": [],
+        "MissingPartitions": [],
         "Reference": "",
         "Owner": pwd.getpwnam(USER).pw_uid,
         "Holder": owner.unique_name,

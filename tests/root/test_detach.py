@@ -376,14 +376,19 @@ def test_a_device_is_named_by_the_fd_that_open_gave(world: World) -> None:
     loops.wait_unbound(attached.number, attached.diskseq)
 
 
-def test_a_device_is_named_by_its_partition(world: World) -> None:
+def test_a_partition_names_its_device_and_is_not_detached(world: World) -> None:
     root, caller = world.caller(None), world.caller()
     attached = caller.attach(world.image(4 * MIB))
     with partition(attached) as part:
         assert get_device(root, File(part, os.O_RDONLY)) == attached.path
         assert get_device(root, File(part, os.O_PATH)) == attached.path
-        assert detach_by_fd(root, File(part, os.O_RDONLY)) is True
-    assert not is_bound(attached)
+        error = error_of(detach_by_fd, root, File(part, os.O_RDONLY))
+        assert (error.name, attached.node in error.message) == (
+            "org.freedesktop.DBus.Error.InvalidArgs",
+            True,
+        )
+        assert is_bound(attached)
+    assert caller.detach(attached.path) is True
 
 
 def test_a_file_is_itself_by_whatever_path_it_was_opened(world: World) -> None:

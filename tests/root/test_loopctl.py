@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -657,27 +657,88 @@ def test_a_key_of_the_terminal_reaches_the_command_once(
             assert running.end()[0] == 9
 
 
-def test_nothing_is_left_of_a_run_that_is_killed(
+@contextmanager
+def waiting(loopctl: Loopctl, image: Path, script: str) -> Iterator[tuple[Running, int, int]]:
+    """A `run` of a shell that reads from its stdin, the device's number, and what it waits for."""
+    with ExitStack() as stack:
+        read_end, write_end = os.pipe()
+        stack.callback(os.close, read_end)
+        told = stack.enter_context(open(write_end, "wb"))
+        command = ("run", image, "--", "sh", "-c", script)
+        run = stack.enter_context(loopctl.start(*command, stdin=read_end, start_new_session=True))
+        yield run, number_of(run.line()), told.fileno()
+
+
+def holds(caller: Caller, number: int) -> int:
+    """How many Holds there are of a device."""
+    (path,) = caller.manager("GetDeviceByNode", "s", f"loop{number}")
+    return int(caller.get(path, "Holds"))
+
+
+def let_end(write_end: int) -> None:
+    """Tell the shell of `waiting` that it can go on."""
+    os.write(write_end, b"\n")
+
+
+def test_a_command_keeps_its_device_when_loopctl_is_killed(
+    daemon: Daemon, loopctl: Loopctl, image: Path, caller: Caller
+) -> None:
+    """Killed loopctl: what it takes for its device would soon be another user's."""
+    with waiting(loopctl, image, "echo {}; read x") as (run, number, told):
+        loop = look_at(number)
+        assert loop is not None
+        run.signal(signal.SIGKILL)
+        run.process.wait()
+        # loopd has heard of it, and knows what keeps the device.
+        deadline = Deadline()
+        while holder(caller, number):
+            assert deadline.remaining
+        assert holds(caller, number) == 1
+        assert loop_is_bound(number, loop.diskseq)
+        let_end(told)
+        wait_unbound(number, loop.diskseq)
+        run.end()
+
+
+def holder(caller: Caller, number: int) -> str:
+    """The connection that has the lease of a device."""
+    (path,) = caller.manager("GetDeviceByNode", "s", f"loop{number}")
+    return str(caller.get(path, "Holder"))
+
+
+def test_nothing_is_left_of_a_run_that_is_killed_with_its_command(
     daemon: Daemon, loopctl: Loopctl, image: Path
 ) -> None:
-    read_end, write_end = os.pipe()
-    try:
-        with loopctl.start(
-            "run", image, "--", "sh", "-c", "echo {}; read x", stdin=read_end
-        ) as run:
-            number = number_of(run.line())
-            loop = look_at(number)
-            assert loop is not None
-            run.signal(signal.SIGKILL)
-            wait_unbound(number, loop.diskseq)
-            # Its command is not its own to kill, and ends here.
-            os.close(write_end)
-            write_end = -1
+    """Killed loopctl: as by the kernel, of a control group that is out of memory."""
+    with waiting(loopctl, image, "echo {}; read x") as (run, number, _):
+        loop = look_at(number)
+        assert loop is not None
+        os.killpg(run.pid, signal.SIGKILL)
+        wait_unbound(number, loop.diskseq)
+        run.end()
+
+
+_DAEMON = 'exec 3<&0; setsid sh -c "read x" <&3 3<&- >/dev/null 2>&1 & echo {}'
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_command_leaves_running_keeps_the_device(
+    daemon: Daemon, loopctl: Loopctl, image: Path, killed: bool
+) -> None:
+    """Killed loopctl."""
+    script = _DAEMON + ("; read y" if killed else "")
+    with waiting(loopctl, image, script) as (run, number, told):
+        loop = look_at(number)
+        assert loop is not None
+        if killed:
+            os.killpg(run.pid, signal.SIGKILL)
             run.end()
-    finally:
-        os.close(read_end)
-        if write_end >= 0:
-            os.close(write_end)
+        else:
+            said = f"what the command has left running keeps /dev/loop{number}, which goes with the"
+            assert run.end() == (0, "", f"loopctl: {said} last\n")
+        assert loop_is_bound(number, loop.diskseq)
+        let_end(told)
+        wait_unbound(number, loop.diskseq)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------

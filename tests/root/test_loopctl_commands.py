@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from loopd.client import Disconnected, blocking
+from loopd.errors import InvalidArgs
 from tests.harness.area import area as make_area
 from tests.harness.daemon import Daemon
-from tests.harness.images import MIB, make_gpt, pattern
+from tests.harness.images import MIB, make_gpt, make_mbr, pattern
 from tests.harness.logind import LogindDouble
 from tests.harness.loopctl import (
     Loopctl,
@@ -130,6 +131,15 @@ def test_nothing_is_left_that_nobody_has_heard_of(
     assert status == 1
     assert err == "loopctl: cannot write: No space left on device\n"
     assert world.device_count() == 0
+
+
+def test_without_a_stdout_nothing_is_left_either(
+    world: World, logind: LogindDouble, loopctl: Loopctl
+) -> None:
+    for command in ("attach", "hold"):
+        status, _, err = loopctl.run(command, world.image(), preexec_fn=lambda: os.close(1))
+        assert (status, err) == (1, "loopctl: cannot write: Bad file descriptor\n")
+        world.wait_devices(0)
 
 
 def test_somebody_at_a_terminal_is_told_for_how_long(
@@ -273,6 +283,20 @@ def test_a_partition_can_be_opened(world: World, logind: LogindDouble, loopctl: 
     assert loopctl.run("open", "--partition", "2", disk, "--", *command) == (0, f"{MIB}\n", "")
 
 
+def test_a_command_without_a_stdout_does_not_write_to_the_device(
+    loopctl: Loopctl, attached: tuple[str, Path]
+) -> None:
+    """Closed streams: the device would be opened in its place."""
+    node, image = attached
+    before = image.read_bytes()
+    status, _, err = loopctl.run(
+        "open", "-w", node, "--", "echo", "hello", preexec_fn=lambda: os.close(1)
+    )
+    assert status != 0
+    assert "write error" in err
+    assert image.read_bytes() == before
+
+
 def test_a_device_that_is_detached_meanwhile_goes_with_the_command(
     loopctl: Loopctl, attached: tuple[str, Path]
 ) -> None:
@@ -294,6 +318,173 @@ def test_a_device_that_is_detached_meanwhile_goes_with_the_command(
     assert (status, out) == (0, "")
     assert err == f"loopctl: somebody has detached {node}\n"
     wait_unbound(loop.number, loop.diskseq)
+
+
+# --- partitions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(world: World, logind: LogindDouble, loopctl: Loopctl) -> tuple[str, Path]:
+    """A device of USER's with two partitions, and its file."""
+    image = make_gpt(world.new_path(), owner=USER)
+    return loopctl.json("attach", "-P", image)["node"], image
+
+
+def test_a_partition_is_opened_by_its_node(
+    world: World, loopctl: Loopctl, disk: tuple[str, Path]
+) -> None:
+    node, image = disk
+    before = image.read_bytes()
+    link = world.new_path()
+    link.symlink_to(f"{node}p2")
+    for target in (f"{node}p2", f"{node.removeprefix('/dev/')}p2", link):
+        command = ["sh", "-c", "wc -c <&$LOOPFD; echo $LOOPDEV"]
+        status, out, err = loopctl.run("open", target, "--", *command)
+        assert (status, out, err) == (0, f"{MIB}\n{node}p2\n", "")
+    write = ["sh", "-c", "echo written >&$LOOPFD && sync"]
+    assert loopctl.run("open", "-w", f"{node}p2", "--", *write)[0] == 0
+    after = image.read_bytes()
+    assert after[2 * MIB :][:8] == b"written\n"
+    assert after[: 2 * MIB] == before[: 2 * MIB]
+    for arguments in ((f"{node}p7",), ("--partition", "1", f"{node}p1")):
+        status, out, err = loopctl.run("open", *arguments, "--", "true")
+        assert (status, out) == (125, "")
+        assert one_sentence(err)
+
+
+def test_a_partition_is_resized_by_its_node(loopctl: Loopctl, disk: tuple[str, Path]) -> None:
+    node, _ = disk
+    status, out, err = loopctl.run("resize", "--sizelimit", "512K", f"{node}p1")
+    assert (status, out, err) == (0, f"{node}p1: 512 KiB (524288 bytes)\n", "")
+    shown = loopctl.json("show", node)
+    assert (shown["size"], shown["size_limit"]) == (4 * MIB, 0)
+    assert [each["size"] for each in shown["partitions"]] == [MIB // 2, MIB]
+    for option in ("--offset=0", "--force"):
+        status, out, err = loopctl.run("resize", option, "--sizelimit=512K", f"{node}p1")
+        assert (status, out) == (2, "")
+        assert one_sentence(err)
+
+
+def test_a_partition_is_shown(loopctl: Loopctl, disk: tuple[str, Path]) -> None:
+    node, _ = disk
+    told = loopctl.json("show", f"{node}p2")
+    assert {name: told[name] for name in ("node", "number", "start", "size", "disk")} == {
+        "node": f"{node}p2",
+        "number": 2,
+        "start": 2 * MIB,
+        "size": MIB,
+        "disk": node,
+    }
+    status, out, err = loopctl.run("show", f"{node}p2")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        f"Node:      {node}p2",
+        f"Partition: 2 of {node}",
+        "Start:     2 MiB (2097152 bytes)",
+        "Size:      1 MiB (1048576 bytes)",
+    ]
+    status, out, err = loopctl.run("show", f"{node}p3")
+    assert (status, out) == (5, "")
+    assert f"{node} has no partition 3" in err
+
+
+@pytest.mark.parametrize(
+    "command", [["detach"], ["detach", "--lazy"], ["rescan"], ["set", "--loop-ref=name"]]
+)
+def test_what_is_for_all_of_a_device_is_not_done_to_a_partition(
+    loopctl: Loopctl, disk: tuple[str, Path], command: list[str]
+) -> None:
+    node, _ = disk
+    before = loopctl.json("show", node)
+    status, out, err = loopctl.run(*command, f"{node}p1")
+    assert (status, out) == (2, "")
+    assert err == f"loopctl: {node}p1 is a partition: name the disk, {node}\n"
+    assert loopctl.json("show", node) == before
+
+
+def test_programs_are_told_what_an_fd_names(world: World, disk: tuple[str, Path]) -> None:
+    node, image = disk
+    with blocking.Client.connect(world.bus.address) as client:
+        with ExitStack() as stack:
+            whole, part, file = (os.open(path, os.O_PATH) for path in (node, f"{node}p2", image))
+            for fd in (whole, part, file):
+                stack.callback(os.close, fd)
+            named = [client.named_by_fd(fd) for fd in (whole, part, file)]
+            assert [(each.device.node, each.partition) for each in named] == [
+                *((node, None), (node, 2), (node, None))
+            ]
+            assert client.device_by_fd(whole) is named[1].device
+            for call in (client.device_by_fd, client.detach_by_fd):
+                with pytest.raises(InvalidArgs, match="partition"):
+                    call(part)
+        assert loop_is_bound(number_of(node))
+
+
+def test_a_rescan_tells_what_there_is_then(
+    world: World, logind: LogindDouble, loopctl: Loopctl
+) -> None:
+    image = make_mbr(world.new_path(), ((2048, 2048),), owner=USER)
+    node = loopctl.json("attach", image)["node"]
+    assert loopctl.run("rescan", node) == (0, f"{node}p1\n", "")
+    make_mbr(image, ((2048, 4096), (3000, 100), (8192, 100)), owner=USER)
+    told = loopctl.run("rescan", image)
+    assert told == (0, f"{node}p1\n{node}p3\n", f"loopctl: {_MISSING.format(node)}\n")
+    assert loopctl.run("rescan", "-J", image)[1:] == (
+        json.dumps(
+            {
+                "object": loopctl.json("show", node)["object"],
+                "node": node,
+                "partitions": [
+                    {"number": 1, "node": f"{node}p1", "start": MIB, "size": 2 * MIB},
+                    {"number": 3, "node": f"{node}p3", "start": 4 * MIB, "size": 51200},
+                ],
+                "missing_partitions": [2],
+            }
+        )
+        + "\n",
+        f"loopctl: {_MISSING.format(node)}\n",
+    )
+
+
+_MISSING = (
+    "{} has no partition 2 of its table, which overlaps another or begins past the end; --offset "
+    "and --sizelimit attach such a part of the file by itself"
+)
+
+
+@pytest.mark.parametrize("command", ["attach", "hold", "run"])
+def test_who_attaches_is_told_what_is_missing(
+    world: World, logind: LogindDouble, loopctl: Loopctl, command: str
+) -> None:
+    image = make_mbr(world.new_path(), ((2048, 2048), (3000, 100)), owner=USER)
+    behind = ["--", "echo", "{}"] if command == "run" else []
+    with loopctl.start(command, "-P", image, *behind) as running:
+        node = running.line()
+        if command == "hold":
+            assert running.process.stderr is not None
+            lines = [running.process.stderr.readline().decode() for _ in range(2)]
+            assert lines[0] == f"loopctl: {_MISSING.format(node)}\n"
+        else:
+            assert running.end() == (0, "", f"loopctl: {_MISSING.format(node)}\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "cut", "reason"),
+    [
+        (4096, 0, "is for sectors of 4096 bytes; -b 0 takes them"),
+        (512, MIB, "cannot be read; the file may have been cut off"),
+    ],
+)
+def test_who_finds_no_partitions_is_told_why(
+    world: World, logind: LogindDouble, loopctl: Loopctl, size: int, cut: int, reason: str
+) -> None:
+    """shrink-backup#61: the header of a GPT has the disk's size, and is of no use without it."""
+    image = make_gpt(world.new_path(), ((64, 64),), sector_size=size, owner=USER)
+    os.truncate(image, 4 * MIB - cut)
+    status, out, err = loopctl.run("attach", "-P", image)
+    assert status == 0
+    node = out.rstrip("\n")
+    assert err == f"loopctl: {node} has no partitions: the table in the file {reason}\n"
 
 
 # --- monitor ------------------------------------------------------------------------------------

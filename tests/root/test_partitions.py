@@ -137,10 +137,13 @@ def told(caller: Caller, attached: Attached) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in caller.get(attached.path, "Partitions")]
 
 
-def check(caller: Caller, attached: Attached, partitions: Extents) -> None:
-    """Check that exactly these are there, have nodes, and are told of."""
+def check(
+    caller: Caller, attached: Attached, partitions: Extents, missing: tuple[int, ...] = ()
+) -> None:
+    """Check that exactly these are there, have nodes, and are told of, as are those missing."""
     assert extents(attached) == partitions
     assert told(caller, attached) == rows(attached, partitions)
+    assert caller.get(attached.path, "MissingPartitions") == list(missing)
     for number in partitions:
         node = os.stat(f"{attached.node}p{number}")
         device = Path(f"/sys/block/loop{attached.number}/loop{attached.number}p{number}/dev")
@@ -331,7 +334,109 @@ def test_a_table_inside_a_piece_of_the_file_is_found(
 def test_a_limit_cuts_off_the_partitions_behind_it(world: World, owner: Caller) -> None:
     image = make_mbr(world.new_path(), ((2048, 2048), (4096, 4096), (9000, 100)), owner=USER)
     attached = owner.attach(image, partition_scan=True, size_limit=3 * MIB)
-    check(owner, attached, in_bytes((2048, 2048)))
+    check(owner, attached, in_bytes((2048, 2048), (4096, 2048)), missing=(3,))
+
+
+def test_a_file_that_was_cut_off_has_its_partitions_up_to_its_end(
+    world: World, owner: Caller
+) -> None:
+    """As the kernel's own parser has it: a download that was broken off, a disk that was shrunk."""
+    parts = ((2048, 2048), (4096, 4096), (9000, 100))
+    image = make_mbr(world.new_path(), parts, owner=USER)
+    os.truncate(image, 3 * MIB + 100)
+    attached = owner.attach(image, partition_scan=True)
+    check(owner, attached, in_bytes((2048, 2048), (4096, 2048)), missing=(3,))
+    assert content(f"{attached.node}p2", 0, 4 * MIB) == pattern(2 * MIB, MIB)
+    # The rest has come.
+    make_mbr(image, parts, owner=USER)
+    assert owner.resize(attached.path) == 8 * MIB
+    changes(owner, attached)
+    assert rescan(owner, attached) == 3
+    check(owner, attached, in_bytes(*parts))
+    told_of = {"Partitions": rows(attached, in_bytes(*parts)), "MissingPartitions": []}
+    assert changes(owner, attached) == told_of
+
+
+def test_an_isohybrid_image_says_what_it_has_inside_of_another_partition(
+    world: World, owner: Caller, area: Path
+) -> None:
+    """systemd#12409: its EFI partition is a part of the first one; the kernel adds none such."""
+    image = isohybrid(area, world.new_path())
+    attached = owner.attach(image, "r", partition_scan=True)
+    (only, *_), size = told(owner, attached), image.stat().st_size
+    assert only == (1, f"{attached.node}p1", 0, size)
+    check(owner, attached, {1: (0, size)}, missing=(2,))
+    assert rescan(owner, attached) == 1
+    check(owner, attached, {1: (0, size)}, missing=(2,))
+    # Its bytes can be had by themselves.
+    start, count = struct.unpack_from("<II", image.read_bytes(), 446 + 16 + 8)
+    efi = owner.attach(
+        image, "r", mapping={"offset": start * 512, "size-limit": count * 512, "sector-size": 512}
+    )
+    assert content(efi.node, 0, 512) == b"EFI".ljust(512, b".")
+
+
+def isohybrid(directory: Path, image: Path) -> Path:
+    """Make an ISO 9660 image that also is a disk, with an EFI partition inside of the first one."""
+    (directory / "tree").mkdir()
+    (directory / "tree" / "efi.img").write_bytes(b"EFI".ljust(512, b".").ljust(MIB, b"\0"))
+    # What xorriso wants is a boot image of SYSLINUX's, by its signature at the end of a sector.
+    (directory / "tree" / "boot.img").write_bytes(bytes(2048 * 4))
+    (directory / "mbr").write_bytes(bytes(432))
+    subprocess.run(
+        [
+            *("xorriso", "-as", "mkisofs", "-quiet", "-o", image),
+            *("-isohybrid-mbr", directory / "mbr", "-partition_offset", "0"),
+            *("-b", "boot.img", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"),
+            *("-eltorito-alt-boot", "-e", "efi.img", "-no-emul-boot", "-isohybrid-gpt-basdat"),
+            directory / "tree",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    image.chmod(0o644)
+    shutil.chown(image, USER)
+    return image
+
+
+def test_a_slice_with_a_disklabel_says_what_it_has_inside(world: World, owner: Caller) -> None:
+    """util-linux PR 913: BSD's partitions are inside of the slice; the kernel adds none such."""
+    image = make_mbr(world.new_path(), ((2048, 4096), (8192, 1024)), owner=USER)
+    with image.open("r+b") as file:
+        file.seek(446 + 4)
+        file.write(b"\xa5")  # FreeBSD
+        file.seek(2049 * 512)
+        file.write(disklabel((2064, 1000), (3072, 500)))
+    attached = owner.attach(image, partition_scan=True)
+    check(owner, attached, in_bytes((2048, 4096), (8192, 1024)), missing=(5, 6))
+
+
+def disklabel(*parts: tuple[int, int]) -> bytes:
+    """Return a disklabel of BSD's."""
+    label = bytearray(512)
+    struct.pack_into("<I", label, 0, 0x82564557)
+    struct.pack_into("<IHHII", label, 132, 0x82564557, 0, len(parts), 8192, 8192)
+    for index, (start, count) in enumerate(parts):
+        struct.pack_into("<IIIBBH", label, 148 + 16 * index, count, start, 1024, 7, 8, 0)
+    words = struct.unpack(f"<{(148 + 16 * len(parts)) // 2}H", label[: 148 + 16 * len(parts)])
+    checksum = 0
+    for word in words:
+        checksum ^= word
+    struct.pack_into("<H", label, 136, checksum)
+    return bytes(label)
+
+
+def test_what_is_missing_is_known_to_the_next_loopd(area: Path) -> None:
+    with make_world(authority=RULES_ALLOW_ALL) as first, first.test():
+        image = make_mbr(first.new_path(), ((2048, 2048), (3000, 100)), owner=USER)
+        root = first.caller(None)
+        attached = root.attach(image, partition_scan=True, lifetime="system")
+        check(root, attached, in_bytes((2048, 2048)), missing=(2,))
+        runtime = first.daemon.runtime_directory
+        first.daemon.kill()
+        with Daemon(first.bus, runtime_directory=runtime):
+            check(root, attached, in_bytes((2048, 2048)), missing=(2,))
+            assert root.detach(attached.path) is True
 
 
 def test_partitions_come_with_every_other_option(world: World, owner: Caller) -> None:
@@ -364,7 +469,7 @@ def test_of_entries_that_overlap_the_first_counts(world: World, owner: Caller) -
     parts = ((2048, 2048), (3000, 2048), (2048, 2048), (2048, 1), (4096, 100))
     attached = owner.attach(gpt(world, *parts), partition_scan=True)
     partitions = in_bytes(*parts)
-    check(owner, attached, {1: partitions[1], 5: partitions[5]})
+    check(owner, attached, {1: partitions[1], 5: partitions[5]}, missing=(2, 3, 4))
 
 
 def test_entries_outside_of_the_device_make_nothing(world: World, owner: Caller) -> None:
@@ -509,6 +614,86 @@ def test_partitions_as_the_table_says_are_not_touched(world: World, owner: Calle
         assert rescan(owner, attached) == 1
     check(owner, attached, in_bytes((2048, 2048)))
     fd.close()
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDONLY | os.O_EXCL])
+def test_one_in_use_grows_in_place(world: World, owner: Caller, flags: int) -> None:
+    """As by partx -u: a mounted root filesystem is grown so."""
+    attached = owner.attach(gpt(world, (2048, 2048), (6000, 100)), partition_scan=True)
+    fd = owner.open_device(attached.path, "rw")
+    parts = ((2048, 3000), (6000, 200))
+    rewrite(fd, gpt(world, *parts))
+    before = os.stat(f"{attached.node}p1").st_ino
+    with opened(f"{attached.node}p1", flags) as part:
+        assert rescan(owner, attached) == 2
+        assert changes(owner, attached) == {"Partitions": rows(attached, in_bytes(*parts))}
+        assert os.lseek(part, 0, os.SEEK_END) == 3000 * 512
+        assert os.pread(part, 512, 2999 * 512) == pattern(MIB + 2999 * 512, 512)
+    check(owner, attached, in_bytes(*parts))
+    assert os.stat(f"{attached.node}p1").st_ino == before
+    fd.close()
+
+
+def test_where_one_in_use_would_shrink_none_grows(world: World, owner: Caller) -> None:
+    attached = owner.attach(gpt(world, (2048, 1024), (4096, 512)), partition_scan=True)
+    fd = owner.open_device(attached.path, "rw")
+    rewrite(fd, gpt(world, (2048, 2048), (4096, 256)))
+    with opened(f"{attached.node}p2"):
+        assert error_of(rescan, owner, attached).name == f"{ERROR}DeviceBusy"
+        check(owner, attached, in_bytes((2048, 1024), (4096, 512)))
+    fd.close()
+
+
+def test_one_grows_into_the_place_of_one_that_goes(world: World, owner: Caller) -> None:
+    attached = owner.attach(gpt(world, (2048, 2048), (4096, 512)), partition_scan=True)
+    fd = owner.open_device(attached.path, "rw")
+    rewrite(fd, gpt(world, (2048, 4096)))
+    with opened(f"{attached.node}p1"):
+        assert rescan(owner, attached) == 1
+    check(owner, attached, in_bytes((2048, 4096)))
+    fd.close()
+
+
+# Resize of the device
+
+
+def test_a_device_that_becomes_smaller_cuts_its_partitions(world: World, owner: Caller) -> None:
+    parts = ((2048, 2048), (4096, 4096), (9000, 100))
+    image = make_mbr(world.new_path(), parts, owner=USER)
+    attached = owner.attach(image, partition_scan=True)
+    with opened(f"{attached.node}p2") as part:
+        changes(owner, attached)
+        assert owner.resize(attached.path, size_limit=3 * MIB) == 3 * MIB
+        smaller = in_bytes((2048, 2048), (4096, 2048))
+        check(owner, attached, smaller, missing=(3,))
+        told_of = changes(owner, attached)
+        assert (told_of["Partitions"], told_of["MissingPartitions"]) == (
+            *(rows(attached, smaller), [3]),
+        )
+        assert os.lseek(part, 0, os.SEEK_END) == MIB
+        # It grows again, and those that are there with the next look at the table.
+        assert owner.resize(attached.path, size_limit=0) == 8 * MIB
+        check(owner, attached, smaller, missing=(3,))
+        assert rescan(owner, attached) == 3
+    check(owner, attached, in_bytes(*parts))
+
+
+def test_a_device_that_moves_has_the_partitions_of_its_new_place(
+    world: World, owner: Caller
+) -> None:
+    """Else they would go on to be what they were, over other bytes."""
+    image = gpt(world, (2048, 2048), (4096, 512), size=3 * MIB)
+    with image.open("ab") as file:
+        file.write(gpt(world, (2048, 1024), size=3 * MIB).read_bytes())
+    attached = owner.attach(image, partition_scan=True, size_limit=3 * MIB)
+    check(owner, attached, in_bytes((2048, 2048), (4096, 512)))
+    with opened(f"{attached.node}p1"):
+        error = error_of(owner.resize, attached.path, offset=3 * MIB, size_limit=3 * MIB)
+        assert error.name == f"{ERROR}DeviceBusy"
+        check(owner, attached, in_bytes((2048, 2048), (4096, 512)))
+    assert owner.resize(attached.path, offset=3 * MIB, size_limit=3 * MIB) == 3 * MIB
+    check(owner, attached, in_bytes((2048, 1024)))
+    assert content(f"{attached.node}p1", 0, MIB) == pattern(MIB, MIB // 2)
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDONLY | os.O_EXCL])
@@ -760,7 +945,13 @@ def test_a_partition_open_in_any_mode_names_itself_and_its_device(
     assert root.manager("GetDevice", "h", 0, fds=[part]) == (attached.path,)
     assert resize_by_fd(root, part, {"size-limit": 512}) == 512
     check(owner, attached, {1: (MIB, 512)})
-    assert root.manager("Detach", "ha{sv}", 0, {}, fds=[part]) == (True,)
+    # Who names a partition does not mean the whole disk.
+    error = error_of(root.manager, "Detach", "ha{sv}", 0, {}, fds=[part])
+    assert error.name == INVALID_ARGS
+    assert attached.node in error.message
+    check(owner, attached, {1: (MIB, 512)})
+    disk = File(attached.node, flags)
+    assert root.manager("Detach", "ha{sv}", 0, {}, fds=[disk]) == (True,)
     assert loops.strays(attached.number) == ()
 
 
@@ -1076,7 +1267,8 @@ def test_a_reader_that_says_what_cannot_be_makes_nothing_of_it(bent: World, read
     reader.write_text(f"print({chr(10).join(lines)!r})")
     caller = bent.caller()
     attached = caller.attach(gpt(bent), partition_scan=True)
-    check(caller, attached, {3: (2 * MIB, 512), 7: (6000 * 512, 1024), 255: (8191 * 512, 512)})
+    made = {1: (8191 * 512, 512), 3: (2 * MIB, 512), 7: (6000 * 512, 1024)}
+    check(caller, attached, made, missing=(4, 255))
 
 
 ATTEMPTS = """

@@ -12,8 +12,9 @@ import pytest
 
 from tests.harness import loops
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached, Caller, Variant, options
+from tests.harness.daemon import Daemon
 from tests.harness.images import MIB, make_ext4, pattern
-from tests.harness.polkit import rules_allowing
+from tests.harness.polkit import RULES_ALLOW_ALL, rules_allowing
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World, make_world
 
@@ -124,6 +125,32 @@ def test_growing_leaves_an_odd_tail_out(world: World, owner: Caller, size: int) 
     append(image, size)
     assert owner.resize(attached.path) == size // 512 * 512
     assert sysfs(attached)[0] == size // 512 * 512
+
+
+def test_all_that_the_size_says_can_be_read(world: World, owner: Caller) -> None:
+    """A tail of less than a sector is in the kernel's size, and reading it is an I/O error."""
+    image = world.image(MIB + 512 + 100)
+    attached = owner.attach(image, sector_size=4096)
+    for size in (MIB, 2 * MIB):
+        append(image, size + 512 + 100)
+        assert owner.resize(attached.path) == size
+        assert told(owner, attached) == (size, 0, 0)
+        assert sysfs(attached)[0] == size
+        assert content(attached, 0, 4 * MIB) == pattern(0, size)
+
+
+def test_a_tail_is_left_out_by_the_next_loopd_too() -> None:
+    with make_world(authority=RULES_ALLOW_ALL) as first, first.test():
+        image = first.image(MIB + 512)
+        root = first.caller(None)
+        attached = root.attach(image, sector_size=4096, lifetime="system")
+        first.daemon.kill()
+        with Daemon(first.bus, runtime_directory=first.daemon.runtime_directory):
+            assert told(root, attached) == (MIB, 0, 0)
+            append(image, 2 * MIB + 512)
+            assert root.resize(attached.path) == 2 * MIB
+            assert told(root, attached) == (2 * MIB, 0, 0)
+            assert root.detach(attached.path) is True
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """loopctl without a bus: its arguments, what it prints, how it ends."""
 
 import argparse
+import ast
 import asyncio
 import errno
 import io
@@ -179,11 +180,12 @@ def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("target", ["loop3", "/dev/loop3", "loop1048575"])
 def test_a_node_is_known_by_its_name(target: str) -> None:
-    assert node_of(target) == target
+    assert node_of(target) == (target, None)
+    assert node_of(f"{target}p15") == (target, 15)
 
 
 @pytest.mark.parametrize(
-    "target", ["./loop3", "loop", "loop3p1", "/dev/loop3p1", "loop-control", "loop3\n", "LOOP3"]
+    "target", ["./loop3", "loop", "loop3p", "/dev/loop3p1p1", "loop-control", "loop3\n", "LOOP3"]
 )
 def test_everything_else_is_a_file(target: str) -> None:
     assert node_of(target) is None
@@ -192,7 +194,10 @@ def test_everything_else_is_a_file(target: str) -> None:
 def test_a_link_to_a_node_means_the_node(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/dev/loop3")
-    assert node_of(str(link)) == "/dev/loop3"
+    assert node_of(str(link)) == ("/dev/loop3", None)
+    link.unlink()
+    link.symlink_to("/dev/loop3p2")
+    assert node_of(str(link)) == ("/dev/loop3", 2)
 
 
 # --- output -------------------------------------------------------------------------------------
@@ -217,6 +222,7 @@ def device(**changes: Any) -> Properties:
         "autoclear": True,
         "partition_scan": False,
         "partitions": (),
+        "missing_partitions": (),
         "reference": "",
         "owner": 0,
         "holder": ":1.9",
@@ -272,12 +278,20 @@ def test_an_owner_without_a_name_is_a_number() -> None:
 def test_all_properties_are_shown() -> None:
     partition = Partition(1, "/dev/loop3p1", 512, 1024)
     shown = "\n".join(
-        output.properties(device(reference="r\x07", partitions=(partition,), size_limit=1 << 20))
+        output.properties(
+            device(
+                reference="r\x07",
+                partitions=(partition,),
+                missing_partitions=(2, 5),
+                size_limit=1 << 20,
+            )
+        )
     )
     for part in (
         "Size:           4 MiB (4194304 bytes)\n",
         "Size limit:     1 MiB (1048576 bytes)\n",
         "Partitions:     /dev/loop3p1\n",
+        "Missing ones:   2, 5\n",
         "Reference:      r\\x07\n",
         "Owner:          root (uid 0)\n",
         "Backing inode:  99 on 254:0\n",
@@ -437,11 +451,42 @@ def test_a_full_disk_is_told() -> None:
     assert done.stderr == b"loopctl: cannot write: No space left on device\n"
 
 
-def test_closed_streams_are_no_problem() -> None:
-    def close() -> None:
-        os.close(1)
+def test_a_closed_stdout_is_told() -> None:
+    done = loopctl("--help", preexec_fn=lambda: os.close(1))
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr == b"loopctl: cannot write: Bad file descriptor\n"
 
-    assert loopctl("--version", preexec_fn=close).returncode == 0
+
+def test_with_a_closed_stderr_nothing_goes_elsewhere(tmp_path: Path) -> None:
+    for arguments, status in (
+        (("attach", f"{tmp_path}/none"), ExitCode.FILE),
+        (("attach", "--nonsense"), ExitCode.USAGE),
+        (("run", f"{tmp_path}/none", "--", "true"), RunExitCode.FAILED),
+    ):
+        done = loopctl(*arguments, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+        assert (done.returncode, done.stdout) == (status, b"")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_no_file_takes_the_place_of_a_closed_stream(
+    tmp_path: Path, closed: tuple[int, ...]
+) -> None:
+    """Closed streams: a command that loopctl runs would write to it."""
+    program = (
+        "import os, sys\n"
+        "from loopd.cli import stream\n"
+        f"for number in {closed}: os.close(number)\n"
+        "stream.provide_streams()\n"
+        f"fd = os.open({str(tmp_path / 'told')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "links = [os.readlink(f'/proc/self/fd/{number}') for number in range(3)]\n"
+        "inherited = [os.get_inheritable(number) for number in range(3)]\n"
+        "os.write(fd, repr((fd > 2, links, inherited)).encode())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, check=True)
+    behind, links, inherited = ast.literal_eval((tmp_path / "told").read_text())
+    assert behind is True
+    assert all(links[number] == "/dev/null" for number in closed)
+    assert inherited == [True] * 3
 
 
 def test_ctrl_c_is_told_by_the_exit_status(

@@ -239,6 +239,7 @@ def properties(**changes: Variant) -> dict[str, Variant]:
         "Autoclear": Variant("b", True),
         "PartitionScan": Variant("b", False),
         "Partitions": Variant("a(ustt)", [[1, "/dev/loop3p1", 512, 1024]]),
+        "MissingPartitions": Variant("au", []),
         "Reference": Variant("s", ""),
         "Owner": Variant("u", 1000),
         "Holder": Variant("s", ":1.9"),
@@ -257,6 +258,13 @@ def test_properties_are_read_under_their_python_names() -> None:
     assert device.backing_file == b"/tmp/\xff"
     assert device.direct_io is True
     assert device.partitions == (Partition(1, "/dev/loop3p1", 512, 1024),)
+
+
+def test_what_an_older_loopd_does_not_tell_has_a_default() -> None:
+    told = properties(MissingPartitions=Variant("au", [2, 5]))
+    assert Properties.decode(told).missing_partitions == (2, 5)
+    del told["MissingPartitions"]
+    assert Properties.decode(told).missing_partitions == ()
 
 
 def test_a_missing_property_is_named() -> None:

@@ -41,10 +41,16 @@ class _Client(Client):
 def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:
     """A bus that loopctl connects to, with a loopd that can attach /dev/loop3."""
     made = Bus()
+
+    def hold() -> list[int]:
+        made.sends = [OwnedFd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))]
+        return [0]
+
     made.answers |= {
         "Attach": lambda: [OBJECT, "/dev/loop3", 41],
         "Detach": lambda: [True],
         "GetAll": lambda: [properties(Partitions=Variant("a(ustt)", []))],
+        "Hold": hold,
     }
 
     async def connect(*_: object, **how: object) -> Client:
@@ -262,6 +268,7 @@ def test_partitions_are_told_as_json(
             {"number": 1, "node": "/dev/loop3p1", "start": 512, "size": 1024},
             {"number": 2, "node": "/dev/loop3p2", "start": 2048, "size": 512},
         ],
+        "missing_partitions": [],
     }
 
 

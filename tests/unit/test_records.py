@@ -40,6 +40,9 @@ GOOD: dict[str, Any] = {
     "lock_expires": 12.5,
     "may_hang": False,
     "bus": "0123",
+    "table": [1, 5],
+    "cut_limit": 4096,
+    "cut_asked": 0,
     "format": 1,
 }
 HUGE = 1 << 70
@@ -77,6 +80,10 @@ def test_a_good_one_is_read(directory: Path) -> None:
         {"file_block": -1},
         {"file_inode": HUGE},
         {"attached_at": HUGE},
+        {"table": [0]},
+        {"table": [256]},
+        {"table": ["1"]},
+        {"table": {"1": 1}},
         {"lock_expires": float("nan")},
         {"lock_expires": float("inf")},
         {"reference": "\ud800"},

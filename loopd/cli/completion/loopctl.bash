@@ -88,7 +88,7 @@ _loopctl() {
         [[ -z $command && ${COMP_WORDS[index]} != -* ]] && command=${COMP_WORDS[index]}
     done
     if [[ -z $command ]]; then
-        COMPREPLY=($(compgen -W "attach hold detach resize list show set open monitor run \
+        COMPREPLY=($(compgen -W "attach hold detach resize rescan list show set open monitor run \
             --help --version" -- "$word"))
         return
     fi
@@ -105,7 +105,7 @@ _loopctl() {
         fi
         case $command in
             attach | hold | run) _loopctl_files "$word" ;;
-            detach | resize | show | set | open)
+            detach | resize | rescan | show | set | open)
                 COMPREPLY=($(compgen -W "$(_loopctl_devices "$word")" -- "$word"))
                 _loopctl_files "$word"
                 ;;

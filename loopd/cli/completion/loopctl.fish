@@ -57,6 +57,7 @@ complete -c loopctl -n __loopctl_first -a attach -d 'Attach a file'
 complete -c loopctl -n __loopctl_first -a hold -d 'Attach a file, and stay until stopped'
 complete -c loopctl -n __loopctl_first -a detach -d 'Detach devices'
 complete -c loopctl -n __loopctl_first -a resize -d 'Take up a new size, or set offset and limit'
+complete -c loopctl -n __loopctl_first -a rescan -d 'Bring the partitions in step with the table'
 complete -c loopctl -n __loopctl_first -a list -d 'List all loop devices'
 complete -c loopctl -n __loopctl_first -a show -d 'Tell all about a device'
 complete -c loopctl -n __loopctl_first -a set -d 'Change a device'
@@ -64,7 +65,7 @@ complete -c loopctl -n __loopctl_first -a open -d 'Run a command that has the de
 complete -c loopctl -n __loopctl_first -a monitor -d 'Tell of devices as they come and go'
 complete -c loopctl -n __loopctl_first -a run -d 'Attach a file for as long as a command runs'
 
-set -l all attach hold detach resize list show set open monitor run
+set -l all attach hold detach resize rescan list show set open monitor run
 complete -c loopctl -n "__loopctl_first; or __loopctl_in $all" -s h -l help -d 'Show help'
 complete -c loopctl -n "__loopctl_in $all" -s J -l json -d 'Tell the result as JSON'
 complete -c loopctl -n "__loopctl_in $all" -l no-ask-password -d 'Ask nobody for a password'
@@ -86,7 +87,7 @@ complete -c loopctl -n "__loopctl_in $files resize" -l allow-overlap -d 'Even if
 complete -c loopctl -n "__loopctl_in $files" -l in-memory -d 'Attach a copy'
 complete -c loopctl -n '__loopctl_in attach' -l lifetime -x -a 'connection user system' -d 'How long it stays'
 
-complete -c loopctl -n '__loopctl_in detach resize show set open' -F -a '(__loopctl_devices)'
+complete -c loopctl -n '__loopctl_in detach resize rescan show set open' -F -a '(__loopctl_devices)'
 complete -c loopctl -n '__loopctl_in detach' -l all -d 'All that are yours'
 complete -c loopctl -n '__loopctl_in detach' -l lazy -d 'Also what is mounted'
 complete -c loopctl -n '__loopctl_in detach list' -s j -l associated -r -F -d 'Those that have this file'

@@ -47,6 +47,7 @@ _loopctl() {
             hold\:"attach a file, and stay until stopped"
             detach\:"detach devices"
             resize\:"take up a new size, or set offset and limit"
+            rescan\:"bring the partitions in step with the table"
             list\:"list all loop devices"
             show\:"tell all about a device"
             set\:"change a device"
@@ -82,7 +83,7 @@ _loopctl() {
                 '(-n --noheadings)'{-n,--noheadings}'[no line of headings]' \
                 '--bytes[sizes in bytes]'
             ;;
-        show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
+        rescan | show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
         set)
             _arguments -s -S $all \
                 '--direct-io=-[go past the page cache]::switch:(on off)' \
