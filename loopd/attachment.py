@@ -95,6 +95,8 @@ def attach(
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
             request.check(file, backing.size(file_fd.fileno()))
+        if request.offset % 512:
+            request = replace(request, direct_io=False)  # no disk has smaller sectors
         asked, request = request, request.in_whole_sectors(backing.size(file_fd.fileno()))
         attempt = _Attempt(
             control_fd=control_fd.fileno(),

@@ -120,8 +120,6 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     new_offset = info.lo_offset if offset is None else offset
     new_limit = device.asked_limit(info.lo_sizelimit) if size_limit is None else size_limit
     sector_size = kernel.blksszget(loop_fd)
-    if new_offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
     if new_limit % sector_size:
         raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
     old_size = kernel.blkgetsize64(loop_fd)

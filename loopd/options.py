@@ -82,8 +82,6 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
-    if offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
     if number is not None and number > _MAX_NUMBER:
         raise InvalidArgs(f"number: larger than {_MAX_NUMBER}")
     return AttachOptions(

@@ -63,7 +63,8 @@ def run(found: argparse.Namespace) -> int:
 def _opened(found: argparse.Namespace) -> OwnedFd:
     if found.in_memory:
         return open_file(found.file, read_only=True, direct_io=False)
-    return open_file(found.file, read_only=found.read_only or None, direct_io=_direct_io(found))
+    direct_io = False if (found.offset or 0) % 512 else _direct_io(found)
+    return open_file(found.file, read_only=found.read_only or None, direct_io=direct_io)
 
 
 def _direct_io(found: argparse.Namespace) -> bool | None:

@@ -9,6 +9,7 @@ What goes on with a free device, which anybody may take, is alone on the machine
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from contextlib import suppress
@@ -100,6 +101,19 @@ def test_offset_limit_reference_and_sector_size_are_set(lab: Lab) -> None:
     assert loopinfo.binding(device.number, device.binding).reference == b"name"
 
 
+def test_a_device_begins_at_any_byte_and_does_without_direct_io_then(lab: Lab) -> None:
+    path = lab.image(MIB)
+    device = lab.attach(path, offset=188392, direct_io=True)
+    told = status(device)
+    assert (told.offset, told.size, told.direct_io) == (188392, (MIB - 188392) // 512 * 512, False)
+    assert lab.script.calls.count("loop_configure") == 1
+    with mmap.mmap(-1, 4096) as buffer, lab.open(device.number) as fd:
+        kernel.preadv(fd.fileno(), buffer, 0)
+        assert buffer[:] == path.read_bytes()[188392 : 188392 + 4096]
+    assert resize(device, offset=1, size_limit=512) == 512
+    assert status(device).offset == 1
+
+
 def test_a_device_that_was_cleared_has_no_status(lab: Lab) -> None:
     device = lab.attach(lab.image())
     with lab.open(device.number) as fd:
@@ -151,7 +165,7 @@ def test_bound_or_not(lab: Lab) -> None:
         ({"size_limit": 511}, "size-limit"),
         ({"size_limit": MIB + 512}, "size-limit"),
         ({"offset": MIB}, "offset"),
-        ({"offset": 100}, "offset"),
+        ({"offset": MIB - 100}, "offset"),
         ({"sector_size": 768}, "sector-size"),
         ({"sector_size": 2 * os.sysconf("SC_PAGE_SIZE") * 64}, "sector-size"),
         ({"sector_size": 4096, "size_limit": 512}, "size-limit"),

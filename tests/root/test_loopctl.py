@@ -156,6 +156,15 @@ def test_options_reach_the_device(daemon: Daemon, loopctl: Loopctl, image: Path)
     assert device["reference"] == "name"
 
 
+def test_a_device_that_begins_at_any_byte_has_what_follows(
+    daemon: Daemon, loopctl: Loopctl, image: Path, area: Path
+) -> None:
+    part = area / "part"
+    part.write_bytes(image.read_bytes()[188392 : 188392 + 2048 * 100])
+    command = ("run", "-o", "188392", "--sizelimit", "200K", image, "--", "cmp", "{}", part)
+    assert loopctl.run(*command, user="root") == (0, "", "")
+
+
 def test_a_file_that_may_not_be_written_is_attached_read_only(
     daemon: Daemon, loopctl: Loopctl, area: Path
 ) -> None:

@@ -101,8 +101,6 @@ def test_an_unknown_key_is_named_safely() -> None:
 @pytest.mark.parametrize(
     ("key", "kind", "value"),
     [
-        ("offset", "t", 511),
-        ("offset", "t", 2**64 - 1),
         ("sector-size", "u", 256),
         ("sector-size", "u", 768),
         ("sector-size", "u", 2**32 - 1),
