@@ -188,6 +188,11 @@ def parser() -> argparse.ArgumentParser:
         "runs.",
     )
     _add_attach_options(hold)
+    hold.add_argument(
+        "--default-loop-ref",
+        metavar="NAME",
+        help="the name of the device if --loop-ref gives none; none if it is too long",
+    )
 
     detach = command("detach", "detach devices")
     detach.usage = (

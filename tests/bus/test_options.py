@@ -334,7 +334,7 @@ def test_a_lifetime_that_nobody_would_end_is_not_supported(world: World, caller:
 
 def test_a_mistake_is_told_even_to_those_who_may_not_attach(world: World, caller: Caller) -> None:
     world.polkit.reset(Answer.DENY)
-    name, _ = refused(world, caller, world.image(SIZE), {"offset": 1})
+    name, _ = refused(world, caller, world.image(SIZE), {"offset": SIZE})
     assert name == INVALID_ARGS
 
 

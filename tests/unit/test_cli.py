@@ -91,6 +91,7 @@ def test_a_lock_is_for_a_device_that_loopctl_stays_with() -> None:
 def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
     """The unit has defaults before what an administrator gives."""
     assert parse("hold --loop-ref=unit --loop-ref=mine f".split()).loop_ref == "mine"
+    assert parse("hold --default-loop-ref=unit f".split()).default_loop_ref == "unit"
 
 
 def test_what_is_not_given_is_left_to_loopd() -> None:
