@@ -57,6 +57,8 @@ class LoopDevice:
     autoclear: bool
     """Whether it has to go at its last close, whatever others say; false means that it is as it is,
     on a device of ours that is to stay and on one of someone else's."""
+    handed_out: bool = False
+    """Whether a client was given an fd on it, which is power over it."""
     cut: Cut = NO_CUT
     table: tuple[int, ...] | None = None
     """The numbers in the partition table, if it has been read."""
@@ -103,11 +105,12 @@ class LoopDevice:
 def detach(device: LoopDevice) -> bool:
     """Let go of a device: write back, remove partitions, clear, close.
 
-    Returns whether our fds are closed. They stay open while others have a device of ours open, or
-    sysfs does not say whether it is ours, and `clear` has to be called again then. Closing earlier
-    would leave the rest to autoclear, which whoever has a writable fd can turn off; before Linux
-    6.11 the last opener could even unbind the device, keep its fd and read the next image on the
-    number. Nothing is raised.
+    Returns whether our fds are closed. They stay open while others have a device of ours open that
+    was handed out, or sysfs does not say whether it is ours, and `clear` has to be called again
+    then. Closing earlier would leave the rest to autoclear, which a client with a writable fd can
+    turn off; before Linux 6.11 the last opener could even unbind the device, keep its fd and read
+    the next image on the number. Of a device that was not handed out the openers are mounts, udev
+    and root's programs: it goes at the very moment of their last close. Nothing is raised.
     """
     # The lock first: another fd on the device would make CLR_FD a lazy one.
     if device.lock is not None:
@@ -120,10 +123,10 @@ def detach(device: LoopDevice) -> bool:
 
 
 def clear(device: LoopDevice, *, lock_timeout: float = 0) -> bool:
-    """Clear and close a device if nobody else has it open, as `detach` does; whether that was so.
+    """Clear a device and close it as `detach` does; whether it is closed.
 
-    A device that somebody else attached is cleared once and closed: the kernel does the rest. The
-    device's lock is waited for so many seconds, and done without then. Nothing is raised.
+    One that somebody else attached is closed in any case: the kernel does the rest. The device's
+    lock is waited for so many seconds, and done without then. Nothing is raised.
     """
     try:
         ours = kernel.loop_binding(device.number) == device.binding
@@ -142,7 +145,7 @@ def clear(device: LoopDevice, *, lock_timeout: float = 0) -> bool:
         locked = blockdev.try_lock(loop_fd, fcntl.LOCK_EX, timeout=lock_timeout)
     with _tolerated("remove partitions", device.node):
         partition.remove_all(loop_fd, device.number)
-    if not _clear_alone(device) and device.ours:
+    if not _clear_alone(device) and device.ours and device.handed_out:
         if locked:
             with _tolerated("unlock", device.node):  # udev waits for it
                 kernel.flock(loop_fd, fcntl.LOCK_UN)

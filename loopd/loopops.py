@@ -86,7 +86,8 @@ def take_back(number: int, which: int, fd: OwnedFd | None, *, autoclear: bool) -
                 ours=True,
                 autoclear=autoclear,
             )
-    device.ours, device.autoclear = True, autoclear
+    # As far as known, a client has an fd from the former one.
+    device.ours, device.autoclear, device.handed_out = True, autoclear, True
     try:
         if kernel.loop_attribute(number, "loop/autoclear") != (b"1" if autoclear else b"0"):
             set_autoclear(device, autoclear)

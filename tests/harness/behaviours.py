@@ -501,6 +501,17 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
     """A20: lazily."""
     device = lab.attach(lab.image())
     with lab.open(device.number):
+        assert loopdev.detach(device) is True
+        assert kernel.loop_binding(device.number) == device.binding
+    lab.wait_unbound(device)
+    lab.forget(device)
+
+
+def test_what_was_handed_out_is_kept_open_until_the_last_close(lab: Lab) -> None:
+    """A20: a client with an fd could turn autoclear off."""
+    device = lab.attach(lab.image())
+    device.handed_out = True
+    with lab.open(device.number):
         assert loopdev.detach(device) is False
         assert loopdev.clear(device) is False
         assert kernel.loop_binding(device.number) == device.binding
@@ -510,6 +521,7 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
 def test_a_device_that_others_lock_for_ever_is_cleared_without_the_lock(lab: Lab) -> None:
     """Locked for ever, A20."""
     device = lab.attach(lab.image())
+    device.handed_out = True
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)
         assert loopdev.detach(device) is False
@@ -924,6 +936,7 @@ def test_a_partition_is_resized(lab: Lab) -> None:
 
 def test_a_partition_in_use_stays_and_the_device_with_it(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), partition_scan=True)
+    device.handed_out = True
     with lab.open(device.number, partition=2):
         assert partition.remove_all(device.fd.fileno(), device.number) == 2
         assert kernel.loop_partitions(device.number) == GPT[1:]
