@@ -266,7 +266,7 @@ class Manager:
         device, partition = await self.named(caller, fd)
         if partition is not None:
             raise InvalidArgs(
-                f"the fd is open on a partition: it has to be open on the disk, {device.node}"
+                f"the fd is open on a partition: open the disk instead, {device.node}"
             )
         return await self.detach(caller, device, lazy=lazy)
 

@@ -28,7 +28,7 @@ class Stand:
     def __init__(self, config: Config) -> None:
         self.threads = Threads()
         unused: Any = None
-        self.manager = Manager(config, self.threads, *[unused] * 5)
+        self.manager = Manager(config, self.threads, *[unused] * 6)
         self.proposals = Proposals(config, self.threads)
         left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.caller = Caller(Client(":1.7", USER, left), False)
