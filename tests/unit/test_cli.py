@@ -41,6 +41,9 @@ from tests.harness.asynchronous import run_async
         ("1KiB", 1024),
         ("1kB", 1000),
         ("3M", 3 << 20),
+        ("1.5M", 3 << 19),
+        ("0.1kB", 100),
+        ("0.1K", 102),
         ("2GiB", 2 << 30),
         ("2GB", 2 * 10**9),
         ("1T", 1 << 40),
@@ -55,7 +58,25 @@ def test_sizes_are_read_as_losetup_reads_them(text: str, number: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "-1", "1.5", "1X", "1KB2", "1iB", "K", " 1", "1 ", "\u0661", "16E", "1_000", "0x"],
+    [
+        "",
+        "x",
+        "-1",
+        "1.5",
+        "1.M",
+        ".5M",
+        "0x1.5K",
+        "1X",
+        "1KB2",
+        "1iB",
+        "K",
+        " 1",
+        "1 ",
+        "\u0661",
+        "16E",
+        "1_000",
+        "0x",
+    ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
