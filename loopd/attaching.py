@@ -359,7 +359,7 @@ def _attach(
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
-        if not proposal.request.read_only:
+        if uid != ROOT and not proposal.request.read_only:
             # Just before it is bound, since the file's mode may have changed.
             access.require_may_write(uid, backing.guarded_by(fd.fileno()))
         return claim(number)

@@ -90,14 +90,16 @@ def attach(
     DeviceBusy when the wanted device is in use or 64 attempts found no free one.
     """
     with file_fd, _open_control() as control_fd:
-        request.check(file, backing.size(file_fd.fileno()))
+        size = backing.size(file_fd.fileno())
+        request.check(file, size)
         if request.sector_size is None:
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
-            request.check(file, backing.size(file_fd.fileno()))
+            size = backing.size(file_fd.fileno())
+            request.check(file, size)
         if request.offset % 512:
             request = replace(request, direct_io=False)  # no disk has smaller sectors
-        asked, request = request, request.in_whole_sectors(backing.size(file_fd.fileno()))
+        asked, request = request, request.in_whole_sectors(size)
         attempt = _Attempt(
             control_fd=control_fd.fileno(),
             file_fd=file_fd,

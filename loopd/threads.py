@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from threading import get_ident
@@ -137,10 +137,11 @@ class Threads:
     ) -> _T:
         """As `run`, when it is the turn of that user, with one deadline for both."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        with ExitStack() as waiting:
-            waiting.callback(unused)
+        try:
             give_back = await self.turn(uid, work, timeout)
-            waiting.pop_all()
+        except BaseException:
+            unused()
+            raise
         return await self.run(
             function,
             timeout=remaining(deadline),
@@ -160,7 +161,8 @@ class Threads:
         if turns is None:
             turns = self._turns[uid, work] = asyncio.Semaphore(work.value)
         try:
-            async with asyncio.timeout(timeout):
+            # A timer costs as much as the rest of this, and nothing is waited for as a rule.
+            async with asyncio.timeout(timeout if turns.locked() else None):
                 await turns.acquire()
         except TimeoutError as exc:
             raise TimedOut("other operations of this user did not end in time") from exc

@@ -24,6 +24,8 @@ USER = 1000
 class FakeConnection:
     """Answers who a connection is, and keeps what is sent."""
 
+    sent = 0
+
     def __init__(self, **given: Any) -> None:
         self.on_call: Callable[[frame.Frame], None] = given["on_call"]
         self.on_signal: Callable[[frame.Frame], None] = given["on_signal"]
@@ -39,8 +41,11 @@ class FakeConnection:
         written.set_result(None)
         return written
 
-    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+    def reply_error(self, to: frame.Header, name: str, text: str) -> asyncio.Future[None]:
         self.errors.append((to.serial, name.rpartition(".")[2]))
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
 
 
 class Stand:
