@@ -53,7 +53,7 @@ def stop(unit: Unit) -> None:
 
 def kill(unit: Unit) -> None:
     unit.kill("KILL")
-    unit.wait_end()
+    unit.wait(lambda: unit.pid == 0, "the end of loopd")
 
 
 def marks(machine: Machine) -> set[str]:
