@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyudev
 
-from loopd import records, registry, threads, wire
+from loopd import kernel, records, registry, threads, wire
 
 counts = Counter()
 
@@ -49,6 +49,8 @@ def polled(poll):
 pyudev.Monitor.poll = polled(pyudev.Monitor.poll)
 counted(registry, "_sight", lambda *_: "look at sysfs")
 counted(threads.Threads, "_submit", pool_name)
+counted(threads.Threads, "turn", lambda _, uid, work, *__: f"turn of {uid}: {work.name}")
+counted(kernel, "statx", lambda *_, **__: "look at a file")
 counted(wire.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}")
 counted(
     wire.Connection,
@@ -56,4 +58,5 @@ counted(
     lambda _, to, path, interface, member, *__, **___: f"question: {member}",
 )
 counted(records.os, "replace", lambda *_, **__: "file written")
+counted(records.os, "symlink", lambda *_, **__: "link made")
 atexit.register(lambda: Path(os.environ["STEPS"]).write_text(json.dumps(counts)))

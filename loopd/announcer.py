@@ -155,8 +155,7 @@ class Announcer:
 
     def added(self, device: Device) -> None:
         """Tell of a new device."""
-        told = self.properties_of(device)
-        self._keep(device.path, told)
+        told = self._told[device.path] = self.properties_of(device)
         body = [device.path, {DEVICE: told}]
         self._emit_for(device, PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
         self._note(None)

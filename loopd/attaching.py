@@ -37,6 +37,10 @@ from .uevents import DISK, PARTITION, Uevents
 log = logging.getLogger(__name__)
 
 
+# How long a device that is being detached is waited for, if it is in the way.
+_GOING_WAIT = 1.0
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """A file that is being bound, for somebody who may give up waiting."""
@@ -111,6 +115,9 @@ class Attaching:
                 return await self._passthrough.hold(
                     caller, fd, proposal, proposal.block, admit=self._require_running
                 )
+            await self._others_to_go(caller, proposal)
+            caller.client.require_present()
+            self._require_running()
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
         ended = False
@@ -158,17 +165,27 @@ class Attaching:
         ):
             await self._authority.require(caller, action, details)
 
+    async def _others_to_go(self, caller: Caller, proposal: Proposal) -> None:
+        """Wait a moment for devices over the same bytes that are being detached.
+
+        udev may have one open a little longer than the last user, who may know that it is unused.
+        """
+        if proposal.options.allow_overlap:
+            return
+        mapping = _mapping(caller, proposal)
+        going = [
+            asyncio.ensure_future(other.gone.wait())
+            for other in self._registry.over(mapping)
+            if other.state == DETACHING and other.mapping and mapping.conflicts_with(other.mapping)
+        ]
+        if going:
+            _, late = await asyncio.wait(going, timeout=_GOING_WAIT)
+            for each in late:
+                each.cancel()
+
     def _admit(self, caller: Caller, fd: OwnedFd, proposal: Proposal) -> _Attempt:
         """Check overlap and quota, and begin to bind; from here on a task goes to the end."""
-        file, request = proposal.file, proposal.request
-        size = request.size_limit or max(file.size - request.offset, 0)
-        mapping = Mapping.of(
-            file.identity,
-            request.offset,
-            size,
-            writable=not request.read_only,
-            owner=caller.uid,
-        )
+        mapping = _mapping(caller, proposal)
         if not proposal.options.allow_overlap:
             others = self._registry.over(mapping)
             bound = ((other.node, other.mapping) for other in others if other.mapping)
@@ -319,6 +336,18 @@ class Attaching:
             self._markers.sign(number, diskseq, uid)
 
 
+def _mapping(caller: Caller, proposal: Proposal) -> Mapping:
+    """The bytes that a device would map."""
+    file, request = proposal.file, proposal.request
+    return Mapping.of(
+        file.identity,
+        request.offset,
+        request.size_limit or max(file.size - request.offset, 0),
+        writable=not request.read_only,
+        owner=caller.uid,
+    )
+
+
 def _now() -> int:
     return time.time_ns() // 1000
 
@@ -333,7 +362,7 @@ def _attach(
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
-        if not proposal.request.read_only:
+        if uid != ROOT and not proposal.request.read_only:
             # Just before it is bound, since the file's mode may have changed.
             access.require_may_write(uid, backing.guarded_by(fd.fileno()))
         return claim(number)

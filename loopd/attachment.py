@@ -17,7 +17,16 @@ from dataclasses import dataclass, field, replace
 
 from . import backing, blockdev, kernel, loopdev, loopinfo, partition
 from .backing import BackingFile
-from .binding import DirectIORefused, Driver, Retry, StaleLimit, StalePartitions, Taken
+from .binding import (
+    DirectIORefused,
+    Driver,
+    Misplaced,
+    NoNode,
+    Retry,
+    StaleLimit,
+    StalePartitions,
+    Taken,
+)
 from .blockdev import Lock
 from .errors import DeviceBusy, NotSupported
 from .fd import OwnedFd
@@ -89,12 +98,16 @@ def attach(
     DeviceBusy when the wanted device is in use or 64 attempts found no free one.
     """
     with file_fd, _open_control() as control_fd, ExitStack() as afterwards:
-        request.check(file, backing.size(file_fd.fileno()))
+        size = backing.size(file_fd.fileno())
+        request.check(file, size)
         if request.sector_size is None:
             found = blockdev.probe_sector_size(file_fd.fileno(), request.offset)
             request = replace(request, sector_size=found or DEFAULT_SECTOR_SIZE)
-            request.check(file, backing.size(file_fd.fileno()))
-        asked, request = request, request.in_whole_sectors(backing.size(file_fd.fileno()))
+            size = backing.size(file_fd.fileno())
+            request.check(file, size)
+        if request.offset % 512:
+            request = replace(request, direct_io=False)  # no disk has smaller sectors
+        asked, request = request, request.in_whole_sectors(size)
         attempt = _Attempt(
             control_fd=control_fd.fileno(),
             file_fd=file_fd,
@@ -123,6 +136,7 @@ def attach(
                 log.debug("attach: %s; trying again", exc)
                 if isinstance(exc, StaleLimit):
                     loopdev.try_remove(control_fd.fileno(), exc.number)
+                attempt.require_nodes(exc)
                 if request.number is not None and attempt.is_anothers(request.number):
                     raise DeviceBusy(f"{node(request.number)} has a file attached already") from exc
                 # A device that someone keeps locked is chosen again and again, as one is that udev
@@ -162,10 +176,14 @@ class _Attempt:
     """Whether a new device is to be made instead of taking one that is there."""
     was_there: bool
     """Whether there was a device of the wanted number before."""
+    lacked_node: bool = False
+    """Whether a device of an attempt before had no node."""
     half_made: int | None = None
     """The last binding of ours, which udev may have open yet when it has been cleared."""
     strays: set[int] = field(default_factory=set)
     """The devices that were made in vain and are still there."""
+    misplaced: set[int] = field(default_factory=set)
+    """Those in the place of whose nodes something else is."""
 
     def is_anothers(self, number: int) -> bool:
         """Whether a device has a file of somebody else's."""
@@ -173,13 +191,24 @@ class _Attempt:
 
     def leave(self) -> None:
         """Have somebody else remove what we could not."""
-        for number in self.strays:
+        for number in self.strays | self.misplaced:
             self.numbers.stays(number)
 
     def _remove(self, number: int) -> None:
         self.strays.discard(number)
         if not loopdev.try_remove(self.control_fd, number):
             self.strays.add(number)
+
+    def require_nodes(self, failure: Retry) -> None:
+        """Raise NotSupported for a failure that comes of /dev and would come again."""
+        wanted = self.request.number is not None
+        if isinstance(failure, Misplaced) and wanted:
+            raise NotSupported(str(failure)) from failure
+        if isinstance(failure, NoNode):
+            # Once it can be a device that somebody is just making or removing.
+            if self.lacked_node:
+                raise NotSupported(str(failure)) from failure
+            self.lacked_node = True
 
     def bind(self) -> LoopDevice:
         """Take a device and bind the file to it, or raise and leave nothing but strays."""
@@ -206,8 +235,14 @@ class _Attempt:
                 # What follows waits: for udev, which looks at each new device, and for a filesystem
                 # that hangs, as binding asks it.
                 allocating.close()
-            with self._free_device(number, is_new=is_new) as (loop_fd, lock_fd):
-                device = self._bind(number, loop_fd, lock_fd, allocating.close)
+            try:
+                with self._free_device(number, is_new=is_new) as (loop_fd, lock_fd):
+                    device = self._bind(number, loop_fd, lock_fd, allocating.close)
+            except Misplaced:
+                stray.pop_all()  # else the next new device would have the same number
+                if is_new:
+                    self.misplaced.add(number)
+                raise
             stray.pop_all()
             device.is_new = is_new
             return device
@@ -329,9 +364,25 @@ def _waiting(number: int, binding: int | None) -> int | None:
 
 def _open_free(number: int, flags: int) -> OwnedFd:
     try:
-        return blockdev.opened(kernel.open_loop(number, flags))
+        return blockdev.open_loop(number, flags)
+    except blockdev.NotALoopDevice as exc:
+        log.warning("%s", exc)
+        raise Misplaced(str(exc)) from exc
     except OSError as exc:
-        # Removed since GET_FREE, or its node not made yet.
-        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
-            raise Taken(f"loop{number} vanished") from exc
-        raise
+        if exc.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            raise
+        if exc.errno == errno.ENOENT and _is_there(number):
+            raise NoNode(
+                f"{node(number)} is missing, as if the kernel did not make the nodes in this /dev: "
+                "run loopd where /dev is a devtmpfs"
+            ) from exc
+        raise Taken(f"loop{number} vanished") from exc  # removed since GET_FREE
+
+
+def _is_there(number: int) -> bool:
+    """Whether the kernel has such a device, bound or not."""
+    try:
+        kernel.loop_attribute(number, "dev")
+    except OSError:
+        return False
+    return True

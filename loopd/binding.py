@@ -40,6 +40,14 @@ class Taken(Retry):
     """Someone else bound, locked or removed the device between our calls."""
 
 
+class NoNode(Retry):
+    """The device is there, and its node is not."""
+
+
+class Misplaced(Retry):
+    """Something else is in the place of the device's node."""
+
+
 class StalePartitions(Retry):
     """The device has partitions of a former life."""
 

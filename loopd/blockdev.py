@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from . import kernel
-from .errors import InvalidArgs, NoSuchDevice
+from .errors import InvalidArgs, NoSuchDevice, NotSupported
 from .fd import OwnedFd
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,33 @@ def _close(fd: int) -> None:
     except OSError as exc:
         # The fd is gone whatever close(2) says, and nothing that was done is to be undone for it.
         log.debug("closing a device: %s", exc.strerror)
+
+
+class NotALoopDevice(NotSupported):
+    """Something else is in the place of a loop device's node."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"/dev/loop{number} is no loop device: remove the file in its place")
+
+
+def open_loop(number: int, flags: int) -> OwnedFd:
+    """Open /dev/loopN, and make sure that it is that device. Raises NotALoopDevice, OSError.
+
+    A program that writes to a node which is not there leaves a file in its place, whose ioctls say
+    what those of a kernel without LOOP_CONFIGURE say.
+    """
+    try:
+        fd = opened(kernel.open_loop(number, flags))
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise NotALoopDevice(number) from exc
+        raise
+    with fd:
+        stat = kernel.statx(fd.fileno())
+        rdev = f"{stat.stx_rdev_major}:{stat.stx_rdev_minor}".encode()
+        if kernel.loop_attribute(number, "dev") != rdev:
+            raise NotALoopDevice(number)
+        return fd.move()
 
 
 class Lock(StrEnum):
@@ -119,16 +146,16 @@ def in_use(number: int, partition: int | None = None) -> bool:
             time.sleep(_LOCK_INTERVAL)
         try:
             if partition is None:
-                fd = kernel.open_loop(number, flags)
+                fd = open_loop(number, flags)
             else:
-                fd = kernel.open_partition(number, partition, flags)
+                fd = opened(kernel.open_partition(number, partition, flags))
         except OSError as exc:
             if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
                 raise NoSuchDevice(f"loop{number} is gone") from exc
             if exc.errno != errno.EBUSY:
                 raise
         else:
-            kernel.close(fd)
+            fd.close()
             return False
     return True
 

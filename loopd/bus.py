@@ -17,6 +17,7 @@ from typing import Any
 
 from . import codec, frame, wire
 from .access import ROOT, Caller, Client
+from .backlog import Backlog, Unread
 from .call import Authorization, Call, Method, note_end
 from .config import Limits
 from .errors import BusError, Failed, LimitsExceeded, LoopError, from_os_error
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _MAX_REFUSALS = 16
 # Seconds for which nothing is read until the bus says whose fds come next.
 _PATIENCE = 0.1
+_STATS = f"{wire.BUS_NAME}.Debug.Stats"
 _BUG = "loopd failed; its log says why"
 _TOO_MANY = "too many calls are under way: try again later"
 
@@ -79,6 +81,7 @@ class Bus:
         self._patient = True
         """Whether the bus last said in time who somebody is."""
         self._tasks = Tasks()
+        self._backlog = Backlog(self._turns, self._tasks, self._unread)
         self.connection = connection(
             max_message=codec.MAX_MESSAGE,
             on_call=self._on_call,
@@ -89,6 +92,7 @@ class Bus:
             muted=self._muted,
             is_wary=lambda: threads.closes.crowded,
             trusts=self._trusts,
+            whose=self._whose,
         )
 
     @property
@@ -200,6 +204,7 @@ class Bus:
         session.left.set_result(None)
         if session.account:
             session.account.sessions -= 1
+            self._backlog.left(session.account, name)
         if session.client:
             with charging(session.charge):
                 self._client_left(session.client)
@@ -334,12 +339,19 @@ class Bus:
         self._answer_error(call.header, LimitsExceeded(_TOO_MANY))
         self._end(session, call)
 
+    def _whose(self, name: str) -> object:
+        """The user of a connection; those that we do not know yet are as one."""
+        if name == wire.BUS_NAME:
+            return name
+        session = self._sessions.get(name)
+        return session.account.uid if session and session.account else None
+
     def _close_fd(self, session: Session, fd: int) -> None:
         self._threads.close_fd(fd, owner=session.owner)
 
     def _close_fds(self, fds: Iterable[int], sender: str) -> None:
         session = self._sessions.get(sender)
-        self._threads.close_fds(fds, session.owner if session else sender)
+        self._threads.close_fds(fds, session.owner if session else None)
 
     def _trusts(self, sender: str) -> bool | asyncio.Future[None]:
         """Whether fds of a sender are taken while closing those of others may take for ever.
@@ -350,7 +362,7 @@ class Bus:
             return False
         session = self._session(sender)
         if session.account:
-            return not self._threads.closes.is_full(session.owner, session.name)
+            return not self._threads.closes.is_full(session.owner)
         if session.awaited is None and self._patient:
             session.awaited = self._tasks.start(self._await_identity(session))
         if session.awaited is None or session.awaited.done():
@@ -441,15 +453,17 @@ class Bus:
     ) -> None:
         fds = [value for value in result if isinstance(value, OwnedFd)]
         try:
+            if session.account:
+                await self._backlog.room(session.account, client.left)
             self._before_reply()
             if header.flags & frame.NO_REPLY_EXPECTED:
                 return
             body = [fds.index(value) if isinstance(value, OwnedFd) else value for value in result]
+            before = self.connection.sent
             written = self.connection.reply(
                 header, method.out_signature, body, [fd.fileno() for fd in fds]
             )
-            if session.account:
-                self._turns.sends(session.account, written)
+            self._sends(header.sender, written, before, len(fds))
             if fds:
                 # They have to stay open until the bus has them.
                 await asyncio.wait([written])
@@ -463,6 +477,22 @@ class Bus:
         if header.flags & frame.NO_REPLY_EXPECTED:
             return
         try:
-            self.connection.reply_error(header, error.dbus_name, str(error))
+            before = self.connection.sent
+            written = self.connection.reply_error(header, error.dbus_name, str(error))
+            self._sends(header.sender, written, before)
         except BusError as exc:
             log.debug("no answer to %s: %s", header.sender, exc)
+
+    def _sends(self, name: str, written: asyncio.Future[None], before: int, fds: int = 0) -> None:
+        """Note an answer, at the expense of its user; `before` is what had been sent before it."""
+        session = self._sessions.get(name)
+        if session and session.account:
+            self._turns.sends(session.account, written)
+            self._backlog.sent(session.account, name, self.connection.sent - before, fds)
+
+    async def _unread(self, name: str) -> Unread:
+        """Ask the bus what it holds for a connection, after all that we have sent so far."""
+        (told,) = await self.connection.call(
+            wire.BUS_NAME, wire.BUS_PATH, _STATS, "GetConnectionStats", "s", [name], timeout=10.0
+        )
+        return Unread(told["OutgoingBytes"].value, told["OutgoingFDs"].value)

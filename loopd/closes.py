@@ -23,14 +23,15 @@ _SLOW_AT_A_TIME = 4
 _MAX_SLOW = 32
 _MAX_OPEN = 256
 
-Submit = Callable[[Callable[[], None]], object]
-"""Has a function called in a thread of a pool."""
+Submit = Callable[[int | None, Callable[[], None]], object]
+"""Has a function called for an owner in a thread of a pool."""
 
 
 class Closes:
     """All fds that are to be closed; `quick` and `slow` are pools of threads.
 
-    An owner is the uid of a user, or the bus name of a connection whose user is not known.
+    An owner is the uid of a user. Connections whose users are not known are one owner, None: a user
+    has many, and can close each before the bus has said whose it was.
     """
 
     def __init__(self, quick: Submit, slow: Submit) -> None:
@@ -44,17 +45,17 @@ class Closes:
         """Whether there may be an owner who `is_full`."""
         return self._may_hang.total > _MAX_SLOW or self._open.total > _MAX_OPEN
 
-    def is_full(self, *owners: object) -> bool:
-        """Whether too many fds of these owners, together, wait to be closed."""
-        return self._may_hang.of(owners) > _MAX_SLOW or self._open.of(owners) > _MAX_OPEN
+    def is_full(self, owner: int | None) -> bool:
+        """Whether too many fds of an owner's wait to be closed."""
+        return self._may_hang.of(owner) > _MAX_SLOW or self._open.of(owner) > _MAX_OPEN
 
-    def later(self, fds: Iterable[int], owner: object) -> None:
+    def later(self, fds: Iterable[int], owner: int | None) -> None:
         """Close fds in threads of the owner's share."""
         batch = tuple(fds)
         self._open.add(owner, len(batch))
         self._quick.add(owner, partial(self._close_batch, batch, owner))
 
-    def here(self, fds: Iterable[int], owner: object) -> None:
+    def here(self, fds: Iterable[int], owner: int | None) -> None:
         """Close fds in this thread, but for those whose close may hang."""
         for fd in fds:
             if closes_quickly(fd):
@@ -63,7 +64,7 @@ class Closes:
                 self._open.add(owner, 1)
                 self._hand_on(fd, owner)
 
-    def _close_batch(self, fds: tuple[int, ...], owner: object) -> None:
+    def _close_batch(self, fds: tuple[int, ...], owner: int | None) -> None:
         closed = 0
         for fd in fds:
             if closes_quickly(fd):
@@ -73,11 +74,11 @@ class Closes:
                 self._hand_on(fd, owner)
         self._open.add(owner, -closed)
 
-    def _hand_on(self, fd: int, owner: object) -> None:
+    def _hand_on(self, fd: int, owner: int | None) -> None:
         self._may_hang.add(owner, 1)
         self._slow.add(owner, partial(self._close_slowly, fd, owner))
 
-    def _close_slowly(self, fd: int, owner: object) -> None:
+    def _close_slowly(self, fd: int, owner: int | None) -> None:
         _close(fd)
         self._may_hang.add(owner, -1)
         self._open.add(owner, -1)
@@ -88,18 +89,18 @@ class _Tally:
 
     def __init__(self) -> None:
         self.total = 0
-        self._counts: Counter[object] = Counter()
+        self._counts: Counter[int | None] = Counter()
         self._lock = Lock()
 
-    def add(self, owner: object, number: int) -> None:
+    def add(self, owner: int | None, number: int) -> None:
         with self._lock:
             self.total += number
             self._counts[owner] += number
             if not self._counts[owner]:
                 del self._counts[owner]
 
-    def of(self, owners: Iterable[object]) -> int:
-        return sum(self._counts.get(owner, 0) for owner in owners)
+    def of(self, owner: int | None) -> int:
+        return self._counts.get(owner, 0)
 
 
 class _Lanes:
@@ -108,19 +109,19 @@ class _Lanes:
     def __init__(self, submit: Submit, at_a_time: int) -> None:
         self._submit = submit
         self._at_a_time = at_a_time
-        self._running: Counter[object] = Counter()
-        self._waiting: dict[object, deque[Callable[[], None]]] = {}
+        self._running: Counter[int | None] = Counter()
+        self._waiting: dict[int | None, deque[Callable[[], None]]] = {}
         self._lock = Lock()
 
-    def add(self, owner: object, work: Callable[[], None]) -> None:
+    def add(self, owner: int | None, work: Callable[[], None]) -> None:
         with self._lock:
             if self._running[owner] >= self._at_a_time:
                 self._waiting.setdefault(owner, deque()).append(work)
                 return
             self._running[owner] += 1
-        self._submit(partial(self._run, owner, work))
+        self._submit(owner, partial(self._run, owner, work))
 
-    def _run(self, owner: object, work: Callable[[], None] | None) -> None:
+    def _run(self, owner: int | None, work: Callable[[], None] | None) -> None:
         while work:
             try:
                 work()
@@ -129,7 +130,7 @@ class _Lanes:
                 log.exception("an fd of a client may be left open")
             work = self._next(owner)
 
-    def _next(self, owner: object) -> Callable[[], None] | None:
+    def _next(self, owner: int | None) -> Callable[[], None] | None:
         """Take the owner's next work, or give the thread back."""
         with self._lock:
             waiting = self._waiting.get(owner)

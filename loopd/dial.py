@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the system bus is, and how to be let in: the part of a connection that blocks."""
 
-import contextlib
 import os
 import socket
 from urllib.parse import unquote_to_bytes
@@ -50,17 +49,25 @@ def connect(address: str, *, fds: bool = True) -> socket.socket:
 
 
 def _authenticate(sock: socket.socket, *, fds: bool) -> None:
-    # All at once, as sd-bus does: after BEGIN the bus says nothing before we do.
-    uid = str(os.geteuid()).encode().hex()
-    negotiate = "NEGOTIATE_UNIX_FD\r\n" if fds else ""
-    sock.sendall(f"\0AUTH EXTERNAL {uid}\r\n{negotiate}BEGIN\r\n".encode())
+    # All at once, as sd-bus does: after BEGIN the bus says nothing before we do. No uid is claimed,
+    # as in a user namespace ours is not the one that the bus sees, which asks for it by DATA then.
+    negotiate = b"NEGOTIATE_UNIX_FD\r\n" if fds else b""
+    sock.sendall(b"\0AUTH EXTERNAL\r\nDATA\r\n" + negotiate + b"BEGIN\r\n")
     answer = b""
-    while answer.count(b"\r\n") < 1 + fds:
+    while answer.count(b"\r\n") < 2 + fds:
         data = sock.recv(512)
         if not data or len(answer) > 4096:
             raise BusError("the bus ended the authentication")
         answer += data
-    if not answer.startswith(b"OK ") or (fds and b"\r\nAGREE_UNIX_FD" not in answer):
-        with contextlib.suppress(UnicodeDecodeError):
-            raise BusError(f"the bus refused the authentication: {answer.decode().strip()}")
-        raise BusError("the bus refused the authentication")
+        if answer.startswith(b"REJECTED"):
+            raise BusError("the bus refused the authentication: it does not take this user")
+    asked, let_in, *agreed = answer.split(b"\r\n")
+    if asked != b"DATA" or not let_in.startswith(b"OK "):
+        raise BusError(f"the bus refused the authentication: {_shown(asked, let_in)}")
+    if fds and agreed[0] != b"AGREE_UNIX_FD":
+        raise BusError(f"the bus passes no file descriptors: {_shown(agreed[0])}")
+
+
+def _shown(*lines: bytes) -> str:
+    """Lines of a bus in a sentence."""
+    return ", ".join(repr(line.decode(errors="replace"))[1:-1] for line in lines if line)

@@ -7,14 +7,16 @@ of them in slices.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import codec
 
-# Seconds of marshalling before others get their turn.
+# Seconds of marshalling before others get their turn, and for how long an answer is made like that.
 _SLICE = 0.002
+_PATIENCE = 0.25
 
 
 class Listing:
@@ -35,16 +37,20 @@ class Listing:
         """The array of these paths, as they and their elements are when this returns."""
         # One at a time, so that those who ask together do not each have a slice.
         async with self._making:
+            patient_until = time.monotonic() + _PATIENCE
             while True:
                 listed = [*paths()]
-                missing = [path for path in listed if path not in self._kept]
-                if not missing:
-                    return codec.Array(self._signature, [self._kept[path] for path in listed])
-                end = time.monotonic() + _SLICE
-                for path in missing:
-                    element = codec.element(self._signature, self._element(path))
-                    self._kept[path] = element
+                now = time.monotonic()
+                # Devices may change faster than their elements are made: the rest comes at once.
+                end = now + _SLICE if now < patient_until else math.inf
+                for path in listed:
+                    if path in self._kept:
+                        continue
+                    self._kept[path] = codec.element(self._signature, self._element(path))
                     if time.monotonic() > end:
                         break
+                else:
+                    # Not a turn later, when more may have changed, and so for ever.
+                    return codec.Array(self._signature, [self._kept[path] for path in listed])
                 # What was listed may have changed when the others have had their turn.
                 await asyncio.sleep(0)

@@ -59,6 +59,8 @@ class LoopDevice:
     on a device of ours that is to stay and on one of someone else's."""
     is_new: bool = False
     """Whether the device was made for us, and is to be removed when it is unbound."""
+    handed_out: bool = False
+    """Whether a client was given an fd on it, which is power over it."""
     cut: Cut = NO_CUT
     table: tuple[int, ...] | None = None
     """The numbers in the partition table, if it has been read."""
@@ -105,11 +107,12 @@ class LoopDevice:
 def detach(device: LoopDevice) -> bool:
     """Let go of a device: write back, remove partitions, clear, close.
 
-    Returns whether our fds are closed. They stay open while others have a device of ours open, or
-    sysfs does not say whether it is ours, and `clear` has to be called again then. Closing earlier
-    would leave the rest to autoclear, which whoever has a writable fd can turn off; before Linux
-    6.11 the last opener could even unbind the device, keep its fd and read the next image on the
-    number. Nothing is raised.
+    Returns whether our fds are closed. They stay open while others have a device of ours open that
+    was handed out, or sysfs does not say whether it is ours, and `clear` has to be called again
+    then. Closing earlier would leave the rest to autoclear, which a client with a writable fd can
+    turn off; before Linux 6.11 the last opener could even unbind the device, keep its fd and read
+    the next image on the number. Of a device that was not handed out the openers are mounts, udev
+    and root's programs: it goes at the very moment of their last close. Nothing is raised.
     """
     # The lock first: another fd on the device would make CLR_FD a lazy one.
     if device.lock is not None:
@@ -122,10 +125,10 @@ def detach(device: LoopDevice) -> bool:
 
 
 def clear(device: LoopDevice, *, lock_timeout: float = 0) -> bool:
-    """Clear and close a device if nobody else has it open, as `detach` does; whether that was so.
+    """Clear a device and close it as `detach` does; whether it is closed.
 
-    A device that somebody else attached is cleared once and closed: the kernel does the rest. The
-    device's lock is waited for so many seconds, and done without then. Nothing is raised.
+    One that somebody else attached is closed in any case: the kernel does the rest. The device's
+    lock is waited for so many seconds, and done without then. Nothing is raised.
     """
     try:
         ours = kernel.loop_binding(device.number) == device.binding
@@ -144,7 +147,7 @@ def clear(device: LoopDevice, *, lock_timeout: float = 0) -> bool:
         locked = blockdev.try_lock(loop_fd, fcntl.LOCK_EX, timeout=lock_timeout)
     with _tolerated("remove partitions", device.node):
         partition.remove_all(loop_fd, device.number)
-    if not _clear_alone(device) and device.ours:
+    if not _clear_alone(device) and device.ours and device.handed_out:
         if locked:
             with _tolerated("unlock", device.node):  # udev waits for it
                 kernel.flock(loop_fd, fcntl.LOCK_UN)
@@ -214,7 +217,7 @@ def remove(number: int) -> bool:
 
 def clean(number: int) -> None:
     """Remove what partitions an unbound device of a former loopd still has. Raises OSError."""
-    with suppress(FileNotFoundError), blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as fd:
+    with suppress(FileNotFoundError), blockdev.open_loop(number, os.O_RDONLY) as fd:
         locked = blockdev.try_lock(fd.fileno(), fcntl.LOCK_EX)
         if locked and not kernel.loop_bound(number):
             partition.remove_all(fd.fileno(), number)

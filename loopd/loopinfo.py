@@ -211,7 +211,7 @@ def binding(number: int, which: int) -> Binding:
     Raises NoSuchDevice if that binding is gone.
     """
     try:
-        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
+        with blockdev.open_loop(number, os.O_RDONLY) as loop_fd:
             info = kernel.loop_get_status64(loop_fd.fileno())
             sector_size = kernel.blksszget(loop_fd.fileno())
             still = kernel.loop_binding(number)

@@ -37,7 +37,7 @@ def open_existing(number: int, which: int | None = None) -> LoopDevice:
     with _none_is_no_such_device(number):
         # For reading, which is enough for whoever has CAP_SYS_ADMIN: the close of a writable fd
         # makes udev read the partition table again.
-        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as loop_fd:
+        with blockdev.open_loop(number, os.O_RDONLY) as loop_fd:
             there = kernel.loop_binding(number)
             if there is None:
                 raise NoSuchDevice(f"loop{number} has no file attached")
@@ -89,6 +89,8 @@ def take_back(
                 autoclear=autoclear,
             )
     device.ours, device.autoclear, device.is_new = True, autoclear, is_new
+    # As far as known, a client has an fd from the former one.
+    device.handed_out = True
     try:
         if kernel.loop_attribute(number, "loop/autoclear") != (b"1" if autoclear else b"0"):
             set_autoclear(device, autoclear)
@@ -122,8 +124,6 @@ def resize(device: LoopDevice, *, offset: int | None, size_limit: int | None, fo
     new_offset = info.lo_offset if offset is None else offset
     new_limit = device.asked_limit(info.lo_sizelimit) if size_limit is None else size_limit
     sector_size = kernel.blksszget(loop_fd)
-    if new_offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
     if new_limit % sector_size:
         raise InvalidArgs(f"size-limit: not a multiple of the sector size, {sector_size}")
     old_size = kernel.blkgetsize64(loop_fd)
@@ -327,7 +327,7 @@ def take_lock(device: LoopDevice, kind: Lock) -> OwnedFd:
     Waits for no more than a glance of somebody else's. Raises DeviceBusy if others hold a lock
     that is in the way. After systemd's loop_device_flock, as is `change_lock`.
     """
-    with blockdev.opened(kernel.open_loop(device.number, os.O_RDONLY)) as lock_fd:
+    with blockdev.open_loop(device.number, os.O_RDONLY) as lock_fd:
         _require_binding(device)
         if not blockdev.try_lock(lock_fd.fileno(), kind.operation, timeout=_LOCK_TIMEOUT):
             raise DeviceBusy(f"{device.node} is locked by someone else")
@@ -408,7 +408,7 @@ def open_node(
 
 def _opened_node(device: LoopDevice, flags: int, partition: int | None) -> OwnedFd:
     if partition is None:
-        return blockdev.opened(kernel.open_loop(device.number, flags))
+        return blockdev.open_loop(device.number, flags)
     try:
         return blockdev.opened(kernel.open_partition(device.number, partition, flags))
     except OSError as exc:

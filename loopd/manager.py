@@ -113,18 +113,20 @@ class Manager:
         return self._over_file(caller, named.file), None
 
     def _over_file(self, caller: Caller, file: FileIdentity) -> Device:
-        """The device over a file that a caller means: one of its own, else one that root set up.
+        """The device over a file that a caller means: its own, else root's, else a foreign one.
 
         Another user's is never taken, since that user may have chosen which part of the file it
-        maps, and attached it only to be mistaken for another.
+        maps, and attached it only to be mistaken for another. A foreign one, which may be a user's
+        by udisks2, is in the way of no other.
         """
         seen = [
             device
             for device in self._registry.seen_by(caller.uid)
             if device.file and device.file.is_same_as(file)
         ]
-        found = [device for device in seen if device.owner == caller.uid]
-        found = found or [device for device in seen if device.owner in (ROOT, NOBODY)]
+        found: list[Device] = []
+        for owner in (caller.uid, ROOT, NOBODY):
+            found = found or [device for device in seen if device.owner == owner]
         found = [device for device in found if device.state == ATTACHED] or found
         if len(found) > 1:
             raise Ambiguous(

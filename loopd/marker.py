@@ -144,11 +144,11 @@ class Markers:
         """Tell in a user's mark which binding it is of; loopN is still locked against udev."""
         with self._lock:
             _, mark = self._marks(number)
-            facts = {"OWNER": owner, "DISKSEQ": diskseq, "BINDING": kernel.loop_binding(number)}
-            text = "".join(f"LOOPD_{key}={value}\n" for key, value in facts.items())
+            binding = kernel.loop_binding(number)
+            text = f"LOOPD_OWNER={owner}\nLOOPD_DISKSEQ={diskseq}\nLOOPD_BINDING={binding}\n"
             _make(mark, text.encode(), mode=0o644)
             self._published[number] = f"{mark}_{diskseq}"
-            os.symlink(os.path.basename(mark), self._published[number])
+            os.symlink(f"loop{number}", self._published[number])
 
     def rename(self, number: int, reference: bytes) -> None:
         """Have the links to loopN go by another reference, if it has any, when udev looks again."""

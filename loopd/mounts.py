@@ -24,6 +24,8 @@ TRUSTED_FILESYSTEMS = frozenset(
 )
 # Of these without a device. The pools of ZFS are not in sysfs, and are taken to be on disks.
 _WITHOUT_DEVICE = frozenset("btrfs overlay ramfs tmpfs zfs".split())
+# Of these with a journal that may be on another device.
+_WITH_JOURNALS = frozenset("ext3 ext4".split())
 
 _CHUNK = 1 << 16
 
@@ -126,7 +128,10 @@ class Table:
     def _look_below(self, mount: _Mount) -> Iterable[int | str | _Mount]:
         """What sysfs and the table tell of where a mount's data are."""
         if os.major(mount.device):
-            return storage.foundations(mount.device, self._sysfs)
+            below = storage.foundations(mount.device, self._sysfs)
+            if mount.kind in _WITH_JOURNALS:
+                below |= storage.foundations_of_journal(mount.device, self._sysfs)
+            return below
         if mount.kind == "btrfs":
             return storage.foundations_of_btrfs(mount.source, self._sysfs)
         if mount.kind == "overlay":

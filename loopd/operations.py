@@ -303,6 +303,8 @@ class Operations:
         with self._closed_on_failure(caller, fd):
             caller.client.require_present()
             self._manager.require_attached(device)
+            if device.loop:
+                device.loop.handed_out = True
         return fd
 
     async def hold(self, caller: Caller, device: Device) -> OwnedFd:

@@ -13,10 +13,10 @@ from .errors import InvalidArgs
 from .leases import CONNECTION, LIFETIMES
 from .operations import ResizeOptions
 from .proposal import AttachOptions
+from .uapi import MAX_REFERENCE
 
 _KINDS = {"b": "boolean", "s": "string", "t": "64-bit unsigned", "u": "32-bit unsigned"}
 _MAX_NUMBER = 0xFFFFF  # the kernel has 20 bits for it
-_MAX_REFERENCE = 62  # udev ignores a name that fills the kernel's 63
 
 
 class Options:
@@ -82,8 +82,6 @@ def attach_options(given: Mapping[str, Variant]) -> AttachOptions:
     allow_overlap = options.boolean("allow-overlap") or False
     number = options.u32("number")
     options.end()
-    if offset % 512:
-        raise InvalidArgs("offset: not a multiple of 512")
     if number is not None and number > _MAX_NUMBER:
         raise InvalidArgs(f"number: larger than {_MAX_NUMBER}")
     return AttachOptions(
@@ -155,8 +153,8 @@ def lock_kind(text: str) -> Lock:
 def reference(text: str) -> bytes:
     """A free-form name: the option of Attach and the argument of SetReference."""
     name = text.encode()
-    if len(name) > _MAX_REFERENCE:
-        raise InvalidArgs(f"reference: longer than {_MAX_REFERENCE} bytes")
+    if len(name) > MAX_REFERENCE:
+        raise InvalidArgs(f"reference: longer than {MAX_REFERENCE} bytes")
     if any(char < " " or "\x7f" <= char <= "\x9f" for char in text):
         raise InvalidArgs("reference: contains control characters")
     return name

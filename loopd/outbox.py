@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What we send, until the bus has taken it: so much at most, and little does not wait for much.
 
-What goes to one destination stays in its order, and so does all that is sent before and after
-something for everyone: a signal comes before the answers that follow it.
+Users share what the bus reads, whatever the number of their connections. What goes to one user
+stays in its order, and so does all that is sent before and after something for everyone: a signal
+comes before the answers that follow it.
 """
 
 import asyncio
@@ -11,14 +12,17 @@ import logging
 import socket
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
-# What waits for a slow bus: all in all, and before it for one destination.
+# What waits for a slow bus: all in all, and before it for one user.
 _MAX_QUEUED = 16 << 20
 _MAX_QUEUED_PER_DESTINATION = 4 << 20
+# What may be in the socket, where nothing can go before it any more: dbus-daemon reads 4 KiB of it
+# in a round, and a round is long where the bus has much to do.
+_IN_SOCKET = 8 << 10
 # Messages in one write.
 _AT_A_TIME = 16
 _SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -28,27 +32,41 @@ _SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 class _Outgoing:
     data: memoryview
     fds: Sequence[int]
-    destination: str
+    owner: Hashable
+    """Whose it is; empty if it is for everyone."""
     written: asyncio.Future[None]
     place: int
-    """Lower numbers go first: where its destination would be if all got as many bytes."""
+    """Lower numbers go first: where its owner would be if all got as many bytes."""
 
 
 class Outbox:
-    """The sending half of a connection; `on_error` is told why nothing can be sent any more."""
+    """The sending half of a connection.
 
-    def __init__(self, sock: socket.socket, on_error: Callable[[str], None]) -> None:
+    `on_error` is told why nothing can be sent any more; `whose` tells to whom a destination
+    belongs.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_error: Callable[[str], None],
+        whose: Callable[[str], Hashable] = str,
+    ) -> None:
         self._socket = sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _IN_SOCKET)
         self._on_error = on_error
+        self._whose = whose
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Outgoing] = deque()
-        self._queued: Counter[str] = Counter()
-        self._places: dict[str, int] = {}
-        """The place of the last message for each destination that waits."""
+        self._queued: Counter[Hashable] = Counter()
+        self._places: dict[Hashable, int] = {}
+        """The place of the last message for each owner of some that wait."""
         self._place = 0
         """That of the last one sent."""
         self._waits = False
         """Whether the socket was full."""
+        self.total = 0
+        """The bytes put in so far."""
 
     def put(
         self, message: bytes, fds: Sequence[int], destination: str, *, soon: bool = False
@@ -61,14 +79,20 @@ class Outbox:
         """
         written: asyncio.Future[None] = self._loop.create_future()
         data = memoryview(message)
-        if not self._make_room(destination, len(data)):
+        owner = self._whose(destination) if destination else ""
+        if not self._make_room(owner, len(data)):
             log.warning("the bus is slow: dropped a message for %s", destination or "everyone")
             written.cancel()
             return written
-        place = max(self._places.get(destination, 0), self._place) + len(data)
-        self._insert(_Outgoing(data, fds, destination, written, place))
-        self._places[destination] = place
-        self._queued[destination] += len(data)
+        place = max(self._places.get(owner, 0), self._place) + len(data)
+        outgoing = _Outgoing(data, fds, owner, written, place)
+        if self._queue:
+            self._insert(outgoing)
+        else:
+            self._queue.append(outgoing)
+        self._places[owner] = place
+        self._queued[owner] += len(data)
+        self.total += len(data)
         if self._waits:
             pass  # for the socket, which is full
         elif not soon or len(self._queue) >= _AT_A_TIME:
@@ -92,17 +116,20 @@ class Outbox:
                 outgoing.written.cancel()
         self._queue.clear()
 
-    def _make_room(self, destination: str, size: int) -> bool:
+    def _make_room(self, owner: Hashable, size: int) -> bool:
         """Whether a message may wait; whoever fills the queue loses what waits for it."""
-        if self._queued[destination] + size > _MAX_QUEUED_PER_DESTINATION:
+        if self._queued[owner] + size > _MAX_QUEUED_PER_DESTINATION:
             return False
         if self._queued.total() + size > _MAX_QUEUED:
             filler = max(self._queued, key=self._queued.__getitem__)
-            log.warning("the bus is slow: dropped what waited for %s", filler or "everyone")
+            log.warning(
+                "the bus is slow: dropped what waited for %s",
+                "everyone" if filler == "" else filler,
+            )
             first, *rest = self._queue  # the first may be half written
             self._queue = deque([first])
             for outgoing in rest:
-                if outgoing.destination == filler:
+                if outgoing.owner == filler:
                     outgoing.written.cancel()
                     self._queued[filler] -= len(outgoing.data)
                 else:
@@ -110,17 +137,17 @@ class Outbox:
             self._forget(filler)
         return True
 
-    def _forget(self, destination: str) -> None:
-        if not self._queued[destination]:
-            del self._queued[destination]
-            self._places.pop(destination, None)
+    def _forget(self, owner: Hashable) -> None:
+        if not self._queued[owner]:
+            del self._queued[owner]
+            self._places.pop(owner, None)
 
     def _insert(self, outgoing: _Outgoing) -> None:
-        """Put a message before those of destinations that get more."""
+        """Put a message before those of users who get more."""
         at = len(self._queue)
         while at > 1:  # the first may be half written
             before = self._queue[at - 1]
-            for_everyone = not (before.destination and outgoing.destination)
+            for_everyone = "" in (before.owner, outgoing.owner)
             if for_everyone or before.place <= outgoing.place:
                 break
             at -= 1
@@ -164,10 +191,10 @@ class Outbox:
             part = min(size, len(first.data))
             size -= part
             first.data, first.fds = first.data[part:], ()
-            self._queued[first.destination] -= part
+            self._queued[first.owner] -= part
             if not first.data:
                 self._queue.popleft()
                 self._place = max(self._place, first.place)
-                self._forget(first.destination)
+                self._forget(first.owner)
                 if not first.written.done():
                     first.written.set_result(None)

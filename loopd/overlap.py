@@ -3,7 +3,8 @@
 
 Two filesystems mounted from the same bytes destroy each other, without a word from the kernel. A
 user is kept from doing that to itself. Between two users a read-only mapping is in nobody's way:
-else a user who may only read an image could keep its owner from attaching it.
+else a user who may only read an image could keep its owner from attaching it. A device that was set
+up without loopd is another user's: root's by losetup, or anybody's by udisks2.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-from .access import NOBODY, ROOT
 from .backing import FileIdentity
 from .errors import Overlap
 
@@ -26,7 +26,7 @@ class Mapping:
     end: int
     writable: bool
     uid: int
-    """Whose it is. A device of NOBODY's was set up by losetup or its like, so by root."""
+    """Whose it is."""
 
     @classmethod
     def of(cls, file: FileIdentity, offset: int, size: int, *, writable: bool, owner: int) -> Self:
@@ -35,8 +35,7 @@ class Mapping:
         if file.block:
             # No file has the inode 0.
             device, inode, start = file.block.disk, 0, file.block.start + offset
-        uid = ROOT if owner == NOBODY else owner
-        return cls(device, inode, start, start + size, writable, uid)
+        return cls(device, inode, start, start + size, writable, owner)
 
     @property
     def file(self) -> tuple[int, int]:

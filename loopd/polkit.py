@@ -8,8 +8,8 @@ states is worth nothing. No answer is kept: each call asks anew.
 import asyncio
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from .access import ROOT, Action, Caller
@@ -23,6 +23,7 @@ from .errors import (
     LoopError,
     UntrustedFilesystem,
 )
+from .leases import Quota
 from .tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,12 @@ _NAME = "org.freedesktop.PolicyKit1"
 _PATH = "/org/freedesktop/PolicyKit1/Authority"
 _INTERFACE = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_USER_INTERACTION = 1
+# Open questions of all users: dbus-daemon lets 128 calls of a connection's wait for their answers.
+# An eighth is left for others than polkit. A person may be asked for minutes, so half of the rest
+# is for what is answered at once.
+_QUESTIONS = 128
+_PROMPTS = 64
+_HINT = "try again when one is answered"
 
 Call = Callable[..., Awaitable[list[Any]]]
 
@@ -39,7 +46,8 @@ class Authority:
     """polkit, asked through `call`, which is a connection's method of that name.
 
     `timeout` and `interactive_timeout` are the deadlines in seconds without and with somebody to
-    be asked; `max_questions` bounds the questions of one uid that are open at a time.
+    be asked; `max_questions` bounds the questions of one uid that are open at a time. All uids
+    together have a bound, too, and one for those with somebody to be asked.
     """
 
     def __init__(
@@ -53,8 +61,15 @@ class Authority:
         self._call = call
         self._timeout = timeout
         self._interactive_timeout = interactive_timeout
-        self._max_questions = max_questions
-        self._questions: Counter[int] = Counter()
+        self._questions = Quota(
+            "open questions to polkit", per_user=max_questions, in_all=_QUESTIONS, hint=_HINT
+        )
+        self._prompts = Quota(
+            "open questions that somebody may be asked",
+            per_user=max_questions,
+            in_all=_PROMPTS,
+            hint=_HINT,
+        )
         self._cancellations = itertools.count(1)
         self._tasks = Tasks()
         self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -72,20 +87,20 @@ class Authority:
         """
         if caller.uid == ROOT:
             return
-        if self._questions[caller.uid] >= self._max_questions:
-            raise LimitsExceeded(
-                f"{self._max_questions} questions to polkit are open for this user already: "
-                "try again when one is answered"
-            )
-        self._questions[caller.uid] += 1
-        try:
-            authorized, challenge = await self._ask(caller, action, details)
-        finally:
-            self._questions[caller.uid] -= 1
-            if not self._questions[caller.uid]:
-                del self._questions[caller.uid]
+        with ExitStack() as open_questions:
+            open_questions.enter_context(self._questions.take(caller.uid))
+            interactive, full = caller.interactive, None
+            if interactive:
+                try:
+                    open_questions.enter_context(self._prompts.take(caller.uid))
+                except LimitsExceeded as exc:
+                    # Who needs not be asked is not to wait for those who are.
+                    interactive, full = False, exc
+            authorized, challenge = await self._ask(caller, action, details, interactive)
         if authorized is True:
             return
+        if challenge is True and full:
+            raise full
         if challenge is True and not caller.interactive:
             raise InteractiveAuthorizationRequired(
                 f"polkit would have to ask for {action}: call again with interactive "
@@ -99,10 +114,10 @@ class Authority:
         raise AccessDenied(f"polkit does not allow {action}")
 
     async def _ask(
-        self, caller: Caller, action: Action, details: Mapping[str, str]
+        self, caller: Caller, action: Action, details: Mapping[str, str], interactive: bool
     ) -> tuple[object, object]:
         cancellation = f"loopd-{next(self._cancellations)}"
-        timeout = self._interactive_timeout if caller.interactive else self._timeout
+        timeout = self._interactive_timeout if interactive else self._timeout
         question = asyncio.ensure_future(
             self._call(
                 _NAME,
@@ -114,7 +129,7 @@ class Authority:
                     ["system-bus-name", {"name": Variant("s", caller.client.name)}],
                     str(action),
                     dict(details),
-                    _ALLOW_USER_INTERACTION if caller.interactive else 0,
+                    _ALLOW_USER_INTERACTION if interactive else 0,
                     cancellation,
                 ],
                 timeout=None,

@@ -69,6 +69,9 @@ class Registry:
         """Numbers of those that would have been."""
         self._heard: dict[int, int] = {}
         """The last event of numbers that had no device of ours yet."""
+        self._looking_for_lost = asyncio.Lock()
+        self._lost = False
+        """Whether events were lost since all devices were looked at."""
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
         self._tasks = Tasks()
@@ -201,7 +204,19 @@ class Registry:
 
     def look_at(self, number: int | None) -> None:
         """Look at a device that may have changed; None means at all of them."""
-        self._tasks.start(self.look_at_all() if number is None else self._look(number))
+        if number is not None:
+            self._tasks.start(self._look(number))
+        elif not self._lost:
+            self._lost = True
+            self._tasks.start(self._look_for_lost())
+
+    async def _look_for_lost(self) -> None:
+        """Look at all devices, once a second at most, as a user may cause such losses."""
+        async with self._looking_for_lost:
+            self._lost = False
+            log.info("events of the kernel were lost: looking at all loop devices again")
+            await self.look_at_all()
+            await asyncio.sleep(_LOOK_AGAIN)
 
     @contextmanager
     def unwatched(self, devices: Iterable[Device]) -> Iterator[None]:

@@ -48,8 +48,6 @@ class AttachRequest:
             raise InvalidArgs("read-only: the memfd is sealed against writing, so it must be true")
         if not self.read_only and not file.writable:
             raise InvalidArgs("read-only: the file is open for reading only, so it cannot be false")
-        if self.offset % 512:
-            raise InvalidArgs("offset: not a multiple of 512")
         if self.offset and self.offset >= size:
             raise InvalidArgs(f"offset: not inside the file, which has {size} bytes")
         sector_size = self.sector_size or DEFAULT_SECTOR_SIZE

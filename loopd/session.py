@@ -47,9 +47,9 @@ class Session:
         return self._silence
 
     @property
-    def owner(self) -> object:
-        """At whose expense the fds it sent are closed."""
-        return self.account.uid if self.account else self.name
+    def owner(self) -> int | None:
+        """At whose expense the fds it sent are closed; all who are not known are one."""
+        return self.account.uid if self.account else None
 
     def charge(self, seconds: float) -> None:
         """Count time that was spent on this connection."""

@@ -56,7 +56,7 @@ class Spares:
         self._owners: dict[int, int] = {}
         """The users of bound devices, and the last users of unbound and removed ones."""
         self._left: frozenset[int] = frozenset()
-        """The numbers that have an owner and are not bound. Replaced as well."""
+        """The numbers that have an owner and are not bound by us. Replaced as well."""
         self._timers: dict[int, asyncio.TimerHandle] = {}
         """By owner."""
         self._loop = asyncio.get_running_loop()
@@ -99,14 +99,14 @@ class Spares:
         `is_new` says that it was made for that.
         """
         self._kept -= {number}
-        self._left -= {number}
         self._going -= {number}
         if is_new:
             self._made.add(number)
-        # Now, since it can be unbound, and offered, for a moment before we hear of it.
-        if uid == NOBODY:
-            self._owners.pop(number, None)
-        else:
+        # Of somebody else's nothing is noted: by udisks2, for a moment, another user could have a
+        # number forgotten.
+        if uid != NOBODY:
+            self._left -= {number}
+            # Now, since it can be unbound, and offered, for a moment before we hear of it.
             self._owners[number] = uid
 
     def keep(self, number: int) -> None:

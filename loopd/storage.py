@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SYSFS = Path("/sys")
+PROC = Path("/proc")
 UNKNOWN = ""
 
 # What the kernel calls the devices that a network or a process stands behind, wherever it has them.
@@ -51,6 +52,30 @@ def foundations_of_btrfs(source: str, sysfs: Path = SYSFS) -> frozenset[int | st
 
 
 _NONE = frozenset({UNKNOWN})
+
+
+def foundations_of_journal(
+    device: int, sysfs: Path = SYSFS, proc: Path = PROC
+) -> frozenset[int | str]:
+    """The same for the journal of the ext3 or ext4 on a block device, if it is on another device.
+
+    Which one that is stands in the image, so its user can choose it. The kernel tells it by the
+    name of the thread that writes the journal.
+    """
+    link = sysfs / f"dev/block/{os.major(device)}:{os.minor(device)}"
+    name = os.path.basename(os.path.realpath(link))
+    try:
+        task = (sysfs / f"fs/ext4/{name}/journal_task").read_text().strip()
+    except FileNotFoundError:
+        return frozenset()  # another driver's ext2
+    # With an inode for the journal both of them have the name of that.
+    if not task.isdecimal() or any((proc / "fs/jbd2").glob(f"{name}-[0-9]*")):
+        return frozenset()
+    try:
+        thread = (proc / task / "comm").read_text().strip()
+    except FileNotFoundError:
+        return _NONE
+    return frozenset(_below(sysfs / "class/block" / thread.removeprefix("jbd2/")))
 
 
 def _kernel_name(source: str, sysfs: Path) -> str:

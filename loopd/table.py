@@ -39,7 +39,7 @@ def read(number: int) -> Table:
 
     The child has the device open while it reads. Raises TimedOut, Failed, OSError.
     """
-    with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as device_fd:
+    with blockdev.open_loop(number, os.O_RDONLY) as device_fd:
         answer = _ask(device_fd.fileno())
         size = kernel.blkgetsize64(device_fd.fileno())
         sector_size = kernel.blksszget(device_fd.fileno())

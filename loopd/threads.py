@@ -5,20 +5,26 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
 
-from .closes import Closes
+from .access import ROOT
+from .closes import Closes, Submit
 from .errors import LimitsExceeded, TimedOut
+from .leases import share
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+# Threads for one kind of work. They are started as they are needed, and one that hangs has 20 KiB.
+_THREADS = 256
 
 
 class Work(Enum):
@@ -31,7 +37,65 @@ class Work(Enum):
     LOOK = 4
     """The first look at a file that a client passed."""
     SCAN = 1
-    """A child that reads a partition table: 15 ms of a processor."""
+    """A child that reads a partition table: 15 ms of a processor; in a thread of an operation's."""
+
+
+class _Turns:
+    """The threads for one kind of work: so many for one user, and less where few are left.
+
+    Some are left to root, whatever others do.
+    """
+
+    def __init__(self, per_user: int) -> None:
+        self._per_user = per_user
+        self._taken: Counter[int] = Counter()
+        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
+
+    def is_free(self, uid: int) -> bool:
+        """Whether a turn of this user's is there at once."""
+        return uid not in self._waiting and self._has_one_for(uid)
+
+    async def take(self, uid: int) -> None:
+        """Wait for a turn of a user's; a user's own are given in their order."""
+        if self.is_free(uid):
+            self._taken[uid] += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(uid, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._leave(uid, turn)
+            else:
+                self.give_back(uid)
+            raise
+
+    def give_back(self, uid: int) -> None:
+        """Give a turn back, to those who wait."""
+        self._taken[uid] -= 1
+        if not self._taken[uid]:
+            del self._taken[uid]
+        while (next_one := next(filter(self._has_one_for, self._waiting), None)) is not None:
+            turn = self._waiting[next_one][0]
+            self._leave(next_one, turn)
+            if not turn.done():  # cancelled
+                self._taken[next_one] += 1
+                turn.set_result(None)
+
+    def _leave(self, uid: int, turn: asyncio.Future[None]) -> None:
+        """Wait no more; users who wait for more turns do so behind the others."""
+        waiting = self._waiting.pop(uid, deque())
+        with suppress(ValueError):
+            waiting.remove(turn)
+        if waiting:
+            self._waiting[uid] = waiting
+
+    def _has_one_for(self, uid: int) -> bool:
+        own, root = self._taken[uid], self._taken[ROOT]
+        others = self._taken.total() - own - (root if uid != ROOT else 0)
+        places = share(uid, of_root=root, of_others=others, in_all=_THREADS)
+        return own < min(places, self._per_user)
 
 
 class Threads:
@@ -39,23 +103,25 @@ class Threads:
 
     They are apart because each can be stuck for as long as somebody else likes: a call on a
     hanging file, the flush of one, or a device that stays busy. Within a pool, turns keep what one
-    user makes hang to a few threads; `closes` has turns of its own.
+    user makes hang to a few threads, and what all users do to all but root's; `closes` has turns of
+    its own.
     """
 
     def __init__(self) -> None:
         self._loop_thread = get_ident()
-        self._calls = ThreadPoolExecutor(64, "call")
-        self._endings = ThreadPoolExecutor(64, "ending")
-        self._file_looks = ThreadPoolExecutor(64, "file-look")
+        self._calls = ThreadPoolExecutor(_THREADS, "call")
+        self._endings = ThreadPoolExecutor(_THREADS, "ending")
+        self._file_looks = ThreadPoolExecutor(_THREADS, "file-look")
         self._looks = ThreadPoolExecutor(8, "look")
         self._quick_closes = ThreadPoolExecutor(64, "close")
         self._slow_closes = ThreadPoolExecutor(256, "slow-close")
+        self._roots_closes = ThreadPoolExecutor(8, "roots-close")
         self._removals = ThreadPoolExecutor(16, "removal")
         self._pools = {Work.ENDING: self._endings, Work.LOOK: self._file_looks}
         self.closes = Closes(
-            partial(self._submit, self._quick_closes), partial(self._submit, self._slow_closes)
+            self._closes_in(self._quick_closes), self._closes_in(self._slow_closes)
         )
-        self._turns: dict[tuple[int, Work], asyncio.Semaphore] = {}
+        self._turns = {work: _Turns(work.value) for work in Work}
         self._running: set[Future[Any]] = set()
         self._stopped = False
 
@@ -137,10 +203,11 @@ class Threads:
     ) -> _T:
         """As `run`, when it is the turn of that user, with one deadline for both."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        with ExitStack() as waiting:
-            waiting.callback(unused)
+        try:
             give_back = await self.turn(uid, work, timeout)
-            waiting.pop_all()
+        except BaseException:
+            unused()
+            raise
         return await self.run(
             function,
             timeout=remaining(deadline),
@@ -156,25 +223,24 @@ class Threads:
         `uid` is the owner of what is worked at: what a user can make hang takes that user's own
         turns and nobody else's. Raises TimedOut.
         """
-        turns = self._turns.get((uid, work))
-        if turns is None:
-            turns = self._turns[uid, work] = asyncio.Semaphore(work.value)
+        turns = self._turns[work]
         try:
-            async with asyncio.timeout(timeout):
-                await turns.acquire()
+            # A timer costs as much as the rest of this, and nothing is waited for as a rule.
+            async with asyncio.timeout(None if turns.is_free(uid) else timeout):
+                await turns.take(uid)
         except TimeoutError as exc:
-            raise TimedOut("other operations of this user did not end in time") from exc
-        return turns.release
+            raise TimedOut("other operations did not end in time") from exc
+        return partial(turns.give_back, uid)
 
     async def look(self, function: Callable[[], _T]) -> _T:
         """Call a function in a thread that only reads sysfs, in places that wait for nobody."""
         return await asyncio.wrap_future(self._submit(self._looks, function))
 
-    def close_fd(self, fd: int, *, owner: object) -> None:
+    def close_fd(self, fd: int, *, owner: int | None) -> None:
         """Close a client's fd, see `close_fds`."""
         self.close_fds([fd], owner)
 
-    def close_fds(self, fds: Iterable[int], owner: object) -> None:
+    def close_fds(self, fds: Iterable[int], owner: int | None) -> None:
         """Close fds at the expense of the user who sent them."""
         if get_ident() == self._loop_thread:
             self.closes.later(fds, owner)
@@ -211,7 +277,16 @@ class Threads:
             wait(running, left)
         self._quick_closes.shutdown(wait=False)
         self._slow_closes.shutdown(wait=False)
+        self._roots_closes.shutdown(wait=False)
         return sum(not each.done() for each in self._running.copy())
+
+    def _closes_in(self, pool: ThreadPoolExecutor) -> Submit:
+        """Has files closed in threads of a pool, and root's where no user's are in the way."""
+
+        def submit(owner: int | None, close: Callable[[], None]) -> None:
+            self._submit(self._roots_closes if owner == ROOT else pool, close)
+
+        return submit
 
     def _submit(
         self, pool: ThreadPoolExecutor, function: Callable[[], _T], *, gives_up: bool = False

@@ -56,27 +56,35 @@ class Account:
         """Whether a call of its has been authorized."""
         self.unsent = 0
         """Answers that the bus has not taken yet."""
+        self.deaf = False
+        """Whether it has not read what the bus holds for it, and gets no more until it does."""
         self.used = 0.0
         """Seconds, on a scale that leaves out the times when it wanted nothing."""
         self._usual = Bucket(burst=_BURST, rate=_SHARE, step=_STEP)
         self._flooding = Bucket(burst=_FLOOD_BURST, rate=_FLOOD_SHARE, step=_STEP)
         self._flooding_until = 0.0
+        self._owed = 0.0
+        """Seconds that are yet to be taken from both, less than a step."""
 
     def charge(self, seconds: float) -> None:
         """Count time that was spent on this user."""
         self.used += seconds
-        self._usual.take(seconds)
-        self._flooding.take(seconds)
+        self._owed += seconds
+        # An Attach and a Detach are charged in fifteen pieces: the buckets took longer than most.
+        if self._owed >= _STEP:
+            self._usual.take(self._owed)
+            self._flooding.take(self._owed)
+            self._owed = 0.0
 
     def flood(self) -> None:
         """Note that a call came which was too many."""
         self._flooding_until = time.monotonic() + _FLOOD
 
     def wait(self) -> float:
-        """The seconds until it may have more of our time; inf if it waits for the bus."""
+        """The seconds until it may have more of our time; inf if the bus or itself has to read."""
         if self.uid == ROOT:
             return 0.0
-        if self.unsent >= _MAX_UNSENT:
+        if self.deaf or self.unsent >= _MAX_UNSENT:
             return math.inf
         wait = self._usual.wait()
         return max(wait, self._flooding.wait()) if self._is_flooding else wait
@@ -140,6 +148,11 @@ class Turns:
         account.unsent += 1
         written.add_done_callback(sent)
 
+    def resume(self, account: Account) -> None:
+        """Begin the calls of a user who was deaf."""
+        if account.waiting:
+            self._wake(0.0)
+
     def give_way(self, account: Account) -> bool:
         """Refuse the latest waiting call of the user with most of them, if those are more.
 
@@ -181,13 +194,16 @@ class Turns:
                 self._wake(wait)
             return
         ready = sorted((each for each in waits if not waits[each]), key=lambda each: each.used)
-        self._wake(0.0)
         self._used = ready[0].used
         end = time.monotonic() + _TURN
-        for account in ready:
-            # Who has used more waits for the others, and what comes in waits for all of this.
-            if account.used > self._used + _STEP or time.monotonic() > end:
-                break
-            call = account.waiting[0]
-            self._remove(account, call)
-            call.begin()
+        try:
+            for account in ready:
+                # Who has used more waits for the others, and what comes in waits for all of this.
+                if account.used > self._used + _STEP or time.monotonic() > end:
+                    break
+                call = account.waiting[0]
+                self._remove(account, call)
+                call.begin()
+        finally:
+            if self._waiting:
+                self._wake(0.0)

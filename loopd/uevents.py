@@ -33,12 +33,13 @@ class Uevents:
         if uid == ROOT:
             return
         bucket = self._bucket(uid)
-        try:
-            async with asyncio.timeout(timeout):
-                while wait := bucket.wait():  # noqa: ASYNC110  for time to pass, not for others
-                    await asyncio.sleep(wait)
-        except TimeoutError as exc:
-            raise self._timed_out(bucket) from exc
+        if bucket.wait():
+            try:
+                async with asyncio.timeout(timeout):
+                    while wait := bucket.wait():  # noqa: ASYNC110  for time to pass, not for others
+                        await asyncio.sleep(wait)
+            except TimeoutError as exc:
+                raise self._timed_out(bucket) from exc
         bucket.take(events)
 
     def count(self, uid: int, events: int) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,8 @@ class Connection:
     is told whose they are. If it hears only `broadcasts`, signals to one connection are skipped
     unread, too. Of senders in `muted` nothing is heard at all. While `is_wary`, fds are
     left to the kernel but of those whom it `trusts`; where the answer to that is a future, nothing
-    is read until that is done. `on_lost` is called once when the bus is gone.
+    is read until that is done. `whose` tells to whom a destination belongs. `on_lost` is
+    called once when the bus is gone.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Connection:
         muted: Collection[bytes] = frozenset(),
         is_wary: Callable[[], bool] = lambda: False,
         trusts: Callable[[str], bool | asyncio.Future[None]] = lambda sender: True,
+        whose: Callable[[str], Hashable] = str,
     ) -> None:
         self._socket = sock
         types = [frame.METHOD_RETURN, frame.ERROR]
@@ -85,7 +87,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._serial = 0
         self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
-        self._outbox = Outbox(sock, self._lose)
+        self._outbox = Outbox(sock, self._lose, whose)
         self._lost = False
         self._loop.add_reader(sock, self._readable)
 
@@ -187,6 +189,11 @@ class Connection:
             raise error
         return reply.body, reply_fds
 
+    @property
+    def sent(self) -> int:
+        """The bytes sent so far, or waiting to be."""
+        return self._outbox.total
+
     def reply(
         self, to: frame.Header, signature: str, body: Sequence[Any], fds: Sequence[int] = ()
     ) -> asyncio.Future[None]:
@@ -196,10 +203,10 @@ class Connection:
         )
         return self._send(message, to.sender)
 
-    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+    def reply_error(self, to: frame.Header, name: str, text: str) -> asyncio.Future[None]:
         """Answer a call with an error."""
         message = codec.error(to.sender, to.serial, name, text, serial=self._next_serial())
-        self._send(message, to.sender)
+        return self._send(message, to.sender)
 
     def emit(
         self,

@@ -15,7 +15,10 @@ from .. import __version__
 from .columns import COLUMNS, DEFAULT
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
 
-_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([kmgtpe])(b|ib)?)?", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(
+    r"(0x[0-9a-f]+|[0-9]+)(?:(?:\.([0-9]{1,18}))?([kmgtpe])(b|ib)?)?",
+    re.ASCII | re.IGNORECASE,
+)
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
 _NODE = re.compile(r"((?:/dev/)?loop[0-9]{1,7})(?:p([0-9]{1,7}))?", re.ASCII)
 
@@ -76,12 +79,17 @@ def parse_size(text: str) -> int:
     """A number of bytes; K, KiB and so on up to E are powers of 1024, KB and so on of 1000."""
     match = _SIZE.fullmatch(text)
     if not match:
-        raise argparse.ArgumentTypeError(f"not a size: {text!r} (4096, 64K, 1MiB and 5GB are)")
-    digits, unit, suffix = match.groups()
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (4096, 64K, 1.5MiB and 5GB are)")
+    digits, fraction, unit, suffix = match.groups()
+    if fraction and digits[:2].lower() == "0x":
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (a fraction is decimal)")
     number = int(digits, 16 if digits[:2].lower() == "0x" else 10)
     if unit:
         base = 1000 if (suffix or "").lower() == "b" else 1024
-        number *= base ** ("kmgtpe".index(unit.lower()) + 1)
+        power = base ** ("kmgtpe".index(unit.lower()) + 1)
+        number *= power
+        if fraction:  # whole bytes, as losetup rounds
+            number += int(fraction) * power // 10 ** len(fraction)
     if number >= 1 << 64:
         raise argparse.ArgumentTypeError(f"too large: {text!r}")
     return number
@@ -188,6 +196,11 @@ def parser() -> argparse.ArgumentParser:
         "runs.",
     )
     _add_attach_options(hold)
+    hold.add_argument(
+        "--default-loop-ref",
+        metavar="NAME",
+        help="the name of the device if --loop-ref gives none; none if it is too long",
+    )
 
     detach = command("detach", "detach devices")
     detach.usage = (

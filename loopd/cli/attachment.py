@@ -21,6 +21,7 @@ from ..client.properties import Properties
 from ..client.watch import Ended
 from ..errors import LoopError, NotSupported
 from ..fd import OwnedFd
+from ..uapi import MAX_REFERENCE
 from . import output
 from .agent import agent
 from .child import run_command, why
@@ -50,8 +51,21 @@ def attach(found: argparse.Namespace) -> int:
 
 def hold(found: argparse.Namespace) -> int:
     """`loopctl hold`; returns its exit status."""
+    if found.loop_ref is None:
+        found.loop_ref = _default_reference(getattr(found, "default_loop_ref", None))
     with _opened(found) as file:
         return asyncio.run(_hold(found, file))
+
+
+def _default_reference(name: str | None) -> str | None:
+    """A name that nobody has chosen, and that is nobody's mistake: of a unit, for one."""
+    if name is None or len(os.fsencode(name)) <= MAX_REFERENCE:
+        return name
+    say(
+        f"the device has no name, because {output.name(name)} is longer than {MAX_REFERENCE} "
+        "bytes: --loop-ref gives it one"
+    )
+    return None
 
 
 def run(found: argparse.Namespace) -> int:
@@ -63,7 +77,8 @@ def run(found: argparse.Namespace) -> int:
 def _opened(found: argparse.Namespace) -> OwnedFd:
     if found.in_memory:
         return open_file(found.file, read_only=True, direct_io=False)
-    return open_file(found.file, read_only=found.read_only or None, direct_io=_direct_io(found))
+    direct_io = False if (found.offset or 0) % 512 else _direct_io(found)
+    return open_file(found.file, read_only=found.read_only or None, direct_io=direct_io)
 
 
 def _direct_io(found: argparse.Namespace) -> bool | None:

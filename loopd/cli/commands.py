@@ -136,7 +136,10 @@ async def _rescan(found: argparse.Namespace, client: Client) -> int:
 
 async def _list(found: argparse.Namespace, client: Client) -> int:
     named = found.associated is not None
-    pairs = await (associated(client, found.associated) if named else client.devices())
+    try:
+        pairs = await (associated(client, found.associated) if named else client.devices())
+    except FileNotFoundError:
+        pairs = []  # as losetup has it: no device has a file that is not there
     devices = [told for _, told in pairs]
     names = tuple(columns.COLUMNS) if found.output_all else found.output or columns.DEFAULT
     if found.json:

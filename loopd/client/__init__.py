@@ -196,11 +196,12 @@ class Client:
 
         `file` is a path, opened as `open_file` does, or an fd, which stays the caller's. None
         means loopd's default:
-        `read_only` as the fd is open; `offset` in bytes, a multiple of 512; `size_limit` in bytes,
-        to the end of the file; `sector_size` in bytes, 512 or that of a block device, while 0 means
-        as the partition table says; `partition_scan`, to have devices for the partitions, too,
-        which are there when this returns; `direct_io` as configured, and without where the file
-        does not allow it;
+        `read_only` as the fd is open; `offset` in bytes, without direct I/O if it is no multiple of
+        512, and then an fd should be open without O_DIRECT; `size_limit` in bytes, to the end of
+        the file; `sector_size` in bytes, 512 or that of a block device, while 0 means as the
+        partition table says; `partition_scan`, to have devices for the partitions, too, which are
+        there when this returns; `direct_io` as configured, and without where the file does not
+        allow it;
         `reference`, a free name of at most 62 bytes; `lock`, the BSD lock that the device has from
         the start, see Device.lock; `lifetime`, how long it is kept, this connection by default, see
         Device.set_lifetime; `allow_overlap`, to map bytes that another device maps;
@@ -218,6 +219,7 @@ class Client:
         """
         if in_memory:
             direct_io = False
+        opened_direct = False if (offset or 0) % 512 else direct_io
         options = make_options(
             ("read-only", "b", read_only),
             ("offset", "t", offset),
@@ -236,7 +238,8 @@ class Client:
             if in_memory:
                 source = _own(file, read_only=True, direct_io=False)
                 return await self._attach(await copy_into_memory(source, progress), options)
-            return await self._attach(_own(file, read_only=read_only, direct_io=direct_io), options)
+            fd = _own(file, read_only=read_only, direct_io=opened_direct)
+            return await self._attach(fd, options)
 
         return Attaching(attach)
 

@@ -4,7 +4,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ LIMITS = f"{BUS}.Error.LimitsExceeded"
 UNTRUSTED_FILESYSTEM = f"{LOOPD}.Error.UntrustedFilesystem"
 
 SHORT = "[deadlines]\nauthorization = 1\n"
+# The flag of a message that lets polkit ask its user.
+INTERACTIVE = 4
 
 # What can be done to a device, as a call of its object.
 OPERATIONS: dict[str, tuple[str, str, list[Any]]] = {
@@ -396,6 +398,32 @@ def test_the_fifth_open_question_of_a_user_is_refused_and_others_are_asked_about
         Attached(*call.end())
     world.polkit.on(ATTACH, Answer.ALLOW)
     first.attach(world.image())
+
+
+def test_questions_that_many_users_leave_open_keep_nobody_elses_from_being_answered(
+    new_world: Callable[..., World],
+) -> None:
+    """Limits in all: dbus-daemon lets 128 calls of a connection's wait for their answers."""
+    uids = range(100_000, 100_040)
+    world = new_world(accounts=uids)
+    world.polkit.on(ATTACH, Answer.ASK)
+    with ExitStack() as stack:
+        file = stack.enter_context(memfd())
+        clients = [stack.enter_context(world.bus.connect(uid)) for uid in uids]
+        for client in clients:
+            for _ in range(4):
+                args = (MANAGER_PATH, LOOPD, "Attach", "ha{sv}", [0, {}])
+                client.send(*args, fds=[file], flags=INTERACTIVE)
+            # So that each user's are asked, or refused, before the next one's.
+            client.call(MANAGER_PATH, f"{BUS}.Peer", "Ping")
+        world.polkit.on(ATTACH, Answer.ALLOW)
+        caller = world.caller()
+        caller.attach(world.image())
+        caller.attach(world.image(), interactive=True)
+        # It has to wait for somebody to be asked, and too many do.
+        world.polkit.on(ATTACH, Answer.CHALLENGE)
+        assert error_of(caller.attach, world.image(), interactive=True) == LIMITS
+        assert error_of(caller.attach, world.image()) == CHALLENGED
 
 
 # Who is asked for what

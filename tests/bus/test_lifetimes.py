@@ -337,11 +337,14 @@ def test_nobody_but_logind_says_that_a_user_has_left(world: World, logind: Login
         send_user_removed(liar, UID, asker)
         send_user_removed(liar, UID)
     liar.call_bus("GetId")
-    # It has asked logind, whatever it was told.
+    # What logind says next comes after that, and loopd asks.
+    logind.remove(OTHER_UID)
     deadline = Deadline()
     while len(logind.asked) == asked:
         assert deadline.remaining
         client.get(attached.path, "State")
+    # Of what the liar sent it took no notice, or it would have asked once more.
+    assert len(logind.asked) == asked + 1
     assert client.get(attached.path, "State") == "attached"
     client.detach(attached.path)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs commands in an emulated machine, as they come over a virtio port: `agent_program.py PORT`.
+"""Runs commands in an emulated machine, as they come over a virtio port.
 
-A line in JSON asks for one: `argv`, `stdin` (base64), `timeout` in seconds.  A line answers with
-its `status` and its `output` (base64).  The first line says that the agent is there.  Only the
-standard library is at hand here.
+`agent_program.py PORT`.  A line in JSON asks for a command: `argv`, `stdin` (base64), `timeout` in
+seconds.  A line answers with its `status` and its `output` (base64).  The first line says that the
+agent is there.  Only the standard library is at hand here.
 """
 
 import base64

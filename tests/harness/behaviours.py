@@ -9,6 +9,7 @@ What goes on with a free device, which anybody may take, is alone on the machine
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from contextlib import suppress
@@ -100,6 +101,19 @@ def test_offset_limit_reference_and_sector_size_are_set(lab: Lab) -> None:
     assert loopinfo.binding(device.number, device.binding).reference == b"name"
 
 
+def test_a_device_begins_at_any_byte_and_does_without_direct_io_then(lab: Lab) -> None:
+    path = lab.image(MIB)
+    device = lab.attach(path, offset=188392, direct_io=True)
+    told = status(device)
+    assert (told.offset, told.size, told.direct_io) == (188392, (MIB - 188392) // 512 * 512, False)
+    assert lab.script.calls.count("loop_configure") == 1
+    with mmap.mmap(-1, 4096) as buffer, lab.open(device.number) as fd:
+        kernel.preadv(fd.fileno(), buffer, 0)
+        assert buffer[:] == path.read_bytes()[188392 : 188392 + 4096]
+    assert resize(device, offset=1, size_limit=512) == 512
+    assert status(device).offset == 1
+
+
 def test_a_device_that_was_cleared_has_no_status(lab: Lab) -> None:
     device = lab.attach(lab.image())
     with lab.open(device.number) as fd:
@@ -151,7 +165,7 @@ def test_bound_or_not(lab: Lab) -> None:
         ({"size_limit": 511}, "size-limit"),
         ({"size_limit": MIB + 512}, "size-limit"),
         ({"offset": MIB}, "offset"),
-        ({"offset": 100}, "offset"),
+        ({"offset": MIB - 100}, "offset"),
         ({"sector_size": 768}, "sector-size"),
         ({"sector_size": 2 * os.sysconf("SC_PAGE_SIZE") * 64}, "sector-size"),
         ({"sector_size": 4096, "size_limit": 512}, "size-limit"),
@@ -497,6 +511,17 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
     """A20: lazily."""
     device = lab.attach(lab.image())
     with lab.open(device.number):
+        assert loopdev.detach(device) is True
+        assert kernel.loop_binding(device.number) == device.binding
+    lab.wait_unbound(device)
+    lab.forget(device)
+
+
+def test_what_was_handed_out_is_kept_open_until_the_last_close(lab: Lab) -> None:
+    """A20: a client with an fd could turn autoclear off."""
+    device = lab.attach(lab.image())
+    device.handed_out = True
+    with lab.open(device.number):
         assert loopdev.detach(device) is False
         assert loopdev.clear(device) is False
         assert kernel.loop_binding(device.number) == device.binding
@@ -506,6 +531,7 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
 def test_a_device_that_others_lock_for_ever_is_cleared_without_the_lock(lab: Lab) -> None:
     """Locked for ever, A20."""
     device = lab.attach(lab.image())
+    device.handed_out = True
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)
         assert loopdev.detach(device) is False
@@ -920,6 +946,7 @@ def test_a_partition_is_resized(lab: Lab) -> None:
 
 def test_a_partition_in_use_stays_and_the_device_with_it(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), partition_scan=True)
+    device.handed_out = True
     with lab.open(device.number, partition=2):
         assert partition.remove_all(device.fd.fileno(), device.number) == 2
         assert kernel.loop_partitions(device.number) == GPT[1:]

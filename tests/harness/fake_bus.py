@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A bus that lies: a loopd connects to it, and it sends what no dbus-daemon lets through."""
 
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -108,6 +111,11 @@ class FakeBus:
     def received(self) -> list[wire.Message]:
         """What was sent to others on the bus, and no reply() has taken."""
         return [message for each in self._connections for message in each.received]
+
+    def unread(self) -> int:
+        """Return how many bytes of the service's nobody has read from the socket."""
+        size = fcntl.ioctl(self._service.fileno(), termios.FIONREAD, b"\0" * 4)
+        return int.from_bytes(size, sys.byteorder)
 
     def next_serial(self) -> int:
         """Return a serial not used before."""

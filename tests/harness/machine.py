@@ -397,6 +397,7 @@ class LoopMachine(RuleBasedStateMachine):
             return multiple()
         opener = Opener(OwnedFd(fd, kernel.close), expected, exclusive, partition)
         expected.openers.append(opener)
+        expected.device.handed_out = True
         return opener
 
     @rule(opener=consumes(openers))

@@ -154,6 +154,7 @@ class Answer(Enum):
     CHALLENGE = "not authorized, but the user could be asked"
     ERROR = "org.freedesktop.PolicyKit1.Error.Failed"
     HANG = "no answer until release() or a cancellation"
+    ASK = "as HANG where somebody may be asked, else as CHALLENGE"
     DIE = "the authority leaves the bus without an answer"
 
 
@@ -347,6 +348,8 @@ class PolkitDouble:
             self._changed.notify_all()
 
     def _give(self, question: Question, answer: Answer) -> None:
+        if answer is Answer.ASK:
+            answer = Answer.HANG if question.interactive else Answer.CHALLENGE
         if answer is Answer.HANG:
             return
         question.answered = True

@@ -104,3 +104,16 @@ def test_a_file_that_is_not_there_is_said(machine: Machine, unit: Unit) -> None:
     assert "/nothing/here" in log
     machine.run("systemctl", "stop", name)
     machine.result("systemctl", "reset-failed", name)
+
+
+@pytest.mark.parametrize(
+    "file", ["${HOME} and $HOME.img", "a \"b\" 'c' %h \\n;.img", "long-" * 20 + ".img"]
+)
+def test_the_file_is_that_of_the_instance_whatever_its_name(machine: Machine, file: str) -> None:
+    image = machine.image(file, make_ext4, owner="root")
+    name = machine.run("systemd-escape", "--path", "--template=loop-attach@.service", image).strip()
+    machine.run("systemctl", "start", "--", name)
+    try:
+        assert bound_to(image)
+    finally:
+        machine.run("systemctl", "stop", "--", name)

@@ -156,6 +156,34 @@ def test_options_reach_the_device(daemon: Daemon, loopctl: Loopctl, image: Path)
     assert device["reference"] == "name"
 
 
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        (["--default-loop-ref", "x" * 62], "x" * 62),
+        (["--default-loop-ref", "x" * 63], ""),
+        (["--default-loop-ref", "x" * 63, "--loop-ref=mine"], "mine"),
+    ],
+)
+def test_a_default_name_never_fails(
+    daemon: Daemon, loopctl: Loopctl, image: Path, options: list[str], reference: str
+) -> None:
+    with loopctl.start("hold", *options, image) as running:
+        assert loopctl.json("show", running.line())["reference"] == reference
+        running.signal(signal.SIGTERM)
+        status, _, err = running.end()
+    assert status == 0
+    assert ("--loop-ref gives it one" in err) == (reference == "")
+
+
+def test_a_device_that_begins_at_any_byte_has_what_follows(
+    daemon: Daemon, loopctl: Loopctl, image: Path, area: Path
+) -> None:
+    part = area / "part"
+    part.write_bytes(image.read_bytes()[188392 : 188392 + 2048 * 100])
+    command = ("run", "-o", "188392", "--sizelimit", "200K", image, "--", "cmp", "{}", part)
+    assert loopctl.run(*command, user="root") == (0, "", "")
+
+
 def test_a_file_that_may_not_be_written_is_attached_read_only(
     daemon: Daemon, loopctl: Loopctl, area: Path
 ) -> None:
@@ -782,6 +810,16 @@ def test_each_problem_has_its_sentence_and_exit_code(
     status, out, err = loopctl.run(*command.split())
     assert (status, out) == (code, "")
     assert one_sentence(err)
+
+
+def test_a_user_namespace_that_makes_the_uid_another_one(
+    daemon: Daemon, loopctl: Loopctl, image: Path
+) -> None:
+    rootless = ("unshare", "--user", "--map-root-user")
+    assert loopctl.run("list", before=rootless)[0] == 0
+    status, node, _ = loopctl.run("run", image, "--", "echo", "{}", before=rootless)
+    assert status == 0
+    assert number_of(node.rstrip()) >= 0
 
 
 def test_without_a_bus(loopctl: Loopctl, area: Path) -> None:

@@ -184,6 +184,7 @@ def test_the_devices_of_a_file_are_listed_and_detached(
     assert one_sentence(err)
     assert loopctl.run("detach", "-j", image) == (0, "", "")
     assert loopctl.run("list", "-j", image) == (0, "", "")
+    assert loopctl.run("list", "-j", image.with_name("missing")) == (0, "", "")
     assert loopctl.run("detach", other) == (0, "", "")
 
 

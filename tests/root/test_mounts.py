@@ -182,6 +182,19 @@ def test_a_file_that_no_mount_shows_any_more_is_not_known(world: World, caller: 
         refuses(world, caller, image, "loop")
 
 
+def test_a_journal_counts_that_is_on_another_device(
+    world: World, caller: Caller, fuse: Fuse
+) -> None:
+    """Trust by type: the image says which device that is, and a close waits for it."""
+    disk = make_sparse(world.new_path(), SIZE)
+    with looped(caller, fuse.file) as journal, looped(caller, disk) as node:
+        make = ["mkfs.ext4", "-q", "-F", "-b", "1024", "-E", "nodiscard"]
+        for more in (["-O", "journal_dev", journal], ["-J", f"device={journal}", node]):
+            subprocess.run([*make, *more], check=True, timeout=60)
+        with mounted(node) as directory:
+            refuses(world, caller, image_in(directory), "fuse")
+
+
 def test_it_is_as_deep_as_one_likes(world: World, caller: Caller, fuse: Fuse) -> None:
     """Trust by type."""
     with looped(caller, fuse.file) as node, ext4_on(node) as directory:

@@ -176,14 +176,32 @@ def btrfs(path: Path) -> Path:
     superblock = bytearray(4096)
     superblock[32:48] = uuid.uuid4().bytes
     struct.pack_into("<QQ8s", superblock, 48, 65536, 0, b"_BHRfS_M")
-    # The checksum is CRC-32C, bit by bit: zlib has only the other one.
+    superblock[:4] = crc32c(bytes(superblock[32:]))
+    return write(blank(path), 65536, bytes(superblock))
+
+
+def crc32c(data: bytes) -> bytes:
+    """The checksum bit by bit: zlib has only another one."""
     checksum = 0xFFFFFFFF
-    for byte in superblock[32:]:
+    for byte in data:
         checksum ^= byte
         for _ in range(8):
             checksum = checksum >> 1 ^ (0x82F63B78 if checksum & 1 else 0)
-    superblock[:4] = struct.pack("<I", checksum ^ 0xFFFFFFFF)
-    return write(blank(path), 65536, bytes(superblock))
+    return struct.pack("<I", checksum ^ 0xFFFFFFFF)
+
+
+def stratis(path: Path) -> Path:
+    pool, disk = (uuid.uuid4().hex.encode() for _ in range(2))
+    sizes = struct.pack("<QQQQ", 4096, 4096, 0, 0)
+    content = b"!Stra0tis\x86\xff\x02^\x41rh" + struct.pack("<Q4x", 65536) + pool + disk + sizes
+    content = content.ljust(508, b"\0")
+    return write(blank(path), 512, crc32c(content) + content)
+
+
+def zfs_member(path: Path) -> Path:
+    uberblock = struct.pack("<Q", 0x00BAB10C).ljust(1024, b"\0")
+    os.truncate(blank(path), 64 << 20)
+    return write(path, 128 << 10, uberblock * 16)
 
 
 def bcache(path: Path) -> Path:
@@ -385,6 +403,20 @@ def test_nothing_assembles_a_marked(
         assert found.get("SYSTEMD_READY") == (None if kind is None else "0")
     with bound(udev, path, marked=False) as name:
         assert properties(udev, name)["LOOPD_TEST"] == "assembled"
+
+
+@pytest.mark.parametrize("image", [stratis, zfs_member])
+def test_what_a_daemon_would_assemble_by_its_type_alone_has_none(
+    udev: MarkedUdev, area: Path, image: Callable[[Path], Path]
+) -> None:
+    """Links of udev."""
+    path = image(area / "image")
+    with bound(udev, path, marked=True) as name:
+        found = properties(udev, name)
+        assert "ID_FS_TYPE" not in found
+        assert found["SYSTEMD_READY"] == "0"
+    with bound(udev, path, marked=False) as name:
+        assert properties(udev, name)["ID_FS_TYPE"] == image.__name__
 
 
 def test_an_ordinary_filesystem_stays_visible_to_systemd(udev: MarkedUdev, area: Path) -> None:

@@ -29,7 +29,9 @@ from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World, make_world
 
 POLKIT_FILES = CHECKOUT / "polkit"
-ATTACH = rules_allowing("org.example.loop1.attach", "org.example.loop1.manage-others")
+ATTACH = rules_allowing(
+    *(f"org.example.loop1.{each}" for each in ("attach", "manage-others", "open-read-only-device"))
+)
 MOUNT = "org.freedesktop.udisks2.filesystem-mount"
 LOOP_CHANGE_FD = 0x4C06
 NOT_AUTHORIZED = "org.freedesktop.UDisks2.Error.NotAuthorized"
@@ -253,10 +255,14 @@ def test_what_is_not_certain_is_not_allowed(world: World, udev: Udev, fstab: Pat
     assert allows(world, user, attached.node, **{"id.type": "ext4", "partition.number": "1"})
     # A name that is escaped could be any, and a file that polkitd may not read have any line.
     lines = "/dev/sda1 / ext4", "LABEL=a\\040b /b ext4", "server:/a\\040b /c nfs", "# /dev/a\\040b"
-    fstab.write_text("\n".join(lines))
+    fstab.write_text("\n".join([*lines, "//server/a\\040b /d cifs", "/srv/a\\040b /e none bind"]))
     assert allows(world, user, attached.node)
-    fstab.write_text("/dev/disk/by-label/a\\040b /a ext4")
-    assert not allows(world, user, attached.node)
+    # libmount, by which udisksd reads the file, knows any character in octal.
+    hidden = [attached.node[:at] + f"\\{ord(attached.node[at]):03o}" for at in range(5)]
+    names = [f"{each}{attached.node[at + 1 :]}" for at, each in enumerate(hidden)]
+    for name in ("/dev/disk/by-label/a\\040b", *names):
+        fstab.write_text(f"{name} /a ext4")
+        assert not allows(world, user, attached.node), name
     fstab.write_text("")
     fstab.chmod(0o600)
     assert not allows(world, user, attached.node)

@@ -2,18 +2,21 @@
 """The serving end without a bus: what is told to whom, and whom nobody hears, call by call."""
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+import os
+import threading
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from loopd import bus as bus_module
-from loopd import codec, frame
+from loopd import closes, codec, frame
 from loopd import session as session_module
 from loopd.bus import Bus
 from loopd.call import Authorization, Method
 from loopd.config import Limits
+from loopd.errors import BusError
 from loopd.session import Session
 from loopd.threads import Threads
 
@@ -23,6 +26,8 @@ USER = 1000
 
 class FakeConnection:
     """Answers who a connection is, and keeps what is sent."""
+
+    sent = 0
 
     def __init__(self, **given: Any) -> None:
         self.on_call: Callable[[frame.Frame], None] = given["on_call"]
@@ -39,8 +44,11 @@ class FakeConnection:
         written.set_result(None)
         return written
 
-    def reply_error(self, to: frame.Header, name: str, text: str) -> None:
+    def reply_error(self, to: frame.Header, name: str, text: str) -> asyncio.Future[None]:
         self.errors.append((to.serial, name.rpartition(".")[2]))
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
 
 
 class Stand:
@@ -73,25 +81,29 @@ class Stand:
         self.asked: list[str] = []
         self.answering = asyncio.Event()
         self.answering.set()
+        self.nobody = False
+        """Whether the bus says that connections have left."""
 
     async def _who_is(self, name: str) -> int:
         self.asked.append(name)
         await asyncio.sleep(0)
         await self.answering.wait()
+        if self.nobody:
+            raise BusError("it has left")
         return self.uids.get(name, USER)
 
     async def _wait(self, caller: object, target: object) -> tuple[()]:
         await self.release.wait()
         return ()
 
-    def call(self, sender: str, serial: int, *, size: int = 1) -> None:
+    def call(self, sender: str, serial: int, *, size: int = 1, fds: Sequence[int] = ()) -> None:
         """Have a call come in; one of size 0 is over the cap."""
         header = frame.Header(
             type=frame.METHOD_CALL, flags=0, serial=serial, path="/", member="Wait", sender=sender
         )
         message = codec.method_call(":1.0", "/", "a.b", "Wait", "", [], serial=serial)
         data = codec.serialize(message) if size else b""
-        self.connection.on_call(frame.Frame(header, data))
+        self.connection.on_call(frame.Frame(header, data, [*fds]))
 
     async def settle(self) -> None:
         """Let everything happen that needs no time."""
@@ -392,6 +404,49 @@ def test_a_user_with_too_many_fds_to_close_is_not_trusted_by_any_connection() ->
         closes._may_hang.add(USER, -33)
 
     story(body)
+
+
+def test_connections_that_leave_before_they_are_known_close_their_fds_as_one_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hanging files: else each would have a user's threads, and a user has many connections."""
+    released = threading.Event()
+    begun: list[int] = []
+    close = os.close
+
+    def closing(fd: int) -> None:
+        if fd in passed:
+            begun.append(fd)
+            assert released.wait(20)
+        close(fd)
+
+    async def body(stand: Stand) -> None:
+        monkeypatch.setattr(closes.os, "close", closing)
+        stand.answering.clear()
+        for number, fd in enumerate(passed):
+            stand.call(f":2.{number % 20}", number + 1, fds=[fd])
+        # What does not know them is the bus.
+        stand.nobody = True
+        stand.answering.set()
+        while stand.threads.closes._may_hang.total < len(passed):  # noqa: ASYNC110  by threads
+            await asyncio.sleep(0)
+        assert len(begun) <= closes._SLOW_AT_A_TIME
+        stand.uids[":1.9"] = USER
+        stand.nobody = False
+        # Who is known then is trusted nevertheless.
+        stand.call(":1.9", 1)
+        await stand.settle()
+        assert stand.connection.is_wary()
+        assert stand.connection.trusts(":1.9") is True
+        released.set()
+        assert await asyncio.to_thread(stand.threads.stop, 20) == 0
+
+    passed = [os.open(os.devnull, os.O_RDONLY) for _ in range(80)]
+    try:
+        story(body)
+    finally:
+        released.set()
+        monkeypatch.undo()
 
 
 def test_what_was_spent_on_a_connection_before_it_was_known_is_charged_whole() -> None:

@@ -41,6 +41,9 @@ from tests.harness.asynchronous import run_async
         ("1KiB", 1024),
         ("1kB", 1000),
         ("3M", 3 << 20),
+        ("1.5M", 3 << 19),
+        ("0.1kB", 100),
+        ("0.1K", 102),
         ("2GiB", 2 << 30),
         ("2GB", 2 * 10**9),
         ("1T", 1 << 40),
@@ -55,7 +58,25 @@ def test_sizes_are_read_as_losetup_reads_them(text: str, number: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "-1", "1.5", "1X", "1KB2", "1iB", "K", " 1", "1 ", "\u0661", "16E", "1_000", "0x"],
+    [
+        "",
+        "x",
+        "-1",
+        "1.5",
+        "1.M",
+        ".5M",
+        "0x1.5K",
+        "1X",
+        "1KB2",
+        "1iB",
+        "K",
+        " 1",
+        "1 ",
+        "\u0661",
+        "16E",
+        "1_000",
+        "0x",
+    ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
@@ -91,6 +112,7 @@ def test_a_lock_is_for_a_device_that_loopctl_stays_with() -> None:
 def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
     """The unit has defaults before what an administrator gives."""
     assert parse("hold --loop-ref=unit --loop-ref=mine f".split()).loop_ref == "mine"
+    assert parse("hold --default-loop-ref=unit f".split()).default_loop_ref == "unit"
 
 
 def test_what_is_not_given_is_left_to_loopd() -> None:

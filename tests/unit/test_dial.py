@@ -49,11 +49,12 @@ def test_fds_are_asked_for_where_they_are_wanted(tmp_path: Path, fds: bool) -> N
 
     def answer(bus: socket.socket) -> None:
         said.append(asked(bus))
-        bus.sendall(b"OK " + b"0" * 32 + b"\r\n" + b"AGREE_UNIX_FD\r\n" * fds)
+        bus.sendall(b"DATA\r\nOK " + b"0" * 32 + b"\r\n" + b"AGREE_UNIX_FD\r\n" * fds)
 
     with listening(tmp_path, answer) as address:
         dial.connect(address, fds=fds).close()
     assert (b"NEGOTIATE_UNIX_FD" in said[0]) == fds
+    assert said[0].startswith(b"\0AUTH EXTERNAL\r\n")  # no uid, which a user namespace makes wrong
 
 
 def test_a_bus_that_talks_without_end_is_left(tmp_path: Path) -> None:
@@ -71,14 +72,23 @@ def test_a_bus_that_talks_without_end_is_left(tmp_path: Path) -> None:
         dial.connect(address)
 
 
-@pytest.mark.parametrize("words", [b"REJECTED EXTERNAL\r\n\r\n", b"OK 0\r\nERROR no fds\r\n"])
-def test_a_bus_that_refuses_is_left(tmp_path: Path, words: bytes) -> None:
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (b"REJECTED EXTERNAL\r\n\r\n", "refused the authentication"),
+        (b"DATA\r\nREJECTED EXTERNAL\r\nERROR\r\n", "refused the authentication"),
+        (b"OK 0\r\nERROR no fds\r\n\r\n", "refused the authentication"),
+        (b"DATA\r\nOK 0\r\nERROR no \xff\x1b fds\r\n", "passes no file descriptors"),
+    ],
+)
+def test_a_bus_that_refuses_is_left(tmp_path: Path, words: bytes, why: str) -> None:
     def answer(bus: socket.socket) -> None:
         asked(bus)
         bus.sendall(words)
 
     with (
         listening(tmp_path, answer) as address,
-        pytest.raises(errors.BusError, match="refused the authentication"),
+        pytest.raises(errors.BusError, match=why) as caught,
     ):
         dial.connect(address)
+    assert str(caught.value).isprintable()

@@ -99,3 +99,18 @@ def test_introspection_of_a_node_is_cut_whole() -> None:
         announcer.PEER,
     ]
     assert [each.get("name") for each in tree.findall("node")] == ["loop3_4"]
+
+
+def test_generated_code_can_pass_the_fds() -> None:
+    """gdbus-codegen leaves out the list of fds of a method without this annotation."""
+    wanted, annotated = set(), set()
+    for name, interface in INTERFACES.items():
+        for method in interface.iter("method"):
+            which = name, method.get("name")
+            if "h" in signature(method, "in") + signature(method, "out"):
+                wanted.add(which)
+            for note in method.findall("annotation"):
+                if note.get("name") == "org.gtk.GDBus.C.UnixFD":
+                    annotated.add(which)
+    assert annotated == wanted
+    assert len(wanted) > 3

@@ -33,6 +33,7 @@ LAYERS = (
         "wire",
         "dial",
         "session",
+        "backlog",
         "records",
         "spares",
         "listing",

@@ -94,3 +94,18 @@ def test_what_changes_comes_or_goes_between_slices_is_in_the_answer_as_it_is_the
 
     with mock.patch.object(listing, "_SLICE", -1.0):
         run_async(body())
+
+
+def test_what_changes_all_the_time_keeps_nobody_waiting() -> None:
+    """Within the limits: a user may change a device of its own in each turn of the event loop."""
+
+    async def body() -> None:
+        stand = Stand("a", "b")
+        answer = asyncio.ensure_future(stand.answer())
+        for size in range(20):
+            stand.sizes["a"] = size
+            stand.listing.forget("a")
+            await asyncio.sleep(0)
+        assert answer.done()
+
+    run_async(body())

@@ -316,6 +316,7 @@ def test_a_client_is_never_the_only_opener_of_what_is_bound(on: MakeLab) -> None
     """Stale device fd, A20: else its own CLR_FD would leave it an fd on the next user's image."""
     lab = on(UNBINDS_WHILE_OPEN)
     device = lab.attach(lab.image())
+    device.handed_out = True
     with lab.open(device.number) as fd:
         for _ in range(3):
             assert loopdev.clear(device) is False

@@ -14,13 +14,13 @@ SIZE = 1000
 
 
 @contextmanager
-def full() -> Iterator[tuple[Outbox, Callable[[], str]]]:
+def full(whose: Callable[[str], str] = str) -> Iterator[tuple[Outbox, Callable[[], str]]]:
     """An outbox whose socket is full, and what reads the rest of it, a letter for each message."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
         theirs.setblocking(False)
-        outbox = Outbox(ours, on_error=lambda why: None)
+        outbox = Outbox(ours, on_error=lambda why: None, whose=whose)
         while not outbox._waits:
             outbox.put(b"." * SIZE, (), ":1.0")
 
@@ -43,6 +43,19 @@ def send(outbox: Outbox, *letters: str) -> None:
     for letter in letters:
         destination = "" if letter.isupper() else f":1.{letter}"
         outbox.put(letter.encode() * SIZE, (), destination)
+
+
+def test_a_user_of_many_connections_gets_no_more_than_one_of_one() -> None:
+    """What a user gets goes by turns, and not what a connection gets."""
+
+    async def body() -> None:
+        with full(whose=lambda name: "x" if name == ":1.x" else "crowd") as (outbox, read):
+            for letter in "abcdefghij" * 3:
+                send(outbox, letter)
+            send(outbox, "x")
+            assert read().index("x") <= 1
+
+    run_async(body())
 
 
 def test_who_gets_little_does_not_wait_for_all_that_another_gets() -> None:

@@ -303,6 +303,33 @@ def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -
     with_parts(story)
 
 
+def test_however_often_events_are_lost_all_devices_are_looked_at_once_more(
+    with_parts: WithParts,
+) -> None:
+    """Within the limits: who has a device open can make events faster than they are read."""
+
+    async def story(parts: Parts) -> None:
+        listed: list[list[int]] = []
+        numbers = parts.registry._numbers
+
+        def note() -> list[int]:
+            listed.append(numbers())
+            return listed[-1]
+
+        with mock.patch.object(parts.registry, "_numbers", note):
+            for _ in range(50):
+                parts.registry.heard(None, 0)
+            while not listed:  # noqa: ASYNC110  by a thread
+                await asyncio.sleep(0)
+            # What is lost from now on may be of devices that were looked at already.
+            for _ in range(50):
+                parts.registry.heard(None, 0)
+            await parts.registry._tasks.finish(10)
+        assert len(listed) == 2
+
+    with_parts(story)
+
+
 def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
     with_parts: WithParts,
 ) -> None:

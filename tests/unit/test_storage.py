@@ -111,3 +111,42 @@ def test_a_btrfs_is_found_by_any_of_its_devices(
     sysfs.btrfs("two", "dm-0", mapped)
     sysfs.btrfs("two", "nbd0", remote)
     assert storage.foundations_of_btrfs(source, sysfs.root) == found
+
+
+@pytest.mark.parametrize(
+    ("task", "journals", "thread", "found"),
+    [
+        ("12", ("sda-8", "sdb-8"), "jbd2/sda-8", set()),
+        ("12", ("sda1-8", "loop3"), "jbd2/loop3", {3}),
+        ("12", ("nbd0",), "jbd2/nbd0", {"nbd"}),
+        ("12", ("gone",), "jbd2/gone", {storage.UNKNOWN}),
+        ("12", ("loop3",), "", {storage.UNKNOWN}),
+        ("<none>", ("loop3",), "", set()),
+        ("", (), "", set()),
+    ],
+)
+def test_a_journal_may_be_on_another_device(
+    sysfs: Sysfs,
+    tmp_path: Path,
+    task: str,
+    journals: tuple[str, ...],
+    thread: str,
+    found: set[int | str],
+) -> None:
+    """Trust by type."""
+    sysfs.add(NUMBERS, "pci0000:00/ata1/block/sda")
+    others = {"loop3": (7, 3), "nbd0": (43, 0)}
+    (sysfs.root / "class/block").mkdir(parents=True)
+    for name, numbers in others.items():
+        directory = sysfs.add(numbers, f"virtual/block/{name}")
+        (sysfs.root / "class/block" / name).symlink_to(directory)
+    proc = tmp_path / "proc"
+    for journal in journals:
+        (proc / "fs/jbd2" / journal).mkdir(parents=True)
+    if task:
+        (sysfs.root / "fs/ext4/sda").mkdir(parents=True)
+        (sysfs.root / "fs/ext4/sda/journal_task").write_text(f"{task}\n")
+    if thread:
+        (proc / task).mkdir()
+        (proc / task / "comm").write_text(f"{thread}\n")
+    assert storage.foundations_of_journal(DEVICE, sysfs.root, proc) == found

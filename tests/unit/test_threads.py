@@ -34,6 +34,18 @@ def hanging() -> Iterator[Callable[[], str]]:
         end.set()
 
 
+def slow_pipe() -> int:
+    """An fd whose close may hang, as far as is known."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    return reading
+
+
+def quick_memfd() -> int:
+    """An fd whose close is sure to end, as far as is known."""
+    return os.memfd_create("quick")
+
+
 def story(body: Callable[[Threads], Awaitable[None]]) -> None:
     """Run a test's coroutine with pools of its own."""
 
@@ -88,6 +100,82 @@ def test_a_user_who_hangs_all_its_turns_waits_for_itself_and_nobody_else_does() 
             await threads.turn(1000, OPERATION, 5)
 
     story(body)
+
+
+async def hang_all(threads: Threads, work: Work, uids: range, hang: Callable[[], str]) -> None:
+    """Have each of these users hang as much as it may."""
+    for uid in uids:
+        for _ in range(work.value):
+            with suppress(TimedOut):
+                await threads.run_in_turn(uid, work, hang, timeout=0.001)
+
+
+@pytest.mark.parametrize("work", [Work.OPERATION, Work.ENDING, Work.LOOK])
+def test_users_who_hang_all_they_may_leave_threads_to_the_next_and_to_root(work: Work) -> None:
+    """Limits in all: as one user with many subordinate uids does."""
+
+    async def body(threads: Threads) -> None:
+        with hanging() as hang:
+            await hang_all(threads, work, range(1000, 1020), hang)
+            served = threads.run_in_turn(2000, work, lambda: "served", timeout=10)
+            assert await asyncio.wait_for(served, 10) == "served"
+            await hang_all(threads, work, range(3000, 3100), hang)
+            for _ in range(3):
+                served = threads.run_in_turn(0, work, lambda: "served", timeout=10)
+                assert await asyncio.wait_for(served, 10) == "served"
+
+    story(body)
+
+
+def test_who_waits_for_a_turn_gets_it_when_others_give_theirs_back() -> None:
+    """Limits in all."""
+
+    async def body(threads: Threads) -> None:
+        with hanging() as hang:
+            await hang_all(threads, OPERATION, range(1000, 1100), hang)
+            waiting = [
+                asyncio.ensure_future(threads.run_in_turn(uid, OPERATION, lambda: "served"))
+                for uid in range(1000, 1100)
+            ]
+            given_up = asyncio.ensure_future(threads.turn(1000, OPERATION, None))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            assert not any(each.done() for each in waiting)
+        assert set(await asyncio.gather(*waiting)) == {"served"}
+        # Nothing is lost on those who gave up, and nothing is kept of those who have gone.
+        for _ in range(OPERATION.value):
+            await threads.turn(1000, OPERATION, 5)
+
+    story(body)
+
+
+@pytest.mark.parametrize("make", [slow_pipe, quick_memfd])
+def test_closes_that_hang_for_many_users_leave_threads_to_root(
+    make: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits in all."""
+
+    async def body(threads: Threads) -> None:
+        stuck = {make() for _ in range(4 * 300)}
+        roots, closed = make(), threading.Event()
+        close = os.close
+        with hanging() as hang:
+
+            def closing(fd: int) -> None:
+                if fd in stuck:
+                    hang()
+                close(fd)
+                if fd == roots:
+                    closed.set()
+
+            monkeypatch.setattr(closes.os, "close", closing)
+            for number, fd in enumerate(stuck):
+                threads.close_fd(fd, owner=1000 + number // 4)
+            threads.close_fd(roots, owner=0)
+            assert await asyncio.to_thread(closed.wait, 10)
+
+    story(body)
+    monkeypatch.undo()
 
 
 def test_looks_at_sysfs_do_not_wait_behind_what_hangs() -> None:

@@ -27,6 +27,7 @@ _loopctl_options() {
                 --direct-io --loop-ref --lock --number --allow-overlap --in-memory
             ;;&
         attach) echo --lifetime ;;
+        hold) echo --default-loop-ref ;;
         detach) printf '%s\n' --all -j --associated --lazy ;;
         list)
             printf '%s\n' -j --associated -O --output --output-all -n --noheadings --bytes
@@ -62,7 +63,7 @@ _loopctl_value() {
             compopt -o nospace 2>/dev/null
             return 0
             ;;
-        -o | --offset | --sizelimit | -b | --sector-size | --loop-ref | --number | --partition) ;;
+        -o | --offset | --sizelimit | -b | --sector-size | --loop-ref | --default-loop-ref | --number | --partition) ;;
         *) return 1 ;;
     esac
     COMPREPLY=($(compgen -W "$values" -- "$3"))

@@ -80,6 +80,7 @@ complete -c loopctl -n "__loopctl_in $files" -s P -l partscan -d 'Make devices f
 complete -c loopctl -n "__loopctl_in $files set" -l direct-io -d 'Go past the page cache'
 complete -c loopctl -n "__loopctl_in $files set" -l direct-io=on -d 'Go past the page cache'
 complete -c loopctl -n "__loopctl_in $files set" -l direct-io=off -d 'Go through the page cache'
+complete -c loopctl -n "__loopctl_in hold" -l default-loop-ref -x -d 'A name, if it is not too long'
 complete -c loopctl -n "__loopctl_in $files set" -l loop-ref -x -d 'A name for the device'
 complete -c loopctl -n "__loopctl_in $files" -l lock -x -a 'shared exclusive' -d 'Keep udev off'
 complete -c loopctl -n "__loopctl_in $files" -l number -x -d '/dev/loopN and no other'

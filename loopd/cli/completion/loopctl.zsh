@@ -63,7 +63,10 @@ _loopctl() {
             _arguments -s -S $attach \
                 '--lifetime=[how long it stays]:lifetime:(connection user system)' '1:file:_files'
             ;;
-        hold) _arguments -s -S $attach '1:file:_files' ;;
+        hold)
+            _arguments -s -S $attach \
+                '--default-loop-ref=[a name, if it is not too long]:name' '1:file:_files'
+            ;;
         run) _arguments -s $attach '1:file:_files' '*::command:_normal' ;;
         detach)
             _arguments -s -S $all '--all[all that are yours]' '--lazy[also what is mounted]' \

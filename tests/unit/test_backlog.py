@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Users who do not read what the bus holds for them get no more answers until they do."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from loopd.backlog import Backlog, Unread
+from loopd.errors import LoopError, UnknownMethod
+from loopd.tasks import Tasks
+from loopd.turns import Account, Turns
+from tests.harness.asynchronous import run_async
+
+USER, OTHER = 1000, 1001
+NAME = ":1.7"
+
+
+class Stand:
+    """A bus that holds for each connection what it is said to."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.held: dict[str, Unread] = {}
+        self.error: LoopError | None = None
+        self.asked = asyncio.Event()
+        self.tasks = Tasks()
+        self.backlog = Backlog(self.turns, self.tasks, self._ask)
+
+    async def _ask(self, name: str) -> Unread:
+        self.asked.set()
+        if self.error:
+            raise self.error
+        return self.held.get(name, Unread())
+
+    def answer(self, account: Account, *, fds: int = 0, size: int = 100) -> None:
+        """Send an answer that the bus holds until it is read."""
+        held = self.held.get(NAME, Unread())
+        self.held[NAME] = Unread(held.bytes + size, held.fds + fds)
+        self.backlog.sent(account, NAME, size, fds)
+
+
+def story(body: Callable[[Stand], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        stand = Stand()
+        await asyncio.wait_for(body(stand), 20)
+        await stand.tasks.finish(20)
+
+    run_async(run())
+
+
+@pytest.mark.parametrize("answer", [{"fds": 1}, {"size": 1 << 18}], ids=["fds", "bytes"])
+def test_who_reads_nothing_gets_no_more_answers_until_it_reads(answer: dict[str, int]) -> None:
+    """Within the limits: dbus-daemon would read no more from loopd, for nobody."""
+
+    async def body(stand: Stand) -> None:
+        account, other = stand.turns.account(USER), stand.turns.account(OTHER)
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for _ in range(8):
+            assert not account.deaf
+            stand.answer(account, **answer)
+        assert account.deaf
+        waits = asyncio.ensure_future(stand.backlog.room(account, left))
+        await stand.asked.wait()
+        assert account.deaf
+        assert not waits.done()
+        assert not other.deaf
+        stand.held.clear()  # it has read
+        await waits
+        assert not account.deaf
+
+    story(body)
+
+
+def test_who_leaves_is_forgotten() -> None:
+    async def body(stand: Stand) -> None:
+        account = stand.turns.account(USER)
+        for _ in range(8):
+            stand.answer(account, fds=1)
+        assert account.deaf
+        stand.backlog.left(account, NAME)
+        assert not account.deaf
+
+    story(body)
+
+
+def test_a_bus_that_does_not_say_what_it_holds_keeps_nobody_waiting() -> None:
+    """dbus-broker charges who receives, and has no such question."""
+
+    async def body(stand: Stand) -> None:
+        stand.error = UnknownMethod("no statistics")
+        account = stand.turns.account(USER)
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for _ in range(8):
+            stand.answer(account, fds=1)
+        await stand.backlog.room(account, left)
+        assert not account.deaf
+        for _ in range(100):
+            stand.answer(account, fds=1)
+        assert not account.deaf
+
+    story(body)
+
+
+def test_root_is_never_held_back() -> None:
+    async def body(stand: Stand) -> None:
+        root = stand.turns.account(0)
+        for _ in range(100):
+            stand.answer(root, fds=1)
+        assert not root.deaf
+
+    story(body)
