@@ -152,6 +152,7 @@ class Restoring:
         log.info("%s is taken back", device.node, extra={"UID": device.owner, **device.fields})
         if record.detaching or (record.over and not holds):
             self._let_go(device)
+            self._registry.changed(device)  # at once, for it began long ago
         elif record.holder and not self._client(record, record.holder):
             self._lifetimes.holder_is_gone(device)
 
