@@ -90,7 +90,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     wanted = requirement.category_of(metafunc.definition.path) == "bus"
     wanted = wanted or metafunc.definition.get_closest_marker("both_libraries") is not None
-    both_buses = metafunc.definition.get_closest_marker("both_buses") is not None
+    mark = metafunc.definition.get_closest_marker("both_buses")
+    both_buses = mark is not None and mark.args != (False,)
     both_buses = both_buses and "bus_type" in metafunc.fixturenames
     if both_buses and not (wanted and "library" in metafunc.fixturenames):
         metafunc.parametrize("bus_type", BUSES, indirect=True)

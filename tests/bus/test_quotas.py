@@ -389,7 +389,7 @@ def test_a_user_has_4_open_questions_to_polkit(new_world: Callable[..., World]) 
     calls = hang(world, first, 3) + hang(world, second, 1)
     for caller in (first, second):
         text = refused(attach, world, caller)
-        assert "4 questions to polkit" in text
+        assert "4 open questions to polkit" in text
     assert len(world.polkit.questions) == 4
     attach(world, root)
     calls += hang(world, other, 4)

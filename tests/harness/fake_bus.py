@@ -148,7 +148,8 @@ class _Connection(RawClient):
         asked, _, rest = bytes(self._data).partition(b"BEGIN\r\n")
         self._data = bytearray(rest)
         agreed = b"AGREE_UNIX_FD\r\n" if b"NEGOTIATE_UNIX_FD" in asked else b""
-        self.send_bytes(b"OK " + b"0" * 32 + b"\r\n" + agreed)
+        who = b"DATA\r\n" if b"DATA\r\n" in asked else b""  # one that claims no uid is asked for it
+        self.send_bytes(who + b"OK " + b"0" * 32 + b"\r\n" + agreed)
 
     def has_message(self) -> bool:
         """Whether a whole message has been read."""

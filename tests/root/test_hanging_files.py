@@ -179,6 +179,8 @@ def test_of_a_user_whose_fds_do_not_close_no_more_are_taken() -> None:
     with new_world(policies=[]) as world, ExitStack() as stack:
         client, same_user, victim = world.raw(), world.raw(), world.caller(OTHER)
         serves(world, victim)
+        own = world.caller(USER)  # whose calls are allowed, or the user may have few
+        own.detach(own.attach(world.image(owner=USER)).path)
         for each in (client, same_user):
             each.call(MANAGER_PATH, MANAGER, "ListDevices")
         before = world.daemon.threads()
