@@ -197,8 +197,8 @@ class Ending:
         if self._registry.is_unbound(device):
             self._registry.forget(device)
         else:
-            # Others have it open, or an operation that is still under way has. The next loopd has to
-            # know that it is going. The kernel tells when it is unbound; it may just have.
+            # Others have it open, or an operation that is still under way has. The next loopd has
+            # to know that it is going. The kernel tells when it is unbound; it may just have.
             self._registry.changed(device)
             self._registry.look_at(loop.number)
 
