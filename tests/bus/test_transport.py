@@ -305,9 +305,7 @@ def test_no_fd_of_a_client_is_closed_on_the_event_loop(new_world: Callable[..., 
 # --- 5: fds in replies ---------------------------------------------------------------------------
 
 
-@pytest.mark.both_buses(
-    False
-)  # it is about what loopd keeps, and dbus-broker orders calls otherwise
+@pytest.mark.both_buses(False)  # dbus-broker passes calls on in another order
 def test_the_fds_of_an_answer_stay_open_until_the_bus_has_them(
     new_world: Callable[..., World],
 ) -> None:
