@@ -635,7 +635,7 @@ def test_run_ends_as_env_and_timeout_do(
 def test_run_tells_of_its_own_failures_by_one_status(
     daemon: Daemon, loopctl: Loopctl, image: Path
 ) -> None:
-    for arguments in (["missing"], [image], ["-o", "3", image]):
+    for arguments in (["missing"], [image], ["--sizelimit", "100", image]):
         command = [] if arguments == [image] else ["--", "true"]
         status, out, err = loopctl.run("run", *arguments, *command)
         assert (status, out) == (125, "")
@@ -790,7 +790,7 @@ def odd_files(area: Path) -> None:
         ("hold fifo", 7),
         ("hold secret", 7),
         ("hold /proc/version", 7),
-        ("hold -o 3 disk.img", 2),
+        ("hold --sizelimit 100 disk.img", 2),
         ("hold -o 2M disk.img", 2),
         ("hold --number 1048576 disk.img", 2),
         ("hold --in-memory missing", 7),

@@ -54,7 +54,8 @@ Extents = dict[int, tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
-    rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
+    allowed = ("attach", "open-device", "open-read-only-device")
+    rules = rules_allowing(*(f"org.example.loop1.{action}" for action in allowed))
     managing = ("org.example.loop1.manage-others", "org.example.loop1.open-others-device")
     rules += rules_allowing(*managing, users=(MANAGING,))
     with make_world(authority=rules) as made:

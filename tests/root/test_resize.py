@@ -366,7 +366,6 @@ def test_an_ordinary_opener_is_no_obstacle(world: World, owner: Caller) -> None:
         ({"size-limit": MIB + 512}, "size-limit"),
         ({"size-limit": 2**63}, "size-limit"),
         ({"size-limit": 2**64 - 512}, "size-limit"),
-        ({"offset": 1}, "offset"),
         ({"offset": MIB}, "offset"),
         ({"offset": MIB + 512}, "offset"),
         ({"offset": 2**63}, "offset"),

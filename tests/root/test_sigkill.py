@@ -528,10 +528,10 @@ class StoppingAlone(Stopping):
 
 
 STORIES = {
-    Attaching: 15,
-    AttachingForEver: 15,
+    Attaching: 14,
+    AttachingForEver: 14,
     AttachingAlone: 13,
-    AttachingForEverAlone: 15,
+    AttachingForEverAlone: 14,
     Detaching: 13,
     DetachingWhatStays: 10,
     DetachingForEver: 10,

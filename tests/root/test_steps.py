@@ -20,15 +20,16 @@ MOST = {
     "turn: LOOK": 1,
     "turn: OPERATION": 2,  # the latter finds whether the device is mounted
     "turn: ENDING": 1,
-    # When it is examined, when its size is asked for, and by a user just before it is bound.
-    "look at a file": 3,
+    # The file when it is examined, when its size is asked for, and a user's just before it is
+    # bound; each node of the device that is opened.
+    "look at a file": 6,
     "question: CheckAuthorization": 1,
     "file written": 1,
     "link made": 1,
 }
 """Of a pair of a user's."""
 MOST_OF_ROOT = MOST | {
-    "look at a file": 2,
+    "look at a file": 5,
     "question: CheckAuthorization": 0,
     "file written": 2,  # the description for udev's links is one
     "link made": 0,
@@ -41,7 +42,8 @@ def test_a_pair_takes_no_more_steps(library: str, user: str | None, most: dict[s
     before, after = counted(library, user, 1), counted(library, user, 1 + PAIRS)
     # Others may get in the way of a few, which are tried again then.
     found = {step: (after.get(step, 0) - before.get(step, 0)) // PAIRS for step in most}
-    assert found == most
+    assert {step: count for step, count in found.items() if count > most[step]} == {}
+    assert found["turn: ENDING"] == 1
 
 
 def counted(library: str, user: str | None, pairs: int) -> dict[str, int]:

@@ -524,6 +524,7 @@ def test_that_a_device_is_being_detached_is_told_only_if_it_takes_a_while(
             parts.ending.let_go(held)
             await asyncio.wait_for(parts.changes.wait(), 10)
             assert (held.state, held.gone.is_set()) == (DETACHING, False)
+        parts.registry.look_at(held.number)  # as when the kernel tells of the last close
         await asyncio.wait_for(held.gone.wait(), 10)
 
     with_parts(story)
