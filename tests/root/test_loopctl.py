@@ -746,7 +746,8 @@ def test_nothing_is_left_of_a_run_that_is_killed_with_its_command(
         run.end()
 
 
-_DAEMON = 'exec 3<&0; setsid sh -c "read x" <&3 3<&- >/dev/null 2>&1 & echo {}'
+# What it leaves running tells of itself: before, it would be killed with the group.
+_DAEMON = 'exec 3<&0; setsid sh -c "echo {}; exec >/dev/null; read x" <&3 3<&- 2>/dev/null &'
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -754,7 +755,7 @@ def test_what_a_command_leaves_running_keeps_the_device(
     daemon: Daemon, loopctl: Loopctl, image: Path, killed: bool
 ) -> None:
     """Killed loopctl."""
-    script = _DAEMON + ("; read y" if killed else "")
+    script = _DAEMON + (" read y" if killed else "")
     with waiting(loopctl, image, script) as (run, number, told):
         loop = look_at(number)
         assert loop is not None
