@@ -240,9 +240,9 @@ class Attaching:
             loop, status = await self._threads.run(
                 attach, late=lambda attached: self._undo(attached[0]), unused=unused
             )
-            self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             unrecorded = admitted.enter_context(ExitStack())
             unrecorded.callback(self._drop, caller.uid, loop)
+            self._uevents.count(caller.uid, PARTITION * len(status.partitions))
             wanted = not (caller.client.gone or abandoned.is_set() or self._stopping)
             device = Device(
                 number=loop.number,
