@@ -68,13 +68,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # --- files --------------------------------------------------------------------------------------
 
 
-def statx(fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
+def statx(fd: int, flags: int = AT_STATX_DONT_SYNC, *, more: int = 0) -> statx_buf:
     """What is known of an open file; the default never asks a network or FUSE server.
 
-    Python has os.statx from 3.15 only.
+    `more` are bits of the mask beside the usual ones. Python has os.statx from 3.15 only.
     """
     buf = statx_buf()
-    mask = STATX_BASIC_STATS | STATX_MNT_ID
+    mask = STATX_BASIC_STATS | STATX_MNT_ID | more
     if _libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -227,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
         "nodes. One that is in use can grow, and neither go nor move nor shrink.",
     )
     rescan.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    _add_settle(rescan)
 
     listing = command(
         "list",
@@ -294,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
     opening.add_argument(
         "--partition", type=parse_number, metavar="N", help="this partition, not the whole"
     )
+    _add_settle(opening)
 
     command(
         "monitor",
@@ -354,6 +356,16 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
         "--in-memory",
         action="store_true",
         help="attach a copy in memory: what is written is lost with the device",
+    )
+    _add_settle(parser)
+
+
+def _add_settle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-settle",
+        dest="settle",
+        action="store_false",
+        help="do not wait until udev is done with the device",
     )
 
 

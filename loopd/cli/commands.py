@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable
 from ..client import Client, Device
 from ..client.image import name_file
 from ..errors import LoopError
-from . import columns, output
+from . import columns, notices, output
+from .arguments import node_of
 from .connection import associated, connected, find, find_disk, find_partition
 from .outcome import ExitCode, about, exit_code
+from .readiness import settle
 from .stream import complain, say
 from .style import Style
 
@@ -118,6 +120,7 @@ async def _resize(found: argparse.Namespace, client: Client) -> int:
 async def _rescan(found: argparse.Namespace, client: Client) -> int:
     device = await find_disk(client, found.target)
     await device.rescan_partitions()
+    await settle(found, device)
     properties = await device.properties()
     if found.json:
         value = {
@@ -193,7 +196,7 @@ async def _set(found: argparse.Namespace, client: Client) -> int:
     if found.direct_io is not None:
         wanted = found.direct_io == "on"
         if await device.set_direct_io(wanted) is not wanted:
-            say(f"{device.node} does without direct I/O, which its file does not allow")
+            await _tell_why_buffered(found.target, device)
     if found.loop_ref is not None:
         await device.set_reference(found.loop_ref)
     if found.lifetime is not None:
@@ -203,3 +206,12 @@ async def _set(found: argparse.Namespace, client: Client) -> int:
     if found.json:
         print(output.as_json(output.properties_for_json(device.path, await device.properties())))
     return ExitCode.OK
+
+
+async def _tell_why_buffered(target: str, device: Device) -> None:
+    properties = await device.properties()
+    if node_of(target):
+        say(notices.without_direct_io(properties, None))
+        return
+    with name_file(target) as file:
+        say(notices.without_direct_io(properties, file))

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from .. import codec, dial, errors, wire
 from ..fd import OwnedFd
-from .watch import NAME, Ended, Watch
+from .watch import NAME, PROPERTIES, Ended, Watch
 
 _T = TypeVar("_T")
 
@@ -90,6 +90,21 @@ class Link:
     async def subscribe(self) -> None:
         """Have `watch` hear of devices from now on."""
         await self.watch.subscribe(self._connection)
+
+    async def has_owner(self, name: str) -> bool:
+        """Whether somebody has a name on the bus; nobody is started for it.
+
+        Raises errors.BusError, TimedOut.
+        """
+        return await self._connection.call_bus("NameHasOwner", "s", [name]) == [True]
+
+    async def property_of(self, name: str, path: str, interface: str, member: str) -> Any:
+        """A property of another service's, of any type. Raises errors.LoopError, BusError."""
+        body = [interface, member]
+        answer = await self._connection.call(
+            name, path, PROPERTIES, "Get", "ss", body, timeout=_TIMEOUT
+        )
+        return answer[0].value if answer and isinstance(answer[0], codec.Variant) else None
 
     async def call(
         self,

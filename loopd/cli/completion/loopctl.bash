@@ -24,7 +24,7 @@ _loopctl_options() {
     case $1 in
         attach | hold | run)
             printf '%s\n' -r --read-only -o --offset --sizelimit -b --sector-size -P --partscan \
-                --direct-io --loop-ref --lock --number --allow-overlap --in-memory
+                --direct-io --loop-ref --lock --number --allow-overlap --in-memory --no-settle
             ;;&
         attach) echo --lifetime ;;
         hold) echo --default-loop-ref ;;
@@ -32,7 +32,8 @@ _loopctl_options() {
         list)
             printf '%s\n' -j --associated -O --output --output-all -n --noheadings --bytes
             ;;
-        open) printf '%s\n' -w --read-write --partition ;;
+        open) printf '%s\n' -w --read-write --partition --no-settle ;;
+        rescan) echo --no-settle ;;
         resize) printf '%s\n' -o --offset --sizelimit --force --allow-overlap ;;
         set)
             printf '%s\n' --direct-io --loop-ref -b --sector-size --lifetime --autoclear

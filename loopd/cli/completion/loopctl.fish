@@ -86,6 +86,7 @@ complete -c loopctl -n "__loopctl_in $files" -l lock -x -a 'shared exclusive' -d
 complete -c loopctl -n "__loopctl_in $files" -l number -x -d '/dev/loopN and no other'
 complete -c loopctl -n "__loopctl_in $files resize" -l allow-overlap -d 'Even if another has the same bytes'
 complete -c loopctl -n "__loopctl_in $files" -l in-memory -d 'Attach a copy'
+complete -c loopctl -n "__loopctl_in $files rescan open" -l no-settle -d 'Do not wait for udev'
 complete -c loopctl -n '__loopctl_in attach' -l lifetime -x -a 'connection user system' -d 'How long it stays'
 
 complete -c loopctl -n '__loopctl_in detach resize rescan show set open' -F -a '(__loopctl_devices)'

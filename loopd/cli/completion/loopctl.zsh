@@ -17,7 +17,7 @@ _loopctl_columns() {
 
 _loopctl() {
     local curcontext=$curcontext state
-    local -a all attach range line
+    local -a all attach range settle line
     all=(
         '(-h --help)'{-h,--help}'[show help]'
         '(-J --json)'{-J,--json}'[tell the result as JSON]'
@@ -27,8 +27,9 @@ _loopctl() {
         '(-o --offset)'{-o,--offset=}'[where in the file it starts]:size'
         '--sizelimit=[at most so much]:size'
     )
+    settle='--no-settle[do not wait for udev]'
     attach=(
-        $all $range
+        $all $range $settle
         '(-r --read-only)'{-r,--read-only}'[take no writes]'
         '(-b --sector-size)'{-b,--sector-size=}'[of the device]:size'
         '(-P --partscan)'{-P,--partscan}'[make devices for the partitions]'
@@ -86,7 +87,8 @@ _loopctl() {
                 '(-n --noheadings)'{-n,--noheadings}'[no line of headings]' \
                 '--bytes[sizes in bytes]'
             ;;
-        rescan | show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
+        rescan) _arguments -s -S $all $settle '1:device:_loopctl_targets' ;;
+        show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
         set)
             _arguments -s -S $all \
                 '--direct-io=-[go past the page cache]::switch:(on off)' \
@@ -97,7 +99,7 @@ _loopctl() {
                 '1:device:_loopctl_targets'
             ;;
         open)
-            _arguments -s $all '(-w --read-write)'{-w,--read-write}'[for writing, too]' \
+            _arguments -s $all $settle '(-w --read-write)'{-w,--read-write}'[for writing, too]' \
                 '--partition=[this partition, not the whole]:number' \
                 '1:device:_loopctl_targets' '*::command:_normal'
             ;;
