@@ -15,6 +15,8 @@ from .link import Link
 _UDEV = Path("/run/udev")
 _UDISKS = "org.freedesktop.UDisks2"
 _UDISKS_PATH = "/org/freedesktop/UDisks2/block_devices/"
+_NOT_FOR_UDISKS = b"E:DM_UDEV_DISABLE_OTHER_RULES_FLAG=1"
+"""udisks2 has no object for such a device. A user's disk with partitions is one."""
 _PAUSE = 0.005
 """Seconds between looks at udev's database, which is in memory."""
 _UDISKS_TIMEOUT = 5.0
@@ -31,7 +33,11 @@ async def settled(link: Link, number: int, diskseq: int, timeout: float) -> bool
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(_PAUSE)
-    named = [name for name, entry in entries.items() if _by_diskseq(name, diskseq) in entry]
+    named = [
+        name
+        for name, entry in entries.items()
+        if _by_diskseq(name, diskseq) in entry and _NOT_FOR_UDISKS not in entry
+    ]
     if named and await link.has_owner(_UDISKS):
         try:
             async with asyncio.timeout(_UDISKS_TIMEOUT):

@@ -230,8 +230,8 @@ def test_a_udev_that_does_nothing_is_not_waited_for_for_ever(
     monkeypatch.setattr(Device, "settled", settled)
     assert cli.main(["run", str(file), "--", "true"]) == 0
     assert capsys.readouterr().err == (
-        "loopctl: udev has not made the links to /dev/loop3 within 30 s; going on (--no-settle does "
-        "not wait)\n"
+        "loopctl: udev has not made the links to /dev/loop3 within 30 s; going on (--no-settle "
+        "does not wait)\n"
     )
 
 
@@ -292,9 +292,7 @@ def test_direct_io_that_is_not_to_be_had_has_a_reason(
 def test_a_copy_in_memory_has_no_direct_io(
     bus: Bus, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = told(
-        bus, capsys, "--in-memory", "--direct-io", str(file), DirectIO=Variant("b", False)
-    )
+    error = told(bus, capsys, "--in-memory", "--direct-io", str(file), DirectIO=Variant("b", False))
     assert error == (
         "loopctl: /dev/loop3 does without direct I/O: a copy in memory has no use for it\n"
     )

@@ -162,9 +162,14 @@ def test_udisks_is_waited_for_where_it_runs(world: World, monkeypatch: pytest.Mo
     assert left == []
 
 
-def test_udisks_is_not_waited_for_where_udev_has_made_no_link_to_know_it_by(world: World) -> None:
+@pytest.mark.parametrize(
+    "entry", [OURS, [*OURS, *BY_DISKSEQ, "E:DM_UDEV_DISABLE_OTHER_RULES_FLAG=1"]]
+)
+def test_udisks_is_not_waited_for_where_it_has_no_object_or_no_link_to_know_it_by(
+    world: World, entry: list[str]
+) -> None:
     world.run_udev()
-    world.sees("7:3", OURS)
+    world.sees("7:3", entry)
     world.udisks = []
     assert world.settled()
     assert world.asked == []
