@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from ..blockdev import beginning, sector_size_of
 from ..client.image import direct_io_alignment, sector_size
-from ..client.properties import NO_NUMBER, Properties
+from ..client.properties import NO_NUMBER, Properties, is_node
 from ..errors import LoopError
 from ..fd import OwnedFd
 from . import output
@@ -61,9 +61,8 @@ def _why_buffered(device: Properties, file: OwnedFd | None, in_memory: bool) -> 
     if in_memory:
         return "a copy in memory has no use for it"
     if file is None:
-        alignment: int | None = sector_size(
-            os.major(device.backing_device), os.minor(device.backing_device)
-        )
+        disk = _disk_below(device)
+        alignment: int | None = sector_size(os.major(disk), os.minor(disk))
     else:
         alignment = direct_io_alignment(file.fileno())
     if alignment and device.offset % alignment:
@@ -74,6 +73,17 @@ def _why_buffered(device: Properties, file: OwnedFd | None, in_memory: bool) -> 
             f"-b {alignment} makes them"
         )
     return "the filesystem of its file does not allow it"
+
+
+def _disk_below(device: Properties) -> int:
+    """The number of the block device that the file is on, or that it is."""
+    identity = device.backing_device, device.backing_inode
+    if is_node(node := os.fsdecode(device.backing_file)):
+        with suppress(OSError):
+            status = os.stat(node)
+            if stat.S_ISBLK(status.st_mode) and (status.st_dev, status.st_ino) == identity:
+                return status.st_rdev
+    return device.backing_device
 
 
 def _tell_why_no_partitions(device: Properties, begins: bytes, *, is_block: bool) -> None:
