@@ -203,7 +203,8 @@ class Device:
 
         Then also udisks2, where that runs, knows them, and can mount them. False if udev is not
         done within `timeout` seconds. True at once where no udev runs, for a device that is locked
-        exclusively, which udev leaves alone, and for a block device that needed no loop device.
+        exclusively, which udev leaves alone, and for a block device that needed no loop device;
+        and after 3 seconds in which udev has no work at all.
 
         Attach itself has no option for this. udev is done 12 ms after it in the median, and after
         200 to 430 ms each tenth time, when udev has met the lock that a device has until it is

@@ -19,6 +19,8 @@ _NOT_FOR_UDISKS = b"E:DM_UDEV_DISABLE_OTHER_RULES_FLAG=1"
 """udisks2 has no object for such a device. A user's disk with partitions is one."""
 _PAUSE = 0.005
 """Seconds between looks at udev's database, which is in memory."""
+_IDLE = 3.0
+"""Seconds without any event in udev's queue, after which none of the device's will come there."""
 _UDISKS_TIMEOUT = 5.0
 """Seconds for udisks2, which some disk can keep busy, and which few of those who attach need."""
 
@@ -28,10 +30,15 @@ async def settled(link: Link, number: int, diskseq: int, timeout: float) -> bool
 
     True at once where no udev runs, and when the device is gone.
     """
-    deadline = time.monotonic() + timeout
+    begun = busy = time.monotonic()
     while not _is_done(entries := _entries(number, diskseq), diskseq):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now - begun > timeout:
             return False
+        if (_UDEV / "queue").exists():
+            busy = now
+        elif now - busy > _IDLE:
+            return True  # it was killed, or has started since the event
         await asyncio.sleep(_PAUSE)
     named = [
         name

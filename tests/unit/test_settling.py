@@ -39,9 +39,11 @@ class World:
             raise FileNotFoundError(name)
         return self.attributes[name]
 
-    def run_udev(self) -> None:
+    def run_udev(self, *, busy: bool = False) -> None:
         (self._udev / "data").mkdir(parents=True)
         (self._udev / "control").touch()
+        if busy:
+            (self._udev / "queue").touch()
 
     def stop_udev(self) -> None:
         (self._udev / "control").unlink()
@@ -110,6 +112,16 @@ def test_disk_and_partitions_are_waited_for(
         if lines is not None:
             world.sees(device, lines)
     assert world.settled() is done
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_udev_without_work_has_missed_the_device_or_was_killed(
+    world: World, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    """A udevd that is killed leaves its socket, which only root can connect to."""
+    world.run_udev(busy=busy)
+    monkeypatch.setattr(settling, "_IDLE", -1)
+    assert world.settled(0.01) is not busy
 
 
 @pytest.mark.parametrize("gone", ["", "42"])
