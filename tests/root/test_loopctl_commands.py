@@ -259,7 +259,7 @@ def test_all_of_ones_own_are_detached_and_no_others(
 ) -> None:
     others = loopctl.json("attach", world.image(), user="root")["node"]
     # Backed by the first, which is in use until this one is gone.
-    stacked = loopctl.json("attach", "-P", attached[0], user="root")["node"]
+    stacked = loopctl.json("attach", attached[0], user="root")["node"]
     assert loopctl.run("detach", stacked, user="root")[0] == 0
     mine = loopctl.json("attach", world.image())["node"]
     told = loopctl.json("detach", "--all")["devices"]
