@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,20 +24,13 @@ NOBODY = 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing(
         *("org.example.loop1.manage-others", "org.example.loop1.open-others-device"),
         users=("games",),
     )
     rules += rules_allowing("org.example.loop1.attach", users=("nobody",))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+    return {"authority": rules}
 
 
 @pytest.fixture
