@@ -4,6 +4,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def name_of(path: Path) -> str:
 MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
 
 
+@cache
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """The modules of ours that a module imports, and the top-level names of others."""
     ours, others = set(), set()

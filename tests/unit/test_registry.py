@@ -285,7 +285,10 @@ def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -
             looked.append(number)
             return _is(number)
 
-        with mock.patch.object(registry, "_sight", sight):
+        with (
+            mock.patch.object(registry, "_sight", sight),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for event in heard:
                 parts.registry.heard(*event)
             await parts.registry._tasks.finish(10)
@@ -316,7 +319,10 @@ def test_however_often_events_are_lost_all_devices_are_looked_at_once_more(
             listed.append(numbers())
             return listed[-1]
 
-        with mock.patch.object(parts.registry, "_numbers", note):
+        with (
+            mock.patch.object(parts.registry, "_numbers", note),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for _ in range(50):
                 parts.registry.heard(None, 0)
             while not listed:  # noqa: ASYNC110  by a thread
