@@ -20,7 +20,6 @@ from typing import Any
 import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
-from xdist.workermanage import WorkerController
 
 from loopd import mounts
 from tests.harness import broker, company, leaks, process, requirement
@@ -30,6 +29,7 @@ from tests.harness.bus import PrivateBus
 from tests.harness.caller import TEMPLATE, Caller, template_of_callers
 from tests.harness.daemon import LIBRARIES, Daemon, template_of
 from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolkit
+from tests.harness.scheduling import ByFile
 from tests.harness.template import all_shared
 from tests.harness.udev import Udev
 
@@ -56,39 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     mounts.prepare()  # they stay open, and are no leak of the first test that looks at a file
 
 
-_MACHINES = "tests/machine"
-_IN_COMPANY = ("tests/bus/", "tests/root/")
-
-
-class _ByFile(LoadScopeScheduling):
-    """Has one process run what shares something: the tests of a file, and all booted machines.
-
-    The latter are alone on the machine with the tests of tests/unit, which the other one runs.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        directory, _, _ = file.rpartition("/")
-        return directory if directory == _MACHINES else file
-
-    def _assign_work_unit(self, node: WorkerController) -> None:
-        # A process that has more tests to run in company would wait for all machines to end. Until
-        # there is none, this one has something else to do.
-        if next(iter(self.workqueue)) == _MACHINES and any(
-            scope.startswith(_IN_COMPANY) and not all(tests.values())
-            for other, work in self.assigned_work.items()
-            if other is not node
-            for scope, tests in work.items()
-        ):
-            rest = (scope for scope in self.workqueue if scope != _MACHINES)
-            self.workqueue.move_to_end(next(rest, _MACHINES), last=False)
-        super()._assign_work_unit(node)
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Say which tests `pytest -n 2` runs in one process."""
-    return _ByFile(config, log)
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
