@@ -372,11 +372,13 @@ def _attach(
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
-        # Just before it is bound, since the file's mode and its locks may have changed.
-        if uid != ROOT and not proposal.request.read_only:
-            access.require_may_write(uid, backing.guarded_by(fd.fileno()))
-        if not proposal.request.read_only and proposal.file.closes_quickly:
-            _require_unlocked(proposal, backing.is_locked(fd.fileno()))
+        if not proposal.request.read_only:
+            # Just before it is bound, since what others do with the file may have changed.
+            if uid != ROOT:
+                access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+            backing.require_not_swapped_to(fd.fileno())
+            if proposal.file.closes_quickly:
+                _require_unlocked(proposal, backing.is_locked(fd.fileno()))
         return claim(number)
 
     loop = attachment.attach(

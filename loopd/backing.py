@@ -191,6 +191,7 @@ def examine(fd: int) -> BackingFile:
     if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
     _require_io(fd)
+    require_not_swapped_to(fd)
     seals = _seals(fd)
     filesystem = _filesystem(fd, buf) if seals is None else _filesystem_of_memory(fd)
     if filesystem in _PSEUDO_FILESYSTEMS:
@@ -209,7 +210,7 @@ def examine(fd: int) -> BackingFile:
 
 
 def _require_io(fd: int) -> None:
-    """Refuse a file that the driver cannot read at all, and one that it would spoil."""
+    """Refuse a file that the driver cannot read at all."""
     try:
         vfs.read_nothing(fd)
     except OSError as exc:
@@ -219,11 +220,16 @@ def _require_io(fd: int) -> None:
             "the file can only be mapped to memory, as one of memfd_secret can: copy it to an "
             "ordinary file"
         ) from exc
+
+
+def require_not_swapped_to(fd: int) -> None:
+    """Refuse an active swap file. An fd that is open for reading only does not tell.
+
+    A device would make holes in it, which the kernel forbids everybody else; its writes fail.
+    """
     try:
         vfs.fallocate_nothing(fd)
     except OSError as exc:
-        # By a device its user could make holes in it, which the kernel forbids elsewhere. An fd for
-        # reading does not tell, and does no harm.
         if exc.errno == errno.ETXTBSY:
             raise UnsupportedFile("the file is an active swap file: swapoff it first") from exc
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -124,18 +124,22 @@ def test_a_file_that_its_writer_has_locked_is_an_overlap(
         assert caller.detach(caller.attach(image).path) is True
 
 
-def test_a_lock_that_comes_while_polkit_thinks_is_seen(world: World) -> None:
-    """Locked by others."""
+@pytest.mark.parametrize("use", ["locked", "swapped to"])
+def test_a_use_that_comes_while_polkit_thinks_is_seen(world: World, use: str) -> None:
+    """Locked by others; Active swap files."""
     caller, image = world.caller(), world.image()
-    with opened(image) as theirs:
+    with opened(image) as theirs, ExitStack() as stack:
         world.polkit.on(ATTACH, Answer.HANG)
         call = caller.attach_begin(image)
         world.polkit.wait_question()
-        as_qemu(theirs)
+        if use == "locked":
+            as_qemu(theirs)
+        else:
+            stack.enter_context(swapped_to(image))
         world.polkit.release(Answer.ALLOW)
         with pytest.raises(CallError) as refusal:
             call.end()
-        assert refusal.value.name == OVERLAP
+        assert refusal.value.name == (OVERLAP if use == "locked" else UNSUPPORTED)
         not_attached(world, image)
 
 
