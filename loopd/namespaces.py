@@ -31,7 +31,8 @@ _MOST = 1000
 def device(fd: int) -> int | None:
     """The device number of the filesystem that a file's mount is of, as mountinfo has it.
 
-    None before Linux 6.12, and for a mount that is in no namespace any more.
+    None before Linux 6.12, for a mount that is in no namespace any more, and where systemd is too
+    old to know statmount(2), which the unit's filter of system calls refuses then.
     """
     try:
         buf = kernel.statx(fd, mask=STATX_MNT_ID_UNIQUE)
