@@ -4,6 +4,7 @@
 The executor of the standard library keeps every thread that it has ever needed.
 """
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -23,9 +24,9 @@ class Pool:
     """At most so many threads; what comes when all of them work waits for one."""
 
     def __init__(self, most: int, name: str) -> None:
-        """The name is that of each thread."""
+        """The name of each thread begins with that one."""
         self._most = most
-        self._name = name
+        self._names = (f"{name}_{number}" for number in itertools.count())
         self._lock = Lock()
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._idle: list[Lock] = []
@@ -74,7 +75,7 @@ class Pool:
         if self._idle:
             self._idle.pop().release()
         elif self._threads < self._most:
-            Thread(target=self._serve, name=self._name, daemon=True).start()
+            Thread(target=self._serve, name=next(self._names), daemon=True).start()
             self._threads += 1
 
     def _serve(self) -> None:

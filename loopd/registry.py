@@ -10,7 +10,7 @@ import errno
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,6 +76,7 @@ class Registry:
         self._looking_for_lost = asyncio.Lock()
         self._lost = False
         """Whether events were lost since all devices were looked at."""
+        self._asking = asyncio.Lock()
         self._looking_at_private = asyncio.Lock()
         self._private_changed = False
         self._tasks = Tasks()
@@ -210,6 +211,21 @@ class Registry:
                     self.forget(device)
                 else:
                     await self._look(device.number)
+        await self._ask_for_sectors([each for each in devices if not each.managed])
+
+    async def _ask_for_sectors(self, devices: list[Device]) -> None:
+        """Ask sysfs for sector sizes of devices that we do not hold.
+
+        Where a change waits for a file that hangs, so does this, and nothing is asked meanwhile.
+        """
+        if not devices or self._asking.locked():
+            return
+        async with self._asking:
+            ask = partial(_sector_sizes, devices)
+            for device, size in await self._threads.run_in_turn(NOBODY, Work.OPERATION, ask):
+                if self.knows(device) and device.sector_size != size:
+                    device.sector_size = size
+                    self._listeners.changed(device)
 
     def _is_watched(self, device: Device) -> bool:
         return device.number is None or self._unwatched.get(device.number) is not device
@@ -410,6 +426,17 @@ def _sector_size(device: Device) -> int:
     if device.loop and not device.ending:
         return kernel.blksszget(device.loop.fd.fileno())
     return device.sector_size
+
+
+def _sector_sizes(devices: list[Device]) -> list[tuple[Device, int]]:
+    seen = []
+    for device in devices:
+        with suppress(OSError):  # it is gone
+            number = device.number or 0
+            if kernel.loop_binding(number) == device.status.binding:
+                size = int(kernel.loop_attribute(number, "queue/logical_block_size"))
+                seen.append((device, size))
+    return seen
 
 
 def _sights(devices: list[Device]) -> list[tuple[Device, loopinfo.Status | None]]:

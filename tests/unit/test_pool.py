@@ -20,7 +20,7 @@ def one() -> Iterator[Pool]:
 
 
 def threads() -> list[threading.Thread]:
-    return [each for each in threading.enumerate() if each.name == "test-pool"]
+    return [each for each in threading.enumerate() if each.name.startswith("test-pool")]
 
 
 def wait_threads(count: int) -> None:
