@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.harness.bus import LOOPD, PrivateBus
-from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH
+from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, PROPERTIES
 from tests.harness.images import memfd
-from tests.harness.raw import RawClient
+from tests.harness.raw import BUS, BUS_PATH, RawClient
 from tests.harness.wire import Variant
 from tests.harness.world import OTHER, USER, World
 
-OPENED = 200
-"""Three times the fds that dbus-daemon bears by default."""
-BEARS = 256 << 10
+OPENED = 100
+"""More than the 64 fds that dbus-daemon bears by default."""
+BEARS = 64 << 10
 """Bytes that it bears in the test of signals; 127 MB by default."""
 PRELUDE = f"""
 from loopd import backlog
@@ -51,13 +51,17 @@ def serves(world: World, user: str | None) -> None:
 @pytest.mark.both_buses
 def test_fds_that_a_client_does_not_read_make_loopd_mute_for_nobody_else(world: World) -> None:
     """Unread answers: by dbus-daemon's stock limits, it holds 64 fds of loopd's at most."""
-    deaf = world.raw(USER)
+    deaf, paces = world.raw(USER), world.raw(None)
     with memfd() as fd:
         path = attach(deaf, fd)
+    # The bus fills the socket of the deaf one, and has to keep what comes after that.
+    for _ in range(100):
+        deaf.send(BUS_PATH, f"{BUS}.Introspectable", "Introspect", destination=BUS)
     for _ in range(OPENED):
-        # Answered while few enough wait; the bus and loopd may have the rest wait for long.
-        deaf.send(path, DEVICE, "Open", "sa{sv}", ["r", {}], flags=0)
-        deaf.send(MANAGER_PATH, MANAGER, "ListDevices", flags=1)
+        deaf.send(path, DEVICE, "Open", "sa{sv}", ["r", {}])
+        # One after the other, because of many at a time most are refused.
+        for _ in range(3):
+            paces.call(path, PROPERTIES, "GetAll", "s", [DEVICE])
     for user in (OTHER, None):
         serves(world, user)
     # Who begins to read is served as well.
@@ -72,15 +76,12 @@ def test_signals_that_a_listener_does_not_read_make_loopd_mute_for_nobody(new_wo
     world = new_world(prelude=PRELUDE)
     deaf, user = world.raw(OTHER), world.raw(USER)
     deaf.add_match(f"sender='{LOOPD}'")
-    signalled = 0
     with memfd() as fd:
         path = attach(user, fd)
-        number = 0
-        while signalled < 2 * BEARS:
-            number += 1
-            args = [f"reference {number:4}" + 40 * "x", {}]
-            user.call(path, DEVICE, "SetReference", "sa{sv}", args)
-            signalled += 200
+        # Each change of the property Locked is a signal of 200 bytes and more.
+        for _ in range(BEARS // 200):
+            for kind in ("shared", "none"):
+                user.call(path, DEVICE, "Lock", "sa{sv}", [kind, {}])
         for other in (OTHER, None):
             serves(world, other)
         detach(user, path)

@@ -18,7 +18,7 @@ pool._IDLE = {IDLE}
 def test_after_a_load_loopd_has_as_few_threads_as_before() -> None:
     """Within the limits."""
     with real_world(prelude=PRELUDE) as world, world.test(), ExitStack() as stack:
-        clients = [stack.enter_context(world.bus.connect("nobody")) for _ in range(CLIENTS)]
+        clients = [stack.enter_context(world.bus.connect()) for _ in range(CLIENTS)]
         before = world.daemon.threads()
         files = [stack.enter_context(world.image().open("r+b")) for _ in clients]
         manager = "/org/example/Loop1", "org.example.Loop1"
