@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 from . import loopdev, loopops
 from .device import ATTACHED, DETACHING, Device
@@ -71,8 +72,10 @@ class Ending:
         staying = [device for device in self._registry if device.lifetime == SYSTEM]
         # One that is killed meanwhile has not stopped: what is left then keeps its leases.
         self.let_go_all(managed)
-        waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]
-        waits += [asyncio.ensure_future(self._stay(device)) for device in staying]
+        waits: list[asyncio.Future[Any]] = [
+            *(asyncio.ensure_future(device.gone.wait()) for device in managed),
+            *(asyncio.ensure_future(self._stay(device)) for device in staying),
+        ]
         if waits:
             _, late = await asyncio.wait(waits, timeout=timeout)
             for wait in late:

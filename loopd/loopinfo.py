@@ -110,6 +110,28 @@ def status(number: int) -> Status:
     return told
 
 
+def is_as_it_was(number: int, known: Status) -> bool:
+    """Whether a device is as it was in what the kernel changes without an event.
+
+    That is all but its size, its partitions and its diskseq, and takes half the time of `status`.
+    Raises OSError, also if the device is unbound.
+    """
+
+    def number_in(attribute: str) -> int:
+        return int(kernel.loop_attribute(number, attribute))
+
+    return (
+        kernel.loop_binding(number) == known.binding
+        and _backing_file(number) == known.backing_file
+        and number_in("loop/offset") == known.offset
+        and number_in("loop/sizelimit") == known.size_limit
+        and number_in("ro") == known.read_only
+        and number_in("loop/dio") == known.direct_io
+        and number_in("loop/autoclear") == known.autoclear
+        and number_in("loop/partscan") == known.partition_scan
+    )
+
+
 def status_by_fd(loop_fd: int, number: int, binding: int, diskseq: int) -> Status:
     """The same of a device that is open, and known to be bound so, in a third of the time.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place where threads start: whatever can block runs here, off the event loop."""
+"""The one place that has threads: whatever can block runs here, off the event loop."""
 
 import asyncio
 import logging

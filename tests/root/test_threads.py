@@ -27,7 +27,7 @@ def test_after_a_load_loopd_has_as_few_threads_as_before() -> None:
         def call_all(calls: list[tuple[object, ...]]) -> list[object]:
             nonlocal most
             serials = [
-                client.send(*call, fds=[file.fileno()])  # type: ignore[arg-type]
+                client.send(*call, fds=[file.fileno()])
                 for client, file, call in zip(clients, files, calls, strict=True)
             ]
             most = max(most, world.daemon.threads())

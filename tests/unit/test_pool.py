@@ -3,6 +3,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_work_that_comes_when_threads_end_is_done(
 ) -> None:
     monkeypatch.setattr(pool, "_IDLE", 0.0001)
     for number in range(3000):
-        assert one.submit(lambda each=number: each).result(20) == number
+        assert one.submit(partial(int, number)).result(20) == number
 
 
 def test_a_failure_is_for_those_who_wait_and_costs_no_thread(one: Pool) -> None:
