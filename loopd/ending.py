@@ -239,9 +239,14 @@ class Ending:
                 end = self._threads.run_in_turn(device.owner, Work.ENDING, borrowed.close)
                 self._tasks.start(end)
 
-            await self._threads.run_in_turn(device.owner, Work.OPERATION, keep, unused=unused)
-        extra = {"UID": device.owner, **device.fields}
-        log.info("%s stays: autoclear was set by others, and is cleared", device.node, extra=extra)
+            extra = {"UID": device.owner, **device.fields}
+            node = device.node
+            try:
+                await self._threads.run_in_turn(device.owner, Work.OPERATION, keep, unused=unused)
+            except (LoopError, OSError) as exc:  # from Linux 6.19 on, one that is mounted
+                log.warning("%s goes at its last close: %s", node, exc, extra=extra)
+                return
+        log.info("%s stays: autoclear was set by others, and is cleared", node, extra=extra)
         await self._registry.refresh(device)
 
     def device_came(self, device: Device) -> None:
