@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from . import __version__, codec
+from .access import NOBODY
 from .codec import Variant
 from .config import Limits
 from .device import Device
@@ -78,7 +79,7 @@ NO_NUMBER = 0xFFFFFFFF
 
 
 class Emit(Protocol):
-    """Sends a signal to everyone, or to the connections of one user."""
+    """Sends a signal about a device to everyone, or if private to its owner's connections."""
 
     def __call__(
         self,
@@ -88,7 +89,8 @@ class Emit(Protocol):
         signature: str,
         body: list[Any],
         *,
-        uid: int | None,
+        owner: int,
+        private: bool,
     ) -> None:
         """Send it."""
 
@@ -204,5 +206,6 @@ class Announcer:
         signature: str,
         body: list[Any],
     ) -> None:
-        uid = device.owner if device and device.private else None
-        self._emit(path, interface, member, signature, body, uid=uid)
+        owner = device.owner if device else NOBODY
+        private = device is not None and device.private
+        self._emit(path, interface, member, signature, body, owner=owner, private=private)

@@ -213,6 +213,7 @@ async def _run(
         if registry.knows(device):
             records.note(device)
             announcer.changed(device)
+            ending.device_changed(device)
 
     def record(device: Device) -> None:
         # One that is being attached is recorded when it has its lease.
@@ -233,7 +234,7 @@ async def _run(
         registry,
         config.limits,
         configuration_error,
-        emit=lambda *signal, uid: bus.emit(*signal, uid=uid),
+        emit=lambda *signal, **whose: bus.emit(*signal, **whose),
     )
     service = Service(registry, announcer)
     bus = Bus(
