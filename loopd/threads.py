@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from enum import Enum
 from functools import partial
@@ -18,12 +18,13 @@ from .access import ROOT
 from .closes import Closes, Submit
 from .errors import LimitsExceeded, TimedOut
 from .leases import share
+from .pool import Pool
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Threads for one kind of work. They are started as they are needed, and one that hangs has 20 KiB.
+# Threads for one kind of work. One that hangs has 20 KiB.
 _THREADS = 256
 
 
@@ -109,21 +110,20 @@ class Threads:
 
     def __init__(self) -> None:
         self._loop_thread = get_ident()
-        self._calls = ThreadPoolExecutor(_THREADS, "call")
-        self._endings = ThreadPoolExecutor(_THREADS, "ending")
-        self._file_looks = ThreadPoolExecutor(_THREADS, "file-look")
-        self._looks = ThreadPoolExecutor(8, "look")
-        self._quick_closes = ThreadPoolExecutor(64, "close")
-        self._slow_closes = ThreadPoolExecutor(256, "slow-close")
-        self._roots_closes = ThreadPoolExecutor(8, "roots-close")
-        self._removals = ThreadPoolExecutor(16, "removal")
+        self._calls = Pool(_THREADS, "call")
+        self._endings = Pool(_THREADS, "ending")
+        self._file_looks = Pool(_THREADS, "file-look")
+        self._looks = Pool(8, "look")
+        self._quick_closes = Pool(64, "close")
+        self._slow_closes = Pool(256, "slow-close")
+        self._roots_closes = Pool(8, "roots-close")
+        self._removals = Pool(16, "removal")
         self._pools = {Work.ENDING: self._endings, Work.LOOK: self._file_looks}
         self.closes = Closes(
             self._closes_in(self._quick_closes), self._closes_in(self._slow_closes)
         )
         self._turns = {work: _Turns(work.value) for work in Work}
         self._running: set[Future[Any]] = set()
-        self._stopped = False
 
     async def run(
         self,
@@ -267,20 +267,18 @@ class Threads:
 
         Devices that are not removed yet stay, unbound.
         """
-        self._stopped = True
-        self._removals.shutdown(wait=False, cancel_futures=True)
+        self._removals.close(drop=True)
         for pool in (self._calls, self._endings, self._file_looks, self._looks):
-            pool.shutdown(wait=False)
+            pool.close()
         # One close may hand on another, so their pools are open until all has ended.
         end = time.monotonic() + timeout
         while (running := self._running.copy()) and (left := end - time.monotonic()) > 0:
             wait(running, left)
-        self._quick_closes.shutdown(wait=False)
-        self._slow_closes.shutdown(wait=False)
-        self._roots_closes.shutdown(wait=False)
+        for pool in (self._quick_closes, self._slow_closes, self._roots_closes):
+            pool.close()
         return sum(not each.done() for each in self._running.copy())
 
-    def _closes_in(self, pool: ThreadPoolExecutor) -> Submit:
+    def _closes_in(self, pool: Pool) -> Submit:
         """Has files closed in threads of a pool, and root's where no user's are in the way."""
 
         def submit(owner: int | None, close: Callable[[], None]) -> None:
@@ -289,40 +287,18 @@ class Threads:
         return submit
 
     def _submit(
-        self, pool: ThreadPoolExecutor, function: Callable[[], _T], *, gives_up: bool = False
+        self, pool: Pool, function: Callable[[], _T], *, gives_up: bool = False
     ) -> Future[_T]:
-        """Have a function called in a thread of a pool.
+        """Have a function called in a thread of a pool, see `Pool.submit`.
 
-        Where no thread can be started, it waits for one. Raises LimitsExceeded if it rather
-        `gives_up`, and is not called at all then.
+        Raises LimitsExceeded if it `gives_up` where no thread can be started.
         """
-        future: Future[_T] = Future()
+        try:
+            future = pool.submit(function, gives_up=gives_up)
+        except RuntimeError as exc:
+            raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         self._running.add(future)
         future.add_done_callback(self._running.discard)
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function()
-            except BaseException as exc:  # noqa: BLE001  it is for whoever waits
-                future.set_exception(exc)
-            else:
-                future.set_result(result)
-
-        def cancel(queued: Future[None]) -> None:
-            if queued.cancelled():
-                future.cancel()
-
-        try:
-            pool.submit(call).add_done_callback(cancel)
-        # The executor queues first, and then finds that it cannot start a thread.
-        except RuntimeError as exc:
-            log.warning("cannot start a thread: %s", exc)
-            if gives_up or self._stopped:
-                future.cancel()
-            if gives_up:
-                raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         return future
 
 

@@ -54,6 +54,7 @@ LAYERS = (
     ),
     (
         "budget",
+        "pool",
         "leases",
         "loopops",
         "overlap",
