@@ -17,7 +17,7 @@ PYTHON ?= /usr/bin/python3
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
 # What each step needs of Debian. Python's tools that are not here come from the package index.
-LIBRARIES        := python3-dbus-next python3-pyudev python3-rich python3-systemd
+LIBRARIES        := python3-dbus-next python3-rich python3-systemd
 RUN_PACKAGES     := $(LIBRARIES) python3-venv python3-setuptools python3-wheel
 INSTALL_PACKAGES := $(LIBRARIES) dbus polkitd udev python3-docutils
 DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs python3-gi
@@ -25,7 +25,7 @@ DEB_PACKAGES     := debhelper dh-apparmor dh-python python3-docutils
 # To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
-                    lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
+                    python3-pyudev lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
                     systemd-container dbus-broker $(EXAMPLE_PACKAGES)
 # Beside those.
 KERNELS_PACKAGES := qemu-system-x86

@@ -135,7 +135,6 @@ def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None
     [
         ("dbus_next", "codec"),
         ("dbus_fast", "codec"),
-        ("pyudev", "monitor"),
         ("concurrent", "threads"),
     ],
 )

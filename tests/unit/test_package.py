@@ -187,7 +187,6 @@ def test_it_depends_on_what_loopd_needs(package: Package) -> None:
         "libblkid1",
         "polkitd",
         "python3-dbus-next",
-        "python3-pyudev",
         "python3-rich",
         "python3-systemd",
         "python3:any (>= 3.11~)",
