@@ -11,7 +11,6 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import kernel, mounts
 from .errors import UnsupportedFile, UntrustedFilesystem
@@ -22,6 +21,8 @@ _PSEUDO_FILESYSTEMS = frozenset(
     "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
     "securityfs selinuxfs smackfs sysfs tracefs".split()
 )
+
+_FDINFO = 4096  # what tells of the mount comes among the first
 
 F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
 
@@ -151,8 +152,18 @@ def block(major: int, minor: int) -> Block:
     return Block(number=number, disk=disk, start=start * 512)
 
 
-def examine(fd: int) -> BackingFile:
-    """Check how and on what a passed fd is open.
+def local_filesystem(fd: int) -> str:
+    """The type of the filesystem of a regular file, if it is known to be a local one; else empty.
+
+    Never waits, and asks no filesystem before it is known: it is for the event loop. Then `examine`
+    does not wait either.
+    """
+    filesystem = mounts.known(_mount_in_fdinfo(fd))
+    return filesystem if filesystem and stat.S_ISREG(os.fstat(fd).st_mode) else ""
+
+
+def examine(fd: int, filesystem: str = "") -> BackingFile:
+    """Check how and on what a passed fd is open; its `filesystem` may be known already.
 
     Raises UnsupportedFile for what the kernel would take but should not: a loop device over a
     write-only file can be read, one over an append-only file can overwrite it.
@@ -180,7 +191,9 @@ def examine(fd: int) -> BackingFile:
     if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
     seals = _seals(fd)
-    filesystem = "tmpfs" if seals is not None else _filesystem(fd, buf)
+    if seals is not None:
+        filesystem = "tmpfs"
+    filesystem = filesystem or _filesystem(fd, buf)
     if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
@@ -251,5 +264,13 @@ def _mount_id(fd: int, buf: statx_buf) -> int:
     """Which mount a file is in; before Linux 5.8 the fd tells, for the price of a file."""
     if buf.stx_mask & STATX_MNT_ID:
         return buf.stx_mnt_id
-    found = re.search(rb"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_bytes(), re.M)
+    return _mount_in_fdinfo(fd)
+
+
+def _mount_in_fdinfo(fd: int) -> int:
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = re.search(rb"^mnt_id:\s*(\d+)$", os.read(info, _FDINFO), re.M)
+    finally:
+        os.close(info)
     return int(found[1]) if found else -1

@@ -37,7 +37,7 @@ def start(*, debug: bool) -> None:
     if not debug:
         handler.addFilter(Limit())
     # Of each record logging finds out where it was made and by which process, which no line has.
-    logging._srcfile = None
+    logging._srcfile = None  # noqa: SLF001  as its documentation says
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if debug else logging.INFO)

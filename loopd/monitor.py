@@ -109,7 +109,7 @@ class Monitor:
         if lost:
             self._on_event(None, 0)
             return
-        for number, seqnum in seqnums.items():
-            self._on_event(number, seqnum)
+        for number, newest in seqnums.items():
+            self._on_event(number, newest)
         if came:
             self._on_block()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What becomes of the kernel's events: whose they are, which are of loop devices, and which count."""
+"""What becomes of the kernel's events: which are of loop devices, and which of them count."""
 
 import asyncio
 import errno
