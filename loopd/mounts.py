@@ -231,7 +231,7 @@ def filesystem(mount: int, device: int) -> str:
 
 
 def known(mount: int) -> str:
-    """The type of a mount's filesystem if it is sure to be local; never waits, see `Table.known`."""
+    """The type of a mount's filesystem if that is sure to be local, see `Table.known`."""
     return next(filter(None, (table.known(mount) for table in _TABLES)), "")
 
 
