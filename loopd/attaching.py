@@ -8,16 +8,17 @@ on a task goes through to the end, and undoes what nobody waits for any more.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 
 from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, TimedOut
+from .errors import Failed, Overlap, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -46,6 +47,8 @@ class _Attempt:
     """A file that is being bound, for somebody who may give up waiting."""
 
     task: asyncio.Task[Device]
+    over: asyncio.Future[None]
+    """Done at the end of the task, or when it is waited for no longer."""
     abandoned: asyncio.Event
 
 
@@ -86,6 +89,7 @@ class Attaching:
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = get_ident()
 
     def refuse(self) -> None:
         """Attach nothing any more, also in calls that are under way."""
@@ -102,6 +106,7 @@ class Attaching:
             proposal = await self._proposals.look(caller.uid, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
+                _require_unlocked(caller.uid, proposal, proposal.file.lock)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
@@ -121,11 +126,13 @@ class Attaching:
             self._require_running()
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
+        timer = self._loop.call_later(timeout, _end, attempt.over)
         ended = False
         try:
-            await asyncio.wait([attempt.task], timeout=timeout)
+            await attempt.over
             ended = attempt.task.done()
         finally:
+            timer.cancel()
             if not ended:
                 # Out of time, or cancelled: nobody gets the device.
                 attempt.abandoned.set()
@@ -187,7 +194,9 @@ class Attaching:
         place = self._quota.take(caller.uid)
         unclaim = self._claims.claim(mapping)
         binding = self._bind(caller, fd.move(), proposal, unclaim, place, abandoned)
-        return _Attempt(self._tasks.start(binding), abandoned)
+        # Not asyncio.wait for the task: its end would be heard a turn of the event loop later.
+        over = self._loop.create_future()
+        return _Attempt(self._tasks.start(_ending(binding, over)), over, abandoned)
 
     async def _bind(
         self,
@@ -316,7 +325,9 @@ class Attaching:
         def undo(waiting: int | None) -> None:
             release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
-            self._loop.call_soon_threadsafe(self._registry.look_if_bound, number)
+            here = get_ident() == self._loop_thread
+            soon = self._loop.call_soon if here else self._loop.call_soon_threadsafe
+            soon(self._registry.look_if_bound, number)
 
         return undo
 
@@ -329,6 +340,18 @@ class Attaching:
             self._markers.sign(number, diskseq, uid)
 
 
+async def _ending(binding: Awaitable[Device], over: asyncio.Future[None]) -> Device:
+    try:
+        return await binding
+    finally:
+        _end(over)
+
+
+def _end(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
 def _mapping(caller: Caller, proposal: Proposal) -> Mapping:
     """The bytes that a device would map."""
     file, request = proposal.file, proposal.request
@@ -339,6 +362,17 @@ def _mapping(caller: Caller, proposal: Proposal) -> Mapping:
         writable=not request.read_only,
         owner=caller.uid,
     )
+
+
+def _require_unlocked(uid: int, proposal: Proposal, lock: backing.Lock) -> None:
+    """Raise Overlap for a file that another program writes to, unless that may be."""
+    # A user who may only read a file must not be able to keep root from it.
+    is_free = lock is backing.Lock.NONE or (lock is backing.Lock.READER and uid == 0)
+    if not (is_free or proposal.options.allow_overlap):
+        raise Overlap(
+            "another program has the file locked for writing, as a virtual machine has its disk: "
+            "end it, attach the file read-only, or pass allow-overlap"
+        )
 
 
 def _now() -> int:
@@ -355,9 +389,13 @@ def _attach(
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
-        if uid != ROOT and not proposal.request.read_only:
-            # Just before it is bound, since the file's mode may have changed.
-            access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+        if not proposal.request.read_only:
+            # Just before it is bound, since what others do with the file may have changed.
+            if uid != ROOT:
+                access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+            backing.require_not_swapped_to(fd.fileno())
+            if proposal.file.closes_quickly:
+                _require_unlocked(uid, proposal, backing.lock_of(fd.fileno()))
         return claim(number)
 
     loop = attachment.attach(

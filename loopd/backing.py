@@ -2,26 +2,37 @@
 """The first look at a file that a client passed, by calls that never wait for its filesystem.
 
 A FUSE or network server that does not answer blocks fstat, fstatfs and open for good, and SIGKILL
-does not help. So this uses F_GETFL, F_GET_SEALS and statx without synchronisation alone, and finds
-the filesystem's type by its mount.
+does not help. So this uses F_GETFL, F_GET_SEALS, statx without synchronisation, and calls that the
+kernel answers before it asks a filesystem; and finds the filesystem's type by its mount.
 """
 
+import enum
+import errno
 import fcntl
+import mmap
 import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
-from . import kernel, mounts
+from . import kernel, mounts, namespaces, vfs
 from .errors import UnsupportedFile, UntrustedFilesystem
-from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, statx_buf
+from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, flock64, statx_buf
 
-# Filesystems of the kernel's own making, whose files have no blocks to map.
+# Filesystems of the kernel's own making, whose files have no blocks to map. Files on hugetlbfs can
+# be mapped to memory, and not be written.
 _PSEUDO_FILESYSTEMS = frozenset(
-    "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
-    "securityfs selinuxfs smackfs sysfs tracefs".split()
+    "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl hugetlbfs mqueue nsfs proc "
+    "pstore securityfs selinuxfs smackfs sysfs tracefs".split()
 )
+
+# QEMU has a shared lock on one byte for each thing that it does to an image, from the first on
+# (RAW_LOCK_PERM_BASE); the second is for writing.
+_QEMU_FIRST = 100
+_QEMU_WRITES = 101
+_OPEN_FILE = -1  # in place of a process's id
+
+_FDINFO = 4096  # what tells of the mount comes among the first
 
 F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
 
@@ -47,6 +58,15 @@ _ALLOWED_FLAGS = (
     | os.O_SYNC
     | os.O_DSYNC
 )
+
+
+class Lock(enum.Enum):
+    """What a lock of another open file says of its owner."""
+
+    NONE = enum.auto()
+    READER = enum.auto()
+    """QEMU's lock for writing, which is a shared one: users who may only read can take it, too."""
+    WRITER = enum.auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +114,8 @@ class BackingFile:
     says; empty for a block device, and where no mount can be seen."""
     guarded_by: str = ""
     """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
+    lock: Lock = Lock.NONE
+    """A lock that another program has on it, as `lock_of` finds."""
 
     @property
     def closes_quickly(self) -> bool:
@@ -151,8 +173,18 @@ def block(major: int, minor: int) -> Block:
     return Block(number=number, disk=disk, start=start * 512)
 
 
-def examine(fd: int) -> BackingFile:
-    """Check how and on what a passed fd is open.
+def local_filesystem(fd: int) -> str:
+    """The type of the filesystem of a regular file, if it is known to be a local one; else empty.
+
+    Never waits, and asks no filesystem before it is known: it is for the event loop. Then `examine`
+    does not wait either.
+    """
+    filesystem = mounts.known(_mount_in_fdinfo(fd))
+    return filesystem if filesystem and stat.S_ISREG(os.fstat(fd).st_mode) else ""
+
+
+def examine(fd: int, filesystem: str = "") -> BackingFile:
+    """Check how and on what a passed fd is open; its `filesystem` may be known already.
 
     Raises UnsupportedFile for what the kernel would take but should not: a loop device over a
     write-only file can be read, one over an append-only file can overwrite it.
@@ -179,19 +211,68 @@ def examine(fd: int) -> BackingFile:
         )
     if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
+    _require_io(fd)
+    require_not_swapped_to(fd)
     seals = _seals(fd)
-    filesystem = "tmpfs" if seals is not None else _filesystem(fd, buf)
+    if seals is not None:
+        filesystem = _filesystem_of_memory(fd)
+    filesystem = filesystem or _filesystem(fd, buf)
     if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+    writable = access == os.O_RDWR and not sealed
     return BackingFile(
         identity=identity,
         size=buf.stx_size,
-        writable=access == os.O_RDWR and not sealed,
+        writable=writable,
         sealed=sealed,
         filesystem=filesystem,
         guarded_by=_guard(buf),
+        lock=lock_of(fd) if writable and filesystem in mounts.TRUSTED_FILESYSTEMS else Lock.NONE,
     )
+
+
+def _require_io(fd: int) -> None:
+    """Refuse a file that the driver cannot read at all."""
+    try:
+        vfs.read_nothing(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ESPIPE):
+            raise
+        raise UnsupportedFile(
+            "the file can only be mapped to memory, as one of memfd_secret can: copy it to an "
+            "ordinary file"
+        ) from exc
+
+
+def require_not_swapped_to(fd: int) -> None:
+    """Refuse an active swap file. An fd that is open for reading only does not tell.
+
+    A device would make holes in it, which the kernel forbids everybody else; its writes fail.
+    """
+    try:
+        vfs.fallocate_nothing(fd)
+    except OSError as exc:
+        if exc.errno == errno.ETXTBSY:
+            raise UnsupportedFile("the file is an active swap file: swapoff it first") from exc
+
+
+def lock_of(fd: int) -> Lock:
+    """Find a lock of a program that writes to the file; asks its filesystem.
+
+    Of fcntl(2)'s locks those of open files count. One of a process may be the client's own.
+    """
+    exclusive = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_RDLCK))
+    if exclusive.l_type != fcntl.F_UNLCK and exclusive.l_pid == _OPEN_FILE:
+        return Lock.WRITER
+    qemu = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_WRLCK, l_start=_QEMU_WRITES, l_len=1))
+    # A lock that begins before QEMU's bytes belongs to a program that reads the whole file.
+    if qemu.l_type == fcntl.F_UNLCK or qemu.l_pid != _OPEN_FILE or qemu.l_start < _QEMU_FIRST:
+        return Lock.NONE
+    mode = _look(fd).stx_mode
+    readers = mode & (stat.S_IRGRP | stat.S_IROTH)
+    writers = mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return Lock.READER if readers & ~(writers << 1) else Lock.WRITER
 
 
 def guarded_by(fd: int) -> str:
@@ -229,27 +310,49 @@ def closes_quickly(fd: int) -> bool:
         buf = kernel.statx(fd)
         if not stat.S_ISREG(buf.stx_mode):
             return False
-        return _seals(fd) is not None or _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
+        if _seals(fd) is not None:
+            return True
+        return _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
     except OSError:
         return False
 
 
 def _seals(fd: int) -> int | None:
-    """The seals of a memfd or of any file on tmpfs; None for every other file."""
+    """The seals of a memfd or of any file on tmpfs or hugetlbfs; None for every other file."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         return None
 
 
+def _filesystem_of_memory(fd: int) -> str:
+    # Of the two the former alone has blocks of a page. Neither makes anybody wait.
+    return "tmpfs" if os.fstatvfs(fd).f_bsize == mmap.PAGESIZE else "hugetlbfs"
+
+
 def _filesystem(fd: int, buf: statx_buf) -> str:
     device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
-    return mounts.filesystem(_mount_id(fd, buf), device)
+    if found := mounts.filesystem(_mount_id(fd, buf), device):
+        return found
+    # Else as it would be for a mount of the same filesystem that is in the tables.
+    filesystem = namespaces.device(fd)
+    if filesystem is not None:
+        return mounts.filesystem(-1, filesystem)
+    fsid = namespaces.btrfs(fd)
+    return mounts.btrfs(fsid) if fsid else ""
 
 
 def _mount_id(fd: int, buf: statx_buf) -> int:
     """Which mount a file is in; before Linux 5.8 the fd tells, for the price of a file."""
     if buf.stx_mask & STATX_MNT_ID:
         return buf.stx_mnt_id
-    found = re.search(rb"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_bytes(), re.M)
+    return _mount_in_fdinfo(fd)
+
+
+def _mount_in_fdinfo(fd: int) -> int:
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = re.search(rb"^mnt_id:\s*(\d+)$", os.read(info, _FDINFO), re.M)
+    finally:
+        os.close(info)
     return int(found[1]) if found else -1

@@ -46,6 +46,7 @@ from .uapi import (
     loop_info64,
     statx_buf,
 )
+from .vfs import checked, libc
 
 _DEV = "/dev"
 _SYS_BLOCK = "/sys/block"
@@ -62,22 +63,18 @@ class PartitionExtent(NamedTuple):
     size: int
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
-def statx(fd: int, flags: int = AT_STATX_DONT_SYNC, *, more: int = 0) -> statx_buf:
+def statx(
+    fd: int, flags: int = AT_STATX_DONT_SYNC, mask: int = STATX_BASIC_STATS | STATX_MNT_ID
+) -> statx_buf:
     """What is known of an open file; the default never asks a network or FUSE server.
 
-    `more` are bits of the mask beside the usual ones. Python has os.statx from 3.15 only.
+    Python has os.statx from 3.15 only.
     """
     buf = statx_buf()
-    mask = STATX_BASIC_STATS | STATX_MNT_ID | more
-    if _libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    checked(libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)))
     return buf
 
 
@@ -135,6 +132,11 @@ def loop_ctl_remove(control_fd: int, number: int) -> None:
 def open_loop(number: int, flags: int) -> int:
     """Open /dev/loopN without becoming a terminal's or a child's."""
     return _open_node(f"loop{number}", flags)
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open once more what an fd is open on, whatever has its name by now."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def open_partition(number: int, partition: int, flags: int) -> int:

@@ -2,8 +2,10 @@
 """Imports go down only, and what may be in one place only is in that place."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,7 @@ LAYERS = (
     ),
     (
         "budget",
+        "pool",
         "leases",
         "loopops",
         "overlap",
@@ -68,7 +71,9 @@ LAYERS = (
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),
     ("access", "blockdev", "backing", "codec", "instance"),
+    ("namespaces",),
     ("kernel", "mounts", "errors", "fd", "frame"),
+    ("vfs",),
     ("uapi", "storage", "tablereader", "journal"),
     ("",),  # the package itself, which holds the version
 )
@@ -90,6 +95,7 @@ def name_of(path: Path) -> str:
 MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
 
 
+@cache
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """The modules of ours that a module imports, and the top-level names of others."""
     ours, others = set(), set()
@@ -120,7 +126,17 @@ def test_imports_go_down_only(module: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("uapi", "kernel", "blockdev", "backing", "loopinfo", "table", "tablereader"),
+        *(
+            "uapi",
+            "vfs",
+            "kernel",
+            "namespaces",
+            "blockdev",
+            "backing",
+            "loopinfo",
+            "table",
+            "tablereader",
+        ),
         *("partition", "binding", "loopdev", "attachment", "loopops", "marker", "udevlinks"),
     ],
 )
@@ -136,11 +152,19 @@ def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None
         ("dbus_next", "codec"),
         ("dbus_fast", "codec"),
         ("pyudev", "monitor"),
-        ("concurrent", "threads"),
     ],
 )
 def test_one_module_knows_a_library(library: str, module: str) -> None:
     assert [name for name in MODULES if library in imports_of(name)[1]] == [module]
+
+
+def test_threads_of_the_daemon_start_in_a_pool_and_work_in_one_place() -> None:
+    users = [name for name in MODULES if "concurrent" in imports_of(name)[1]]
+    assert users == ["pool", "threads"]
+    starting = [name for name in MODULES if re.search(r"\bThread\(", file_of(name).read_text())]
+    assert starting == ["client.memory", "pool"]
+    users = [name for name in MODULES if "pool" in imports_of(name)[0]]
+    assert users == ["threads"]
 
 
 def test_two_modules_know_systemd() -> None:
@@ -149,7 +173,7 @@ def test_two_modules_know_systemd() -> None:
     assert users == ["journal", "supervisor"]
 
 
-def test_only_the_kernel_module_issues_ioctls() -> None:
+def test_two_modules_issue_ioctls() -> None:
     users = [
         module
         for module in MODULES
@@ -158,7 +182,7 @@ def test_only_the_kernel_module_issues_ioctls() -> None:
             for node in ast.walk(ast.parse(file_of(module).read_text()))
         )
     ]
-    assert users == ["kernel"]
+    assert users == ["kernel", "vfs"]
 
 
 def test_loopd_does_not_load_what_it_does_not_need() -> None:
