@@ -162,7 +162,7 @@ def test_threads_of_the_daemon_start_in_a_pool_and_work_in_one_place() -> None:
     users = [name for name in MODULES if "concurrent" in imports_of(name)[1]]
     assert users == ["pool", "threads"]
     starting = [name for name in MODULES if re.search(r"\bThread\(", file_of(name).read_text())]
-    assert starting == ["client.memory", "pool"]
+    assert starting == ["cli.notices", "client.memory", "pool"]
     users = [name for name in MODULES if "pool" in imports_of(name)[0]]
     assert users == ["threads"]
 
