@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from .. import errors, kernel
 from ..fd import OwnedFd
-from .link import Link, Options, Unanswered, Unavailable, checked, is_a, make_options
+from .absence import Unavailable
+from .link import Link, Options, Unanswered, checked, is_a, make_options
 from .properties import Properties
 from .watch import DEVICE, PROPERTIES, Ended
 
