@@ -24,7 +24,7 @@ DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs py
 DEB_PACKAGES     := debhelper dh-apparmor dh-python python3-docutils
 # To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
-CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
+CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils btrfs-progs shellcheck strace git \
                     lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
                     systemd-container dbus-broker $(EXAMPLE_PACKAGES)
 # Beside those.

@@ -17,7 +17,7 @@ from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, 
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, NotSupported, TimedOut
+from .errors import Failed, NotSupported, Overlap, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -102,6 +102,7 @@ class Attaching:
             proposal = await self._look(caller, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
+                _require_unlocked(proposal, proposal.file.locked)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
@@ -348,6 +349,15 @@ def _mapping(caller: Caller, proposal: Proposal) -> Mapping:
     )
 
 
+def _require_unlocked(proposal: Proposal, locked: bool) -> None:
+    """Raise Overlap for a file that another program writes to, unless that may be."""
+    if locked and not proposal.options.allow_overlap:
+        raise Overlap(
+            "another program has the file locked for writing, as a virtual machine has its disk: "
+            "end it, attach the file read-only, or pass allow-overlap"
+        )
+
+
 def _now() -> int:
     return time.time_ns() // 1000
 
@@ -362,9 +372,13 @@ def _attach(
     store: FdStore,
 ) -> tuple[loopdev.LoopDevice, loopinfo.Status]:
     def claim_at_last(number: int) -> loopdev.Release:
-        if uid != ROOT and not proposal.request.read_only:
-            # Just before it is bound, since the file's mode may have changed.
-            access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+        if not proposal.request.read_only:
+            # Just before it is bound, since what others do with the file may have changed.
+            if uid != ROOT:
+                access.require_may_write(uid, backing.guarded_by(fd.fileno()))
+            backing.require_not_swapped_to(fd.fileno())
+            if proposal.file.closes_quickly:
+                _require_unlocked(proposal, backing.is_locked(fd.fileno()))
         return claim(number)
 
     loop = attachment.attach(

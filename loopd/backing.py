@@ -2,26 +2,35 @@
 """The first look at a file that a client passed, by calls that never wait for its filesystem.
 
 A FUSE or network server that does not answer blocks fstat, fstatfs and open for good, and SIGKILL
-does not help. So this uses F_GETFL, F_GET_SEALS and statx without synchronisation alone, and finds
-the filesystem's type by its mount.
+does not help. So this uses F_GETFL, F_GET_SEALS, statx without synchronisation, and calls that the
+kernel answers before it asks a filesystem; and finds the filesystem's type by its mount.
 """
 
+import errno
 import fcntl
+import mmap
 import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import kernel, mounts
+from . import kernel, mounts, namespaces, vfs
 from .errors import UnsupportedFile, UntrustedFilesystem
-from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, statx_buf
+from .uapi import STATX_ATTR_APPEND, STATX_ATTR_IMMUTABLE, STATX_MNT_ID, flock64, statx_buf
 
-# Filesystems of the kernel's own making, whose files have no blocks to map.
+# Filesystems of the kernel's own making, whose files have no blocks to map. Files on hugetlbfs can
+# be mapped to memory, and not be written.
 _PSEUDO_FILESYSTEMS = frozenset(
-    "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl mqueue nsfs proc pstore "
-    "securityfs selinuxfs smackfs sysfs tracefs".split()
+    "binfmt_misc bpf cgroup cgroup2 configfs debugfs efivarfs fusectl hugetlbfs mqueue nsfs proc "
+    "pstore securityfs selinuxfs smackfs sysfs tracefs".split()
 )
+
+# QEMU has a shared lock on one byte for each thing that it does to an image, from the first on
+# (RAW_LOCK_PERM_BASE); the second is for writing.
+_QEMU_FIRST = 100
+_QEMU_WRITES = 101
+_OPEN_FILE = -1  # in place of a process's id
 
 F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
 
@@ -94,6 +103,8 @@ class BackingFile:
     says; empty for a block device, and where no mount can be seen."""
     guarded_by: str = ""
     """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
+    locked: bool = False
+    """Whether a program that writes to it has it locked, as `is_locked` finds."""
 
     @property
     def closes_quickly(self) -> bool:
@@ -179,18 +190,61 @@ def examine(fd: int) -> BackingFile:
         )
     if not stat.S_ISREG(buf.stx_mode):
         raise UnsupportedFile("the passed fd is neither a regular file nor a block device")
+    _require_io(fd)
+    require_not_swapped_to(fd)
     seals = _seals(fd)
-    filesystem = "tmpfs" if seals is not None else _filesystem(fd, buf)
+    filesystem = _filesystem(fd, buf) if seals is None else _filesystem_of_memory(fd)
     if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+    writable = access == os.O_RDWR and not sealed
     return BackingFile(
         identity=identity,
         size=buf.stx_size,
-        writable=access == os.O_RDWR and not sealed,
+        writable=writable,
         sealed=sealed,
         filesystem=filesystem,
         guarded_by=_guard(buf),
+        locked=writable and filesystem in mounts.TRUSTED_FILESYSTEMS and is_locked(fd),
+    )
+
+
+def _require_io(fd: int) -> None:
+    """Refuse a file that the driver cannot read at all."""
+    try:
+        vfs.read_nothing(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ESPIPE):
+            raise
+        raise UnsupportedFile(
+            "the file can only be mapped to memory, as one of memfd_secret can: copy it to an "
+            "ordinary file"
+        ) from exc
+
+
+def require_not_swapped_to(fd: int) -> None:
+    """Refuse an active swap file. An fd that is open for reading only does not tell.
+
+    A device would make holes in it, which the kernel forbids everybody else; its writes fail.
+    """
+    try:
+        vfs.fallocate_nothing(fd)
+    except OSError as exc:
+        if exc.errno == errno.ETXTBSY:
+            raise UnsupportedFile("the file is an active swap file: swapoff it first") from exc
+
+
+def is_locked(fd: int) -> bool:
+    """Whether a program has the file locked because it writes to it; asks its filesystem.
+
+    Of fcntl(2)'s locks those of open files count. One of a process may be the client's own.
+    """
+    exclusive = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_RDLCK))
+    qemu = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_WRLCK, l_start=_QEMU_WRITES, l_len=1))
+    # A lock from further down is somebody's who reads the whole.
+    is_qemu = qemu.l_type != fcntl.F_UNLCK and qemu.l_start >= _QEMU_FIRST
+    return (exclusive.l_type != fcntl.F_UNLCK and exclusive.l_pid == _OPEN_FILE) or (
+        is_qemu and qemu.l_pid == _OPEN_FILE
     )
 
 
@@ -229,22 +283,36 @@ def closes_quickly(fd: int) -> bool:
         buf = kernel.statx(fd)
         if not stat.S_ISREG(buf.stx_mode):
             return False
-        return _seals(fd) is not None or _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
+        if _seals(fd) is not None:
+            return True
+        return _filesystem(fd, buf) in mounts.TRUSTED_FILESYSTEMS
     except OSError:
         return False
 
 
 def _seals(fd: int) -> int | None:
-    """The seals of a memfd or of any file on tmpfs; None for every other file."""
+    """The seals of a memfd or of any file on tmpfs or hugetlbfs; None for every other file."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         return None
 
 
+def _filesystem_of_memory(fd: int) -> str:
+    # Of the two the former alone has blocks of a page. Neither makes anybody wait.
+    return "tmpfs" if os.fstatvfs(fd).f_bsize == mmap.PAGESIZE else "hugetlbfs"
+
+
 def _filesystem(fd: int, buf: statx_buf) -> str:
     device = os.makedev(buf.stx_dev_major, buf.stx_dev_minor)
-    return mounts.filesystem(_mount_id(fd, buf), device)
+    if found := mounts.filesystem(_mount_id(fd, buf), device):
+        return found
+    # Else as it would be for a mount of the same filesystem that is in the tables.
+    filesystem = namespaces.device(fd)
+    if filesystem is not None:
+        return mounts.filesystem(-1, filesystem)
+    fsid = namespaces.btrfs(fd)
+    return mounts.btrfs(fsid) if fsid else ""
 
 
 def _mount_id(fd: int, buf: statx_buf) -> int:

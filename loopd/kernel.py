@@ -46,6 +46,7 @@ from .uapi import (
     loop_info64,
     statx_buf,
 )
+from .vfs import checked, libc
 
 _DEV = "/dev"
 _SYS_BLOCK = "/sys/block"
@@ -62,22 +63,18 @@ class PartitionExtent(NamedTuple):
     size: int
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
-def statx(fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
+def statx(
+    fd: int, flags: int = AT_STATX_DONT_SYNC, mask: int = STATX_BASIC_STATS | STATX_MNT_ID
+) -> statx_buf:
     """What is known of an open file; the default never asks a network or FUSE server.
 
     Python has os.statx from 3.15 only.
     """
     buf = statx_buf()
-    mask = STATX_BASIC_STATS | STATX_MNT_ID
-    if _libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    checked(libc.statx(fd, b"", AT_EMPTY_PATH | flags, mask, ctypes.byref(buf)))
     return buf
 
 

@@ -82,6 +82,13 @@ class Table:
             found = self._by_mount.get(mount) or self._by_device.get(device)
             return next(self._doubts(found, ()), found.kind) if found else ""
 
+    def btrfs(self, fsid: str) -> str:
+        """The same for the btrfs with this UUID, which need not be in the table."""
+        with self._lock:
+            self._refresh()
+            below = storage.foundations_of_btrfs_with(fsid, self._sysfs)
+            return next(self._doubts_below(below, ()), "btrfs")
+
     def _doubts(self, mount: _Mount, above: tuple[int, ...]) -> Iterator[str]:
         """What a mount depends on, itself included, that is not trusted."""
         if mount.kind not in TRUSTED_FILESYSTEMS:
@@ -198,9 +205,18 @@ def prepare() -> None:
 
 def filesystem(mount: int, device: int) -> str:
     """The type of the filesystem of a mount, else of a device number; empty if none can be seen."""
+    return _asked(lambda table: table.filesystem(mount, device))
+
+
+def btrfs(fsid: str) -> str:
+    """The same for the btrfs with this UUID."""
+    return _asked(lambda table: table.btrfs(fsid))
+
+
+def _asked(ask: Callable[[Table], str]) -> str:
     for table in _TABLES:
         with suppress(OSError, ValueError):
-            if found := table.filesystem(mount, device):
+            if found := ask(table):
                 return found
     return ""
 

@@ -7,7 +7,7 @@ looked for here, because sysfs has no more of it than a path.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SYSFS = Path("/sys")
@@ -47,8 +47,12 @@ def foundations_of_btrfs(source: str, sysfs: Path = SYSFS) -> frozenset[int | st
     name = _kernel_name(source, sysfs)
     mounted = [[*each.iterdir()] for each in sysfs.glob("fs/btrfs/*/devices")]
     meant = [each for each in mounted if name in (device.name for device in each)] or mounted
-    devices = [device for each in meant for device in each]
-    return frozenset(kind for device in devices for kind in _below(device)) if devices else _NONE
+    return _below_all(device for each in meant for device in each)
+
+
+def foundations_of_btrfs_with(fsid: str, sysfs: Path = SYSFS) -> frozenset[int | str]:
+    """The same for the btrfs with a UUID, as it is written in sysfs."""
+    return _below_all((sysfs / "fs/btrfs" / fsid / "devices").glob("*"))
 
 
 _NONE = frozenset({UNKNOWN})
@@ -87,6 +91,12 @@ def _kernel_name(source: str, sysfs: Path) -> str:
                 return each.parent.parent.name
         return ""
     return path.replace("/", "!")
+
+
+def _below_all(links: Iterable[Path]) -> frozenset[int | str]:
+    """What is below devices together, of which there is to be one."""
+    devices = [*links]
+    return frozenset(kind for device in devices for kind in _below(device)) if devices else _NONE
 
 
 def _below(link: Path) -> Iterator[int | str]:

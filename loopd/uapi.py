@@ -53,8 +53,20 @@ AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 STATX_BASIC_STATS = 0x7FF
 STATX_MNT_ID = 0x1000
+STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_IMMUTABLE = 0x10
 STATX_ATTR_APPEND = 0x20
+
+
+# include/uapi/linux/nsfs.h, mount.h and the table of system calls
+NS_MNT_GET_NEXT = _IOR | 16 << 16 | 0xB70B
+NS_MNT_GET_PREV = _IOR | 16 << 16 | 0xB70C
+SYS_STATMOUNT = 567 if os.uname().machine.startswith("alpha") else 457
+STATMOUNT_SB_BASIC = 1
+
+# include/linux/exportfs.h, the types of handles that no other filesystem has; btrfs.h
+FILEID_BTRFS = frozenset((0x4D, 0x4E, 0x4F))
+BTRFS_IOC_FS_INFO = _IOR | 1024 << 16 | 0x941F
 
 
 class loop_info64(ctypes.Structure):  # noqa: N801  the kernel's name
@@ -119,6 +131,84 @@ class blkpg_ioctl_arg(ctypes.Structure):  # noqa: N801  the kernel's name
         ("flags", ctypes.c_int),
         ("datalen", ctypes.c_int),
         ("data", ctypes.POINTER(blkpg_partition)),
+    )
+
+
+class flock64(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct flock64."""
+
+    l_type: int
+    l_start: int
+    l_len: int
+    l_pid: int
+    _fields_ = (
+        ("l_type", ctypes.c_short),
+        ("l_whence", ctypes.c_short),
+        ("l_start", ctypes.c_longlong),
+        ("l_len", ctypes.c_longlong),
+        ("l_pid", ctypes.c_int),
+    )
+
+
+class file_handle(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct file_handle with the most room that there can be."""
+
+    handle_bytes: int
+    handle_type: int
+    _fields_ = (
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_uint8 * 128),
+    )
+
+
+class btrfs_ioctl_fs_info_args(ctypes.Structure):  # noqa: N801  the kernel's name
+    """The beginning of struct btrfs_ioctl_fs_info_args, and its size."""
+
+    _fields_ = (
+        ("max_id", ctypes.c_uint64),
+        ("num_devices", ctypes.c_uint64),
+        ("fsid", ctypes.c_uint8 * 16),
+        ("__rest", ctypes.c_uint8 * 992),
+    )
+
+
+class mnt_ns_info(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct mnt_ns_info."""
+
+    mnt_ns_id: int
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("nr_mounts", ctypes.c_uint32),
+        ("mnt_ns_id", ctypes.c_uint64),
+    )
+
+
+class mnt_id_req(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct mnt_id_req, with a namespace (Linux 6.11)."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("spare", ctypes.c_uint32),
+        ("mnt_id", ctypes.c_uint64),
+        ("param", ctypes.c_uint64),
+        ("mnt_ns_id", ctypes.c_uint64),
+    )
+
+
+class statmount_buf(ctypes.Structure):  # noqa: N801  the kernel's name
+    """struct statmount without what follows STATMOUNT_SB_BASIC, and its size."""
+
+    mask: int
+    sb_dev_major: int
+    sb_dev_minor: int
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("mnt_opts", ctypes.c_uint32),
+        ("mask", ctypes.c_uint64),
+        ("sb_dev_major", ctypes.c_uint32),
+        ("sb_dev_minor", ctypes.c_uint32),
+        ("__rest", ctypes.c_uint8 * 488),
     )
 
 

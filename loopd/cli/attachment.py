@@ -36,6 +36,8 @@ from .style import Style
 # Seconds in which loopd has noticed that a Hold is closed, and between looks.
 _LETTING_GO = 1.0
 _PAUSE = 0.01
+# How long the holder of a lease on the file has. A file server asks its client first.
+_LEASE_WAIT = 10.0
 
 _UNTIL = {"user": "until you have logged out", "system": "until somebody detaches it"}
 
@@ -75,9 +77,13 @@ def run(found: argparse.Namespace) -> int:
 
 def _opened(found: argparse.Namespace) -> OwnedFd:
     if found.in_memory:
-        return open_file(found.file, read_only=True, direct_io=False)
-    direct_io = False if (found.offset or 0) % 512 else _direct_io(found)
-    return open_file(found.file, read_only=found.read_only or None, direct_io=direct_io)
+        return open_file(found.file, read_only=True, direct_io=False, lease_wait=_LEASE_WAIT)
+    return open_file(
+        found.file,
+        read_only=found.read_only or None,
+        direct_io=False if (found.offset or 0) % 512 else _direct_io(found),
+        lease_wait=_LEASE_WAIT,
+    )
 
 
 def _direct_io(found: argparse.Namespace) -> bool | None:

@@ -35,6 +35,8 @@ from loopd.uapi import (
     LO_FLAGS_READ_ONLY,
     LOOP_MAJOR,
     LOOP_SET_STATUS_SETTABLE_FLAGS,
+    STATX_BASIC_STATS,
+    STATX_MNT_ID,
     loop_config,
     loop_info64,
     statx_buf,
@@ -195,9 +197,14 @@ class ScriptedKernel:
 
     # --- files ---------------------------------------------------------------------------------
 
-    def statx(self, fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
+    def statx(
+        self,
+        fd: int,
+        flags: int = AT_STATX_DONT_SYNC,
+        mask: int = STATX_BASIC_STATS | STATX_MNT_ID,
+    ) -> statx_buf:
         if not (opened := self._opens.get(fd)):
-            return self._call_real("statx", fd, flags)
+            return self._call_real("statx", fd, flags, mask)
         buf = statx_buf(stx_mode=stat.S_IFBLK | 0o600, stx_dev_minor=5)
         buf.stx_ino = 1000 * (opened.number + 2) + (opened.partition or 0)
         buf.stx_rdev_major, buf.stx_rdev_minor = self._device_number(*opened.node)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The first look at a passed file: how it is open, what it is on, by safe calls alone."""
 
+import ctypes
 import fcntl
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from loopd import backing, kernel
 from loopd.errors import UnsupportedFile
-from loopd.uapi import STATX_MNT_ID
+from loopd.uapi import STATX_MNT_ID, flock64
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, opened: list[int]) -> None:
         os.open("/dev/null", os.O_RDWR),
         socket.socket().detach(),
         os.eventfd(0),
+        os.pidfd_open(os.getpid()),
         *os.pipe(),
     ]
     for fd in opened:
@@ -118,6 +120,86 @@ def test_a_memfd_is_on_tmpfs_although_no_mount_shows_it(opened: list[int]) -> No
     opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
     file = backing.examine(opened[0])
     assert (file.filesystem, file.writable, file.sealed) == ("tmpfs", True, False)
+
+
+MFD_HUGETLB = 4
+SYS_MEMFD_SECRET = 447
+
+
+def of_huge_pages() -> int:
+    return os.memfd_create("x", MFD_HUGETLB)
+
+
+def of_secret_memory() -> int:
+    fd = int(ctypes.CDLL(None, use_errno=True).syscall(SYS_MEMFD_SECRET, 0))
+    if fd < 0:
+        pytest.skip(f"this kernel makes no secret memory: {os.strerror(ctypes.get_errno())}")
+    return fd
+
+
+def of_huge_pages_to_read() -> int:
+    fd = of_huge_pages()
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (of_huge_pages, "hugetlbfs"),
+        (of_huge_pages_to_read, "hugetlbfs"),
+        (of_secret_memory, "only be mapped"),
+    ],
+)
+def test_memory_that_cannot_be_read_and_written_is_refused(
+    make: Callable[[], int], words: str, opened: list[int]
+) -> None:
+    """Odd memfds: although they are regular files."""
+    opened.append(make())
+    with pytest.raises(UnsupportedFile, match=words):
+        backing.examine(opened[0])
+
+
+# Locks of others
+
+
+def locked(fd: int, kind: int, start: int, length: int, command: int = fcntl.F_OFD_SETLK) -> None:
+    fcntl.fcntl(fd, command, bytes(flock64(l_type=kind, l_start=start, l_len=length)))
+
+
+@pytest.mark.parametrize(
+    ("locks", "found"),
+    [
+        ([], False),
+        # As QEMU has them: of what it does from 100 on, of what nobody else may from 200 on.
+        ([(fcntl.F_RDLCK, 100, 2), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], True),
+        ([(fcntl.F_RDLCK, 101, 1)], True),
+        ([(fcntl.F_RDLCK, 100, 1), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], False),
+        ([(fcntl.F_WRLCK, 0, 0)], True),
+        ([(fcntl.F_WRLCK, 1 << 40, 1)], True),
+        ([(fcntl.F_RDLCK, 0, 0)], False),  # a reader of the whole
+    ],
+)
+def test_a_lock_of_who_writes_to_it_is_seen(
+    image: Path, opened: list[int], locks: list[tuple[int, int, int]], found: bool
+) -> None:
+    """Locked by others."""
+    opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
+    for lock in locks:
+        locked(opened[1], *lock)
+    assert backing.examine(opened[0]).locked is found
+    assert backing.is_locked(opened[0]) is found
+
+
+def test_a_lock_of_ones_own_is_in_nobodys_way(image: Path, opened: list[int]) -> None:
+    opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
+    locked(opened[0], fcntl.F_WRLCK, 0, 0)
+    assert not backing.examine(opened[0]).locked
+    locked(opened[0], fcntl.F_UNLCK, 0, 0)
+    locked(opened[1], fcntl.F_WRLCK, 0, 0, fcntl.F_SETLK)  # of the process, whatever the fd
+    assert not backing.examine(opened[0]).locked
 
 
 @pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing.F_SEAL_FUTURE_WRITE])
@@ -172,7 +254,12 @@ def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
     looked = traced.stderr.split("MARK")[1:-1]
     calls = [line for line in "".join(looked).splitlines() if str(image) in line]
     names = {line.partition("(")[0] for line in calls}
-    assert names == {"fcntl", "statx"}
+    assert names == {"fcntl", "statx", "preadv2", "fallocate"}
+    # No bytes, and none that there are: the kernel answers these before it asks the filesystem.
+    assert [line.partition(", ")[2] for line in calls if line.startswith("preadv2")] == [
+        '[{iov_base="", iov_len=0}], 1, 0, 0) = 0'
+    ]
+    assert all("EFBIG" in line for line in calls if line.startswith("fallocate"))
     assert all("AT_STATX_DONT_SYNC" in line for line in calls if line.startswith("statx"))
 
 

@@ -397,6 +397,7 @@ def test_exit_codes_differ_from_those_of_commands_and_signals() -> None:
         (FileNotFoundError(2, "x", "a\x1b"), "cannot open a\\x1b: No such file", "check the path"),
         (PermissionError(13, "x", b"a"), "cannot open a: Permission denied", "right to read"),
         (IsADirectoryError(21, "x", "a"), "cannot open a: Is a directory", "pass an image"),
+        (BlockingIOError(11, "x", "a"), "cannot open a: Resource temp", "has a lease on it"),
         (errors.NoSuchDevice("loop3 has none"), "loop3 has none", "loopctl list"),
         (errors.AccessDenied("polkit says no"), "polkit says no", "administrator"),
         (errors.InteractiveAuthorizationRequired("x"), "a password", "--no-ask-password"),
