@@ -102,7 +102,7 @@ class Attaching:
             proposal = await self._look(caller, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
-                _require_unlocked(proposal, proposal.file.locked)
+                _require_unlocked(caller.uid, proposal, proposal.file.lock)
             if proposal.trusted:
                 # Nobody is asked for a password only to be told that an option is wrong. What is
                 # known of other files without asking may be stale: they are checked when bound.
@@ -349,9 +349,11 @@ def _mapping(caller: Caller, proposal: Proposal) -> Mapping:
     )
 
 
-def _require_unlocked(proposal: Proposal, locked: bool) -> None:
+def _require_unlocked(uid: int, proposal: Proposal, lock: backing.Lock) -> None:
     """Raise Overlap for a file that another program writes to, unless that may be."""
-    if locked and not proposal.options.allow_overlap:
+    # A user who may only read a file must not be able to keep root from it.
+    is_free = lock is backing.Lock.NONE or (lock is backing.Lock.READER and uid == 0)
+    if not (is_free or proposal.options.allow_overlap):
         raise Overlap(
             "another program has the file locked for writing, as a virtual machine has its disk: "
             "end it, attach the file read-only, or pass allow-overlap"
@@ -378,7 +380,7 @@ def _attach(
                 access.require_may_write(uid, backing.guarded_by(fd.fileno()))
             backing.require_not_swapped_to(fd.fileno())
             if proposal.file.closes_quickly:
-                _require_unlocked(proposal, backing.is_locked(fd.fileno()))
+                _require_unlocked(uid, proposal, backing.lock_of(fd.fileno()))
         return claim(number)
 
     loop = attachment.attach(

@@ -6,6 +6,7 @@ does not help. So this uses F_GETFL, F_GET_SEALS, statx without synchronisation,
 kernel answers before it asks a filesystem; and finds the filesystem's type by its mount.
 """
 
+import enum
 import errno
 import fcntl
 import mmap
@@ -58,6 +59,15 @@ _ALLOWED_FLAGS = (
 )
 
 
+class Lock(enum.Enum):
+    """What a lock of another open file says of its owner."""
+
+    NONE = enum.auto()
+    READER = enum.auto()
+    """QEMU's lock for writing, which is a shared one: users who may only read can take it, too."""
+    WRITER = enum.auto()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Which block device a file is; numbers as os.makedev makes them."""
@@ -103,8 +113,8 @@ class BackingFile:
     says; empty for a block device, and where no mount can be seen."""
     guarded_by: str = ""
     """What keeps an ordinary user's writes from it or marks them, and not the loop driver's."""
-    locked: bool = False
-    """Whether a program that writes to it has it locked, as `is_locked` finds."""
+    lock: Lock = Lock.NONE
+    """A lock that another program has on it, as `lock_of` finds."""
 
     @property
     def closes_quickly(self) -> bool:
@@ -205,7 +215,7 @@ def examine(fd: int) -> BackingFile:
         sealed=sealed,
         filesystem=filesystem,
         guarded_by=_guard(buf),
-        locked=writable and filesystem in mounts.TRUSTED_FILESYSTEMS and is_locked(fd),
+        lock=lock_of(fd) if writable and filesystem in mounts.TRUSTED_FILESYSTEMS else Lock.NONE,
     )
 
 
@@ -234,18 +244,22 @@ def require_not_swapped_to(fd: int) -> None:
             raise UnsupportedFile("the file is an active swap file: swapoff it first") from exc
 
 
-def is_locked(fd: int) -> bool:
-    """Whether a program has the file locked because it writes to it; asks its filesystem.
+def lock_of(fd: int) -> Lock:
+    """Find a lock of a program that writes to the file; asks its filesystem.
 
     Of fcntl(2)'s locks those of open files count. One of a process may be the client's own.
     """
     exclusive = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_RDLCK))
+    if exclusive.l_type != fcntl.F_UNLCK and exclusive.l_pid == _OPEN_FILE:
+        return Lock.WRITER
     qemu = vfs.ofd_getlk(fd, flock64(l_type=fcntl.F_WRLCK, l_start=_QEMU_WRITES, l_len=1))
-    # A lock from further down is somebody's who reads the whole.
-    is_qemu = qemu.l_type != fcntl.F_UNLCK and qemu.l_start >= _QEMU_FIRST
-    return (exclusive.l_type != fcntl.F_UNLCK and exclusive.l_pid == _OPEN_FILE) or (
-        is_qemu and qemu.l_pid == _OPEN_FILE
-    )
+    # A lock that begins before QEMU's bytes belongs to a program that reads the whole file.
+    if qemu.l_type == fcntl.F_UNLCK or qemu.l_pid != _OPEN_FILE or qemu.l_start < _QEMU_FIRST:
+        return Lock.NONE
+    mode = _look(fd).stx_mode
+    readers = mode & (stat.S_IRGRP | stat.S_IROTH)
+    writers = mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return Lock.READER if readers & ~(writers << 1) else Lock.WRITER
 
 
 def guarded_by(fd: int) -> str:

@@ -124,6 +124,17 @@ def test_a_file_that_its_writer_has_locked_is_an_overlap(
         assert caller.detach(caller.attach(image).path) is True
 
 
+def test_a_user_who_may_only_read_a_file_keeps_root_from_it_by_no_lock(world: World) -> None:
+    """Locked by others."""
+    root, image = world.caller(None), world.image(owner=None, mode=0o644)
+    with opened(image, os.O_RDONLY) as readers:
+        as_qemu(readers)
+        assert root.detach(root.attach(image).path) is True
+        image.chmod(0o600)
+        with pytest.raises(CallError, match="allow-overlap"):
+            root.attach(image)
+
+
 @pytest.mark.parametrize("use", ["locked", "swapped to"])
 def test_a_use_that_comes_while_polkit_thinks_is_seen(world: World, use: str) -> None:
     """Locked by others; Active swap files."""

@@ -169,37 +169,45 @@ def locked(fd: int, kind: int, start: int, length: int, command: int = fcntl.F_O
     fcntl.fcntl(fd, command, bytes(flock64(l_type=kind, l_start=start, l_len=length)))
 
 
+NONE, READER, WRITER = backing.Lock.NONE, backing.Lock.READER, backing.Lock.WRITER
+
+
 @pytest.mark.parametrize(
     ("locks", "found"),
     [
-        ([], False),
+        ([], NONE),
         # As QEMU has them: of what it does from 100 on, of what nobody else may from 200 on.
-        ([(fcntl.F_RDLCK, 100, 2), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], True),
-        ([(fcntl.F_RDLCK, 101, 1)], True),
-        ([(fcntl.F_RDLCK, 100, 1), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], False),
-        ([(fcntl.F_WRLCK, 0, 0)], True),
-        ([(fcntl.F_WRLCK, 1 << 40, 1)], True),
-        ([(fcntl.F_RDLCK, 0, 0)], False),  # a reader of the whole
+        ([(fcntl.F_RDLCK, 100, 2), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], READER),
+        ([(fcntl.F_RDLCK, 101, 1)], READER),
+        ([(fcntl.F_RDLCK, 100, 1), (fcntl.F_RDLCK, 201, 1), (fcntl.F_RDLCK, 203, 1)], NONE),
+        ([(fcntl.F_WRLCK, 0, 0)], WRITER),
+        ([(fcntl.F_WRLCK, 1 << 40, 1)], WRITER),
+        ([(fcntl.F_RDLCK, 0, 0)], NONE),  # a reader of the whole
     ],
 )
-def test_a_lock_of_who_writes_to_it_is_seen(
-    image: Path, opened: list[int], locks: list[tuple[int, int, int]], found: bool
+def test_a_lock_of_a_writer_is_seen(
+    image: Path, opened: list[int], locks: list[tuple[int, int, int]], found: backing.Lock
 ) -> None:
     """Locked by others."""
     opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
     for lock in locks:
         locked(opened[1], *lock)
-    assert backing.examine(opened[0]).locked is found
-    assert backing.is_locked(opened[0]) is found
+    for mode in (0o600, 0o660, 0o666, 0o644, 0o664, 0o640):
+        image.chmod(mode)
+        # A shared lock is a writer's where every user who can read the file can write it.
+        certain = mode in (0o600, 0o660, 0o666)
+        expected = WRITER if found is READER and certain else found
+        assert backing.examine(opened[0]).lock is expected, oct(mode)
+        assert backing.lock_of(opened[0]) is expected, oct(mode)
 
 
 def test_a_lock_of_ones_own_is_in_nobodys_way(image: Path, opened: list[int]) -> None:
     opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
     locked(opened[0], fcntl.F_WRLCK, 0, 0)
-    assert not backing.examine(opened[0]).locked
+    assert backing.examine(opened[0]).lock is NONE
     locked(opened[0], fcntl.F_UNLCK, 0, 0)
     locked(opened[1], fcntl.F_WRLCK, 0, 0, fcntl.F_SETLK)  # of the process, whatever the fd
-    assert not backing.examine(opened[0]).locked
+    assert backing.examine(opened[0]).lock is NONE
 
 
 @pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing.F_SEAL_FUTURE_WRITE])
