@@ -8,10 +8,11 @@ on a task goes through to the end, and undoes what nobody waits for any more.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 
 from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
@@ -46,6 +47,8 @@ class _Attempt:
     """A file that is being bound, for somebody who may give up waiting."""
 
     task: asyncio.Task[Device]
+    over: asyncio.Future[None]
+    """Done at the end of the task, or when it is waited for no longer."""
     abandoned: asyncio.Event
 
 
@@ -86,6 +89,7 @@ class Attaching:
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = get_ident()
 
     def refuse(self) -> None:
         """Attach nothing any more, also in calls that are under way."""
@@ -121,11 +125,13 @@ class Attaching:
             self._require_running()
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
+        timer = self._loop.call_later(timeout, _end, attempt.over)
         ended = False
         try:
-            await asyncio.wait([attempt.task], timeout=timeout)
+            await attempt.over
             ended = attempt.task.done()
         finally:
+            timer.cancel()
             if not ended:
                 # Out of time, or cancelled: nobody gets the device.
                 attempt.abandoned.set()
@@ -195,7 +201,9 @@ class Attaching:
         place = self._quota.take(caller.uid)
         unclaim = self._claims.claim(mapping)
         binding = self._bind(caller, fd.move(), proposal, unclaim, place, abandoned)
-        return _Attempt(self._tasks.start(binding), abandoned)
+        # Not asyncio.wait for the task: its end would be heard a turn of the event loop later.
+        over = self._loop.create_future()
+        return _Attempt(self._tasks.start(_ending(binding, over)), over, abandoned)
 
     async def _bind(
         self,
@@ -324,7 +332,9 @@ class Attaching:
         def undo(waiting: int | None) -> None:
             release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
-            self._loop.call_soon_threadsafe(self._registry.look_if_bound, number)
+            here = get_ident() == self._loop_thread
+            soon = self._loop.call_soon if here else self._loop.call_soon_threadsafe
+            soon(self._registry.look_if_bound, number)
 
         return undo
 
@@ -335,6 +345,18 @@ class Attaching:
             self._markers.publish(number, diskseq, description)
         else:
             self._markers.sign(number, diskseq, uid)
+
+
+async def _ending(binding: Awaitable[Device], over: asyncio.Future[None]) -> Device:
+    try:
+        return await binding
+    finally:
+        _end(over)
+
+
+def _end(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _mapping(caller: Caller, proposal: Proposal) -> Mapping:

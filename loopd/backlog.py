@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the bus holds of ours for users who do not read it.
 
-dbus-daemon reads no more from a sender of whose messages it holds 127 MiB or 64 fds. One client
+dbus-daemon reads no more from a sender of whose messages it holds 127 MB or 64 fds. One client
 that never reads could so make us mute for everyone. dbus-daemon says how much a client has not
-read, and a user with too much unread gets no more answers until it reads. dbus-broker charges the
-receiver, and knows no such question.
+read, and a user with too much unread gets no more answers until it reads. It holds a signal once
+until the last listener has read it, and says how much it holds of ours in all; where that is too
+much, nothing is told of the devices of those users of whom it is. dbus-broker charges the receiver,
+disconnects a listener who does not read, and knows no such question.
 """
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +21,8 @@ from .errors import LoopError, RefusedByBus, TimedOut
 from .leases import share
 from .tasks import Tasks
 from .turns import Account, Turns
+
+log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 1.0
 _NO_SUCH_CLIENT = "org.freedesktop.DBus.Error.NameHasNoOwner"
@@ -29,9 +35,13 @@ class Unread(NamedTuple):
     fds: int = 0
 
 
-# What a user may leave unread, and all users together: half of what the bus bears.
+# What a user may leave unread, and all users together. With what listeners may leave unread of
+# signals that is four fifths of what the bus bears.
 _PER_USER = Unread(2 << 20, 8)
-_IN_ALL = Unread(64 << 20, 32)
+_IN_ALL = Unread(32 << 20, 32)
+_SIGNALS = 64 << 20
+# How many bytes of signals are sent before the bus is asked.
+_BETWEEN = 1 << 20
 
 
 @dataclass(eq=False)
@@ -56,15 +66,30 @@ class _Reader:
 
 
 class Backlog:
-    """Holds back the users who do not read; `ask` tells what the bus holds for a connection."""
+    """Holds back the users who do not read.
 
-    def __init__(self, turns: Turns, tasks: Tasks, ask: Callable[[str], Awaitable[Unread]]) -> None:
+    `ask` tells what the bus holds for a connection, and `held` how many bytes it holds of ours.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        tasks: Tasks,
+        ask: Callable[[str], Awaitable[Unread]],
+        held: Callable[[], Awaitable[int]],
+    ) -> None:
         self._turns = turns
         self._tasks = tasks
         self._ask = ask
+        self._held = held
         self._knows = True
         """Whether the bus has an answer to that."""
         self._readers: dict[Account, _Reader] = {}
+        self._signals: Counter[int] = Counter()
+        """The bytes of signals that may be unread, by the owner of the device."""
+        self._checking_signals = False
+        self._untold: set[int] = set()
+        """Those of whose devices nothing is told."""
 
     def sent(self, account: Account, name: str, size: int, fds: int) -> None:
         """Note an answer."""
@@ -140,3 +165,51 @@ class Backlog:
         # The bus also counts what others have sent; what was sent since may not be there yet.
         left = (min(t, b) + n - b for t, b, n in zip(told, before, now, strict=True))
         reader.set(name, Unread(*left))
+
+    # --- signals --------------------------------------------------------------------------------
+
+    def is_told(self, owner: int) -> bool:
+        """Whether everyone may be told of a user's devices."""
+        own, root = self._signals[owner], self._signals[ROOT]
+        others = self._signals.total() - own - (root if owner != ROOT else 0)
+        if own < share(owner, of_root=root, of_others=others, in_all=_SIGNALS):
+            self._untold.discard(owner)
+        elif owner not in self._untold:
+            self._untold.add(owner)
+            log.warning("listeners do not read: no signals about devices of uid %d", owner)
+        return owner not in self._untold
+
+    def signalled(self, owner: int, size: int) -> None:
+        """Note a signal to everyone about a user's device."""
+        if not self._knows:
+            return
+        self._signals[owner] += size
+        if not self._checking_signals and self._signals.total() >= _BETWEEN:
+            self._checking_signals = True
+            self._tasks.start(self._check_signals())
+
+    async def _check_signals(self) -> None:
+        """Ask the bus what it holds of ours, again and again until that is little."""
+        pause = 0.01
+        while self._knows and self._signals.total() >= _BETWEEN:
+            before = self._signals.total()
+            try:
+                held = await self._held()
+            except (TimedOut, RefusedByBus):
+                pass
+            except LoopError:
+                self._knows = False
+                self._signals.clear()
+            else:
+                answers = sum(reader.total.bytes for reader in self._readers.values())
+                self._have_read(before - max(held - answers, 0))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._checking_signals = False
+
+    def _have_read(self, size: int) -> None:
+        """Take so many bytes for read, of each user in proportion."""
+        total = self._signals.total()
+        left = 1 - max(size, 0) / total
+        self._signals = Counter({uid: int(each * left) for uid, each in self._signals.items()})
+        self._signals += Counter()  # without those of whom there is nothing

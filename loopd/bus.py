@@ -81,7 +81,7 @@ class Bus:
         self._patient = True
         """Whether the bus last said in time who somebody is."""
         self._tasks = Tasks()
-        self._backlog = Backlog(self._turns, self._tasks, self._unread)
+        self._backlog = Backlog(self._turns, self._tasks, self._unread, self._held)
         self.connection = connection(
             max_message=codec.MAX_MESSAGE,
             on_call=self._on_call,
@@ -159,14 +159,21 @@ class Bus:
         signature: str,
         body: list[Any],
         *,
-        uid: int | None = None,
+        owner: int,
+        private: bool = False,
     ) -> None:
-        """Send a signal to everyone, or to the connections of one user that have called us."""
-        if uid is None:
-            self.connection.emit(path, interface, member, signature, body)
+        """Send a signal about a user's device to everyone, or if private to those who have called.
+
+        The latter are the user's own connections.
+        """
+        if not private:
+            if self._backlog.is_told(owner):
+                before = self.connection.sent
+                self.connection.emit(path, interface, member, signature, body)
+                self._backlog.signalled(owner, self.connection.sent - before)
             return
         for name, session in self._sessions.items():
-            if session.client and session.client.uid == uid:
+            if session.client and session.client.uid == owner:
                 self.connection.emit(path, interface, member, signature, body, destination=name)
 
     async def release(self, name: str, timeout: float) -> None:
@@ -492,7 +499,17 @@ class Bus:
 
     async def _unread(self, name: str) -> Unread:
         """Ask the bus what it holds for a connection, after all that we have sent so far."""
+        told = await self._stats(name)
+        return Unread(told["OutgoingBytes"].value, told["OutgoingFDs"].value)
+
+    async def _held(self) -> int:
+        """Ask the bus how many bytes it holds of ours."""
+        told = await self._stats(self.connection.name)
+        return int(told["IncomingBytes"].value)
+
+    async def _stats(self, name: str) -> dict[str, codec.Variant]:
         (told,) = await self.connection.call(
             wire.BUS_NAME, wire.BUS_PATH, _STATS, "GetConnectionStats", "s", [name], timeout=10.0
         )
-        return Unread(told["OutgoingBytes"].value, told["OutgoingFDs"].value)
+        stats: dict[str, codec.Variant] = told
+        return stats

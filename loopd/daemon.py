@@ -45,7 +45,7 @@ from .locks import Locks
 from .logind import HINTS, Logind
 from .manager import Manager
 from .marker import Markers
-from .monitor import Monitor, loop_numbers
+from .monitor import Monitor, listen, loop_numbers
 from .operations import Operations
 from .overlap import Claims
 from .polkit import Authority
@@ -219,6 +219,7 @@ async def _run(
         if registry.knows(device):
             records.note(device)
             announcer.changed(device)
+            ending.device_changed(device)
 
     def record(device: Device) -> None:
         # One that is being attached is recorded when it has its lease.
@@ -239,7 +240,7 @@ async def _run(
         registry,
         config.limits,
         configuration_error,
-        emit=lambda *signal, uid: bus.emit(*signal, uid=uid),
+        emit=lambda *signal, **whose: bus.emit(*signal, **whose),
     )
     service = Service(registry, announcer)
     bus = Bus(
@@ -326,7 +327,7 @@ async def _run(
         records.bus = await bus.id()
         await restoring.restore()
         # Listening before looking, so that nothing falls between.
-        monitor = Monitor(registry.heard, registry.look_at_private)
+        monitor = Monitor(listen(), registry.heard, registry.look_at_private)
         await registry.look_at_all()
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)

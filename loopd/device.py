@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .access import NOBODY
 from .backing import FileIdentity
 from .blockdev import Lock
+from .budget import Bucket
 from .fd import OwnedFd
 from .leases import Lease, Place
 from .loopdev import LoopDevice
@@ -19,6 +20,10 @@ from .overlap import Mapping
 
 ATTACHED = "attached"
 DETACHING = "detaching"
+
+# How often a device is looked at for those who ask about it: at once, and then a second.
+_LOOKS_AT_ONCE = 8
+_LOOKS = 1
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,6 +75,10 @@ class Device:
     operating: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One operation at a time: each reads, changes and writes all of the device's settings."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    looks: Bucket = field(
+        default_factory=lambda: Bucket(burst=_LOOKS_AT_ONCE, rate=_LOOKS, step=1), repr=False
+    )
+    """How often it may be looked at for those who ask about it."""
 
     def __post_init__(self) -> None:
         self.path = object_path(self.name, self.diskseq, self.which)
@@ -121,6 +130,12 @@ class Device:
             writable=not status.read_only,
             owner=self.owner,
         )
+
+    @property
+    def goes_with_us(self) -> bool:
+        """Whether it is to stay without loopd and would not: somebody has set autoclear."""
+        stays = self.loop is not None and not self.loop.autoclear
+        return stays and self.status.autoclear and not self.ending
 
     @property
     def size_limit(self) -> int:

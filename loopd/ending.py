@@ -9,7 +9,9 @@ import asyncio
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
+from typing import Any
 
 from . import loopdev, loopops
 from .device import ATTACHED, DETACHING, Device
@@ -32,6 +34,8 @@ _CLEAR_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.25
 _TOLD_AFTER = 0.05
 # Of many devices that end together, so many are detached at a time.
 _AT_A_TIME = 2
+# Seconds before autoclear is cleared once more, as a client with an fd can set it over and over.
+_PAUSE = 1.0
 
 
 class Ending:
@@ -52,6 +56,7 @@ class Ending:
         self._lifetimes = lifetimes
         self._locks = locks
         self._spares = spares
+        self._keeping: dict[Device, asyncio.Task[None]] = {}
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -64,9 +69,13 @@ class Ending:
         managed = [
             device for device in self._registry if device.managed and device.lifetime != SYSTEM
         ]
+        staying = [device for device in self._registry if device.lifetime == SYSTEM]
         # One that is killed meanwhile has not stopped: what is left then keeps its leases.
         self.let_go_all(managed)
-        waits = [asyncio.ensure_future(device.gone.wait()) for device in managed]
+        waits: list[asyncio.Future[Any]] = [
+            *(asyncio.ensure_future(device.gone.wait()) for device in managed),
+            *(asyncio.ensure_future(self._stay(device)) for device in staying),
+        ]
         if waits:
             _, late = await asyncio.wait(waits, timeout=timeout)
             for wait in late:
@@ -201,6 +210,44 @@ class Ending:
             # to know that it is going. The kernel tells when it is unbound; it may just have.
             self._registry.changed(device)
             self._registry.look_at(loop.number)
+
+    def device_changed(self, device: Device) -> None:
+        """Have a device stay that is to, whoever has told the kernel otherwise: losetup -d does."""
+        if device.goes_with_us and device not in self._keeping:
+            self._keeping[device] = self._tasks.start(self._keep(device))
+            self._keeping[device].add_done_callback(
+                lambda _: self._loop.call_later(_PAUSE, self._keeping.pop, device, None)
+            )
+
+    async def _stay(self, device: Device) -> None:
+        """See that a device stays without loopd: the kernel does not tell of autoclear."""
+        await self._registry.refresh(device)
+        if keeping := self._keeping.get(device):
+            await asyncio.wait([keeping])
+
+    async def _keep(self, device: Device) -> None:
+        async with device.operating:
+            if not device.loop or not device.goes_with_us:
+                return
+            borrowed = device.loop.borrow()
+
+            def keep() -> None:
+                with closing(borrowed):
+                    loopops.set_autoclear(borrowed, False)
+
+            def unused() -> None:
+                end = self._threads.run_in_turn(device.owner, Work.ENDING, borrowed.close)
+                self._tasks.start(end)
+
+            extra = {"UID": device.owner, **device.fields}
+            node = device.node
+            try:
+                await self._threads.run_in_turn(device.owner, Work.OPERATION, keep, unused=unused)
+            except (LoopError, OSError) as exc:  # from Linux 6.19 on, one that is mounted
+                log.warning("%s goes at its last close: %s", node, exc, extra=extra)
+                return
+        log.info("%s stays: autoclear was set by others, and is cleared", node, extra=extra)
+        await self._registry.refresh(device)
 
     def device_came(self, device: Device) -> None:
         """Note that a device has been bound, by whomever."""

@@ -85,7 +85,7 @@ class Proposal:
 
 
 class Proposals:
-    """Looks at what clients pass, in threads."""
+    """Looks at what clients pass, in threads where that may wait."""
 
     def __init__(self, config: Config, threads: Threads) -> None:
         self._config = config
@@ -97,7 +97,11 @@ class Proposals:
 
         Raises UnsupportedFile, UntrustedFilesystem, NoSuchDevice, TimedOut, OSError.
         """
-        file = await self._with_copy(uid, fd, backing.examine, lambda file: file.closes_quickly)
+        # Here where it cannot wait, as the way to a thread and back costs more than the look.
+        if filesystem := backing.local_filesystem(fd.fileno()):
+            file = backing.examine(fd.fileno(), filesystem)
+        else:
+            file = await self._with_copy(uid, fd, backing.examine, lambda file: file.closes_quickly)
         block = await self._look_at_block(uid, fd, file)
         return Proposal(
             options=options,

@@ -29,6 +29,7 @@ from .call import Authorization, Method
 from .codec import Variant
 from .device import PREFIX, Device
 from .errors import (
+    NoSuchDevice,
     PropertyReadOnly,
     UnknownInterface,
     UnknownMethod,
@@ -62,6 +63,7 @@ _ANCESTORS: dict[str, list[str]] = {
     _DEVICES: [],
 }
 _MACHINE_ID = Path("/etc/machine-id")
+_GONE = "there is no such object: its device may be gone"
 
 _OptionDict = dict[str, Variant]
 _Answer = tuple[Any, ...]
@@ -176,7 +178,7 @@ class Service:
             return (MANAGER, OBJECT_MANAGER, PROPERTIES, INTROSPECTABLE, PEER)
         if target.path in _ANCESTORS:
             return (INTROSPECTABLE, PEER)
-        raise UnknownObject("there is no such object: its device may be gone")
+        raise UnknownObject(_GONE)
 
     # --- org.example.Loop1 ----------------------------------------------------------------------
 
@@ -197,12 +199,15 @@ class Service:
         return (await self._operations.resize_by_fd(caller, fd, resize_options(options)),)
 
     async def _get_device(self, caller: Caller, target: Target, fd: OwnedFd) -> _Answer:
-        return ((await self._manager.device_by_fd(caller, fd)).path,)
+        device = await self._manager.device_by_fd(caller, fd)
+        return (await self._path_of(device),)
 
     async def _get_device_by_node(self, caller: Caller, target: Target, node: str) -> _Answer:
-        return (self._manager.device_by_node(node).path,)
+        device = self._manager.device_by_node(node)
+        return (await self._path_of(device),)
 
     async def _list_devices(self, caller: Caller, target: Target) -> _Answer:
+        await self._registry.look_for_asker(self._registry.seen_by(caller.uid))
         return (await self._announcer.rows(caller.uid),)
 
     # --- org.example.Loop1.Device ---------------------------------------------------------------
@@ -285,16 +290,17 @@ class Service:
     # --- the standard interfaces ----------------------------------------------------------------
 
     async def _objects(self, caller: Caller, target: Target) -> _Answer:
+        await self._registry.look_for_asker(self._registry.seen_by(caller.uid))
         return (await self._announcer.objects(caller.uid),)
 
     async def _get(self, caller: Caller, target: Target, interface: str, name: str) -> _Answer:
-        value = self._properties_on(target, interface).get(name)
+        value = (await self._properties_on(target, interface)).get(name)
         if value is None:
             raise UnknownProperty("the interface has no property of that name")
         return (value,)
 
     async def _get_all(self, caller: Caller, target: Target, interface: str) -> _Answer:
-        return (self._properties_on(target, interface),)
+        return (await self._properties_on(target, interface),)
 
     async def _set(
         self, caller: Caller, target: Target, interface: str, name: str, value: Variant
@@ -314,10 +320,22 @@ class Service:
     async def _machine_id(self, caller: Caller, target: Target) -> _Answer:
         return (_MACHINE_ID.read_text().strip(),)  # noqa: ASYNC240  one small local file
 
-    def _properties_on(self, target: Target, interface: str) -> Properties:
+    async def _properties_on(self, target: Target, interface: str) -> Properties:
         own = DEVICE if target.device else MANAGER
         if interface in (own, ""):
+            if target.device and not await self._is_there(target.device):
+                raise UnknownObject(_GONE)
             return self._announcer.properties_of(target.device)
         if interface in self._interfaces(target):
             return {}
         raise UnknownInterface("the object has no interface of that name")
+
+    async def _is_there(self, device: Device) -> bool:
+        """Look at a device that is asked about; whether it still is there."""
+        await self._registry.look_for_asker([device])
+        return self._registry.knows(device)
+
+    async def _path_of(self, device: Device) -> str:
+        if not await self._is_there(device):
+            raise NoSuchDevice(f"{device.node} is gone")
+        return device.path

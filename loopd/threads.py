@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place where threads start: whatever can block runs here, off the event loop."""
+"""The one place that has threads: whatever can block runs here, off the event loop."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from enum import Enum
 from functools import partial
@@ -18,12 +18,13 @@ from .access import ROOT
 from .closes import Closes, Submit
 from .errors import LimitsExceeded, TimedOut
 from .leases import share
+from .pool import Pool
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Threads for one kind of work. They are started as they are needed, and one that hangs has 20 KiB.
+# Threads for one kind of work. One that hangs has 20 KiB.
 _THREADS = 256
 
 
@@ -51,15 +52,15 @@ class _Turns:
         self._taken: Counter[int] = Counter()
         self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
 
-    def is_free(self, uid: int) -> bool:
-        """Whether a turn of this user's is there at once."""
-        return uid not in self._waiting and self._has_one_for(uid)
+    def take_at_once(self, uid: int) -> bool:
+        """Take a turn of a user's if it need not wait for one."""
+        if uid in self._waiting or not self._has_one_for(uid):
+            return False
+        self._taken[uid] += 1
+        return True
 
     async def take(self, uid: int) -> None:
         """Wait for a turn of a user's; a user's own are given in their order."""
-        if self.is_free(uid):
-            self._taken[uid] += 1
-            return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(uid, deque()).append(turn)
         try:
@@ -109,21 +110,20 @@ class Threads:
 
     def __init__(self) -> None:
         self._loop_thread = get_ident()
-        self._calls = ThreadPoolExecutor(_THREADS, "call")
-        self._endings = ThreadPoolExecutor(_THREADS, "ending")
-        self._file_looks = ThreadPoolExecutor(_THREADS, "file-look")
-        self._looks = ThreadPoolExecutor(8, "look")
-        self._quick_closes = ThreadPoolExecutor(64, "close")
-        self._slow_closes = ThreadPoolExecutor(256, "slow-close")
-        self._roots_closes = ThreadPoolExecutor(8, "roots-close")
-        self._removals = ThreadPoolExecutor(16, "removal")
+        self._calls = Pool(_THREADS, "call")
+        self._endings = Pool(_THREADS, "ending")
+        self._file_looks = Pool(_THREADS, "file-look")
+        self._looks = Pool(8, "look")
+        self._quick_closes = Pool(64, "close")
+        self._slow_closes = Pool(256, "slow-close")
+        self._roots_closes = Pool(8, "roots-close")
+        self._removals = Pool(16, "removal")
         self._pools = {Work.ENDING: self._endings, Work.LOOK: self._file_looks}
         self.closes = Closes(
             self._closes_in(self._quick_closes), self._closes_in(self._slow_closes)
         )
         self._turns = {work: _Turns(work.value) for work in Work}
         self._running: set[Future[Any]] = set()
-        self._stopped = False
 
     async def run(
         self,
@@ -224,12 +224,13 @@ class Threads:
         turns and nobody else's. Raises TimedOut.
         """
         turns = self._turns[work]
-        try:
-            # A timer costs as much as the rest of this, and nothing is waited for as a rule.
-            async with asyncio.timeout(None if turns.is_free(uid) else timeout):
-                await turns.take(uid)
-        except TimeoutError as exc:
-            raise TimedOut("other operations did not end in time") from exc
+        # A timer costs as much as the rest of this, and nothing is waited for as a rule.
+        if not turns.take_at_once(uid):
+            try:
+                async with asyncio.timeout(timeout):
+                    await turns.take(uid)
+            except TimeoutError as exc:
+                raise TimedOut("other operations did not end in time") from exc
         return partial(turns.give_back, uid)
 
     async def look(self, function: Callable[[], _T]) -> _T:
@@ -267,20 +268,18 @@ class Threads:
 
         Devices that are not removed yet stay, unbound.
         """
-        self._stopped = True
-        self._removals.shutdown(wait=False, cancel_futures=True)
+        self._removals.close(drop=True)
         for pool in (self._calls, self._endings, self._file_looks, self._looks):
-            pool.shutdown(wait=False)
+            pool.close()
         # One close may hand on another, so their pools are open until all has ended.
         end = time.monotonic() + timeout
         while (running := self._running.copy()) and (left := end - time.monotonic()) > 0:
             wait(running, left)
-        self._quick_closes.shutdown(wait=False)
-        self._slow_closes.shutdown(wait=False)
-        self._roots_closes.shutdown(wait=False)
+        for pool in (self._quick_closes, self._slow_closes, self._roots_closes):
+            pool.close()
         return sum(not each.done() for each in self._running.copy())
 
-    def _closes_in(self, pool: ThreadPoolExecutor) -> Submit:
+    def _closes_in(self, pool: Pool) -> Submit:
         """Has files closed in threads of a pool, and root's where no user's are in the way."""
 
         def submit(owner: int | None, close: Callable[[], None]) -> None:
@@ -289,40 +288,18 @@ class Threads:
         return submit
 
     def _submit(
-        self, pool: ThreadPoolExecutor, function: Callable[[], _T], *, gives_up: bool = False
+        self, pool: Pool, function: Callable[[], _T], *, gives_up: bool = False
     ) -> Future[_T]:
-        """Have a function called in a thread of a pool.
+        """Have a function called in a thread of a pool, see `Pool.submit`.
 
-        Where no thread can be started, it waits for one. Raises LimitsExceeded if it rather
-        `gives_up`, and is not called at all then.
+        Raises LimitsExceeded if it `gives_up` where no thread can be started.
         """
-        future: Future[_T] = Future()
+        try:
+            future = pool.submit(function, gives_up=gives_up)
+        except RuntimeError as exc:
+            raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         self._running.add(future)
         future.add_done_callback(self._running.discard)
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function()
-            except BaseException as exc:  # noqa: BLE001  it is for whoever waits
-                future.set_exception(exc)
-            else:
-                future.set_result(result)
-
-        def cancel(queued: Future[None]) -> None:
-            if queued.cancelled():
-                future.cancel()
-
-        try:
-            pool.submit(call).add_done_callback(cancel)
-        # The executor queues first, and then finds that it cannot start a thread.
-        except RuntimeError as exc:
-            log.warning("cannot start a thread: %s", exc)
-            if gives_up or self._stopped:
-                future.cancel()
-            if gives_up:
-                raise LimitsExceeded("loopd cannot start a thread: try again later") from exc
         return future
 
 

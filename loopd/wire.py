@@ -86,6 +86,8 @@ class Connection:
         self._trusts = trusts
         self._loop = asyncio.get_running_loop()
         self._serial = 0
+        self.name = ""
+        """Our unique name."""
         self._calls: dict[int, tuple[str, asyncio.Future[tuple[codec.Message, list[OwnedFd]]]]] = {}
         self._outbox = Outbox(sock, self._lose, whose)
         self._lost = False
@@ -95,7 +97,7 @@ class Connection:
 
     async def hello(self) -> None:
         """Say hello to the bus, which serves nobody before that."""
-        await self.call_bus("Hello", "", [])
+        (self.name,) = await self.call_bus("Hello", "", [])
 
     async def call_bus(
         self, member: str, signature: str, body: Sequence[Any], *, timeout: float = 10.0

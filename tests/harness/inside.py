@@ -163,6 +163,7 @@ class Inside:
     def _changed(self, device: Device) -> None:
         if self.registry.knows(device):
             self.records.note(device)
+            self.ending.device_changed(device)
         self.told.append(("changed", device.path))
 
     def _removed(self, device: Device) -> None:

@@ -32,6 +32,9 @@ class KillPoints:
 
     def __init__(self, directory: Path, runtime_directory: Path) -> None:
         """Keep what the two sides share in a directory."""
+        # Not by loopd, which would import mocks at each of its many starts.
+        from tests.harness.scripted import FUNCTIONS
+
         self._control = directory / "control"
         self._record = directory / "record"
         self._control.write_bytes(bytes(_SIZE))
@@ -39,7 +42,8 @@ class KillPoints:
         self._shared = _share(self._control)
         self.prelude = (
             "from tests.harness import kill_points; kill_points.install("
-            f"{str(self._control)!r}, {str(self._record)!r}, {str(runtime_directory)!r})"
+            f"{str(self._control)!r}, {str(self._record)!r}, {str(runtime_directory)!r}, "
+            f"{FUNCTIONS!r})"
         )
         """What has loopd take part."""
 
@@ -64,10 +68,9 @@ class KillPoints:
         return self._record.read_text().splitlines()
 
 
-def install(control: str, record: str, runtime_directory: str) -> None:
-    """Take part, as loopd."""
+def install(control: str, record: str, runtime_directory: str, functions: tuple[str, ...]) -> None:
+    """Take part, as loopd, with these functions of loopd.kernel."""
     from loopd import kernel
-    from tests.harness.scripted import FUNCTIONS
 
     shared = _share(Path(control))
     log = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -98,7 +101,7 @@ def install(control: str, record: str, runtime_directory: str) -> None:
 
         return call
 
-    for name in FUNCTIONS:
+    for name in functions:
         setattr(kernel, name, wrap(f"kernel.{name}", getattr(kernel, name)))
     try:
         from systemd import daemon

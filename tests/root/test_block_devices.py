@@ -51,26 +51,14 @@ LOOP_CHANGE_FD = 0x4C06
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     block_device = "org.example.loop1.attach-block-device"
     manage_others = "org.example.loop1.manage-others"
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
     rules += rules_allowing(block_device, users=(USER, OTHER))
     # The other one may do whatever anybody may do to what is somebody else's.
     rules += rules_allowing(manage_others, users=(OTHER,))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
+    return {"authority": rules}
 
 
 @pytest.fixture

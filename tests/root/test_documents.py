@@ -33,12 +33,6 @@ def of_kind(kind: str) -> list[Block]:
     return [block for block in BLOCKS if block.info == kind]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
 @pytest.fixture
 def world(shared: World) -> Iterator[World]:
     with shared.test() as testing, LogindDouble(shared.bus, pwd.getpwnam(USER).pw_uid):

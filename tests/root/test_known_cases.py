@@ -20,7 +20,7 @@ from tests.harness.caller import MANAGER, MANAGER_PATH, Attached
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_gpt, make_plain, memfd
-from tests.harness.polkit import RULES_ALLOW_ALL, RULES_NONE
+from tests.harness.polkit import RULES_NONE
 from tests.harness.process import Process
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World, make_world
@@ -28,18 +28,6 @@ from tests.harness.world import OTHER, USER, World, make_world
 LOOP_CHANGE_FD = 0x4C06
 AT_ONCE = 5.0
 """Seconds that a busy machine may take for what takes some milliseconds."""
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 def is_bound(attached: Attached) -> bool:

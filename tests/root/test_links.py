@@ -50,12 +50,6 @@ def shared(udev: Udev) -> Iterator[World]:
             RUNTIME.rmdir()
 
 
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
 def mark_of(number: int) -> Path:
     return RUNTIME / "unprivileged" / f"loop{number}"
 

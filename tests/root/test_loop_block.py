@@ -24,9 +24,8 @@ from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import MANAGER, Attached, Caller
 from tests.harness.images import MIB, make_gpt, make_sparse
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
-from tests.harness.world import World, make_world
+from tests.harness.world import World
 
 SIZE = 256 * MIB
 PARTS = [(2048 + index * 65536, 65536) for index in range(4)] + [(2048 + 4 * 65536, 131072)]
@@ -40,18 +39,6 @@ def _udevd() -> Iterator[None]:
     """A udevd runs beside all of this."""
     with Udev():
         yield
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 @pytest.fixture

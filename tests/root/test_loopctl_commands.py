@@ -32,7 +32,7 @@ from tests.harness.loopctl import (
     terminal,
 )
 from tests.harness.loops import look_at, loop_is_bound, wait_unbound
-from tests.harness.polkit import RULES_ALLOW_ALL, RULES_NONE
+from tests.harness.polkit import RULES_NONE
 from tests.harness.world import OTHER, USER, World, make_world
 from tests.unit.test_completion import bash
 
@@ -44,18 +44,6 @@ def package() -> Iterator[Path]:
     """A directory with the package that every uid can read."""
     with make_area("package") as directory:
         yield copy_package(directory)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_plain, make_sparse
 from tests.harness.polkit import Answer
 from tests.harness.wire import CallError
-from tests.harness.world import USER, World, make_world
+from tests.harness.world import USER, World
 
 ATTACH = "org.example.loop1.attach"
 UNTRUSTED = "org.example.loop1.attach-untrusted-filesystem"
@@ -77,9 +78,8 @@ def test_a_table_is_read_again_only_when_it_has_changed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world() as made:
-        yield made
+def world_options() -> dict[str, Any]:
+    return {}
 
 
 @pytest.fixture

@@ -53,24 +53,12 @@ Extents = dict[int, tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     allowed = ("attach", "open-device", "open-read-only-device")
     rules = rules_allowing(*(f"org.example.loop1.{action}" for action in allowed))
     managing = ("org.example.loop1.manage-others", "org.example.loop1.open-others-device")
     rules += rules_allowing(*managing, users=(MANAGING,))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
+    return {"authority": rules}
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 """Imports go down only, and what may be in one place only is in that place."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,7 @@ LAYERS = (
     ),
     (
         "budget",
+        "pool",
         "leases",
         "loopops",
         "overlap",
@@ -91,6 +94,7 @@ def name_of(path: Path) -> str:
 MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
 
 
+@cache
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """The modules of ours that a module imports, and the top-level names of others."""
     ours, others = set(), set()
@@ -147,11 +151,19 @@ def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None
         ("dbus_next", "codec"),
         ("dbus_fast", "codec"),
         ("pyudev", "monitor"),
-        ("concurrent", "threads"),
     ],
 )
 def test_one_module_knows_a_library(library: str, module: str) -> None:
     assert [name for name in MODULES if library in imports_of(name)[1]] == [module]
+
+
+def test_threads_of_the_daemon_start_in_a_pool_and_work_in_one_place() -> None:
+    users = [name for name in MODULES if "concurrent" in imports_of(name)[1]]
+    assert users == ["pool", "threads"]
+    starting = [name for name in MODULES if re.search(r"\bThread\(", file_of(name).read_text())]
+    assert starting == ["client.memory", "pool"]
+    users = [name for name in MODULES if "pool" in imports_of(name)[0]]
+    assert users == ["threads"]
 
 
 def test_two_modules_know_systemd() -> None:

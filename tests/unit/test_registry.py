@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -285,7 +286,10 @@ def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -
             looked.append(number)
             return _is(number)
 
-        with mock.patch.object(registry, "_sight", sight):
+        with (
+            mock.patch.object(registry, "_sight", sight),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for event in heard:
                 parts.registry.heard(*event)
             await parts.registry._tasks.finish(10)
@@ -316,7 +320,10 @@ def test_however_often_events_are_lost_all_devices_are_looked_at_once_more(
             listed.append(numbers())
             return listed[-1]
 
-        with mock.patch.object(parts.registry, "_numbers", note):
+        with (
+            mock.patch.object(parts.registry, "_numbers", note),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for _ in range(50):
                 parts.registry.heard(None, 0)
             while not listed:  # noqa: ASYNC110  by a thread
@@ -365,6 +372,107 @@ def test_an_older_look_changes_nothing(with_parts: WithParts) -> None:
         parts.registry._update(device, newer)
         parts.registry._update(device, older)
         assert device.status is newer
+
+    with_parts(story)
+
+
+def test_of_two_looks_without_an_event_the_one_that_began_later_counts(
+    with_parts: WithParts,
+) -> None:
+    """The kernel does not tell of direct I/O."""
+
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        number = device.number or 0
+        older = loopinfo.status(number)
+        newer = dataclasses.replace(loopinfo.status(number), direct_io=not older.direct_io)
+        assert older.seqnum == newer.seqnum
+        parts.registry._update(device, newer)
+        parts.registry._update(device, older)
+        assert device.status is newer
+
+    with_parts(story)
+
+
+def test_a_device_that_is_asked_about_over_and_over_is_looked_at_a_few_times(
+    with_parts: WithParts,
+) -> None:
+    """Within the limits: whoever asks costs loopd and others the time of a look."""
+
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        looks = 0
+
+        def look(number: int, known: Any, _is: Any = loopinfo.is_as_it_was) -> Any:
+            nonlocal looks
+            looks += 1
+            return _is(number, known)
+
+        with mock.patch.object(loopinfo, "is_as_it_was", look):
+            began = time.monotonic()
+            for _ in range(200):
+                await parts.registry.look_for_asker([device])
+            seconds = time.monotonic() - began
+        assert 8 <= looks <= 8 + seconds + 1
+        # It goes unnoticed until somebody may look again, or the kernel tells of it.
+        parts.scripted.let_go(device.number)
+        while parts.registry.knows(device):
+            await parts.registry.look_for_asker([device])
+
+    with_parts(story)
+
+
+def test_where_there_is_no_thread_those_who_ask_are_told_what_is_known(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        go_on = threading.Event()
+        look = mock.Mock(side_effect=lambda *_: go_on.wait(20))
+        with (
+            mock.patch.object(loopinfo, "is_as_it_was", look),
+            mock.patch.object(registry, "_PATIENCE", 0.01),
+        ):
+            await parts.registry.look_for_asker([device])
+            assert parts.registry.knows(device)
+            go_on.set()
+            await parts.registry._tasks.finish(10)
+
+    with_parts(story)
+
+
+def test_others_whose_sector_sizes_hang_keep_one_thread_and_nobody_waits_twice(
+    with_parts: WithParts,
+) -> None:
+    """Hanging files: below queue/ a change that waits for a file has those who read wait."""
+
+    async def story(parts: Parts) -> None:
+        with blockdev.opened(kernel.open_loop_control()) as control:
+            number = kernel.loop_ctl_add(control.fileno(), -1)
+        parts.scripted.bind_by_others(number, parts.image)
+        await parts.registry._look(number)
+        device = parts.registry.numbered(number)
+        assert device
+        go_on, asked = threading.Event(), 0
+
+        def hang(number: int, attribute: str, _is: Any = kernel.loop_attribute) -> Any:
+            nonlocal asked
+            if attribute == "queue/logical_block_size":
+                asked += 1
+                go_on.wait(20)
+            return _is(number, attribute)
+
+        with (
+            mock.patch.object(kernel, "loop_attribute", hang),
+            mock.patch.object(registry, "_PATIENCE", 0.01),
+        ):
+            for _ in range(8):
+                await parts.registry.look_for_asker([device])
+            assert asked == 1
+            go_on.set()
+            await parts.registry._tasks.finish(10)
+        parts.scripted.let_go(number)
+        await parts.registry._look(number)
 
     with_parts(story)
 
