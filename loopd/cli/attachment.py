@@ -42,11 +42,10 @@ _UNTIL = {"user": "until you have logged out", "system": "until somebody detache
 
 def attach(found: argparse.Namespace) -> int:
     """`loopctl attach`; returns its exit status."""
-    lifetime: Lifetime = found.lifetime or ("system" if os.geteuid() == 0 else "user")
-    if lifetime == "connection":
+    if found.lifetime == "connection":
         return hold(found)
     with _opened(found) as file:
-        return asyncio.run(_attach(found, file, lifetime))
+        return asyncio.run(_attach(found, file))
 
 
 def hold(found: argparse.Namespace) -> int:
@@ -89,9 +88,11 @@ def _direct_io(found: argparse.Namespace) -> bool | None:
     return None if found.direct_io is None else found.direct_io == "on"
 
 
-async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) -> int:
+async def _attach(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
         async with await signals.unless(connect(found)) as client:
+            root = await signals.unless(client.uid()) == 0
+            lifetime: Lifetime = found.lifetime or ("system" if root else "user")
             try:
                 device, properties = await signals.unless(_attached(client, found, file, lifetime))
             except NotSupported as exc:

@@ -3,12 +3,12 @@
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Awaitable, Callable
 
 from ..client import Client, Device
 from ..client.image import name_file
+from ..client.properties import Properties
 from ..errors import LoopError
 from . import columns, notices, output
 from .arguments import node_of
@@ -83,7 +83,7 @@ async def _detach(found: argparse.Namespace, client: Client) -> int:
 async def _chosen(found: argparse.Namespace, client: Client) -> list[Device]:
     """The devices that are not named one by one: the last one first, which may use another."""
     if found.all:
-        uid = os.geteuid()
+        uid = await client.uid()
         devices = [device for device, told in await client.devices() if told.owner == uid]
     else:
         devices = [device for device, _ in await associated(client, found.associated)]
@@ -137,13 +137,21 @@ async def _rescan(found: argparse.Namespace, client: Client) -> int:
     return ExitCode.OK
 
 
-async def _list(found: argparse.Namespace, client: Client) -> int:
-    named = found.associated is not None
+async def _wanted(found: argparse.Namespace, client: Client) -> list[Properties]:
+    """The devices to list."""
+    if found.target is not None:
+        return [await (await find_disk(client, found.target)).properties()]
+    if found.associated is None:
+        return [told for _, told in await client.devices()]
     try:
-        pairs = await (associated(client, found.associated) if named else client.devices())
+        pairs = await associated(client, found.associated)
     except FileNotFoundError:
-        pairs = []  # as losetup has it: no device has a file that is not there
-    devices = [told for _, told in pairs]
+        return []  # as losetup has it: no device has a file that is not there
+    return [told for _, told in pairs if found.offset in (None, told.offset)]
+
+
+async def _list(found: argparse.Namespace, client: Client) -> int:
+    devices = await _wanted(found, client)
     names = tuple(columns.COLUMNS) if found.output_all else found.output or columns.DEFAULT
     if found.json:
         shown = [columns.for_json(each, names) for each in devices]
@@ -152,9 +160,11 @@ async def _list(found: argparse.Namespace, client: Client) -> int:
     if not devices:
         return ExitCode.OK
     style, headings = Style(sys.stdout), not found.noheadings
-    in_bytes = found.bytes or not style.on_terminal
+    in_bytes = found.bytes or found.raw or not style.on_terminal
     rows = columns.listed(devices, names, in_bytes=in_bytes, headings=headings)
-    if not style.on_terminal:
+    if found.raw:
+        lines = columns.raw(rows)
+    elif not style.on_terminal:
         lines = ["\t".join(row) for row in rows]
     else:
         lines = columns.aligned(rows, names, style.width)

@@ -93,6 +93,10 @@ class Client:
         """As loopd.client.Client.daemon."""
         return self._runner.run(self._client.daemon())
 
+    def uid(self) -> int:
+        """As loopd.client.Client.uid."""
+        return self._runner.run(self._client.uid())
+
     def resize_by_fd(
         self,
         file: int | SupportsFileno,

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from .. import errors, kernel
 from ..fd import OwnedFd
 from . import settling
-from .link import Link, Options, Unanswered, Unavailable, checked, is_a, make_options
+from .absence import Unavailable
+from .link import Link, Options, Unanswered, checked, is_a, make_options
 from .properties import NO_NUMBER, Properties
 from .watch import DEVICE, PROPERTIES, Ended
 

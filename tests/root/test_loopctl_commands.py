@@ -294,6 +294,34 @@ def test_a_list_says_what_losetup_says(
     assert ours == theirs | numbers
 
 
+def test_the_habits_of_losetup_do_what_losetup_does(
+    world: World, logind: LogindDouble, loopctl: Loopctl
+) -> None:
+    image = make_gpt(world.image())
+    status, out, err = loopctl.run("-fP", "--show", "-o", "0", image)
+    node = out.rstrip("\n")
+    assert (status, err) == (0, "")
+    assert len(loopctl.json("show", node)["partitions"]) == 2
+    for arguments in (["-l", node], [node], ["list", node], ["-j", image, "-o", "0"]):
+        assert loopctl.run(*arguments, "-nO", "NAME") == (0, f"{node}\n", "")
+    names = "NAME,OFFSET,BACK-FILE,RO"
+    done = subprocess.run(
+        ["losetup", "--raw", "-O", names, node], check=True, capture_output=True, text=True
+    )
+    assert loopctl.run("--raw", "-O", names, "-l", node) == (0, done.stdout, "")
+    assert loopctl.run("-j", image, "-o", "512") == (0, "", "")
+    os.truncate(image, 2 * os.stat(image).st_size)
+    status, out, err = loopctl.run("-c", node)
+    assert (status, err) == (0, "")
+    assert str(os.stat(image).st_size) in out
+    assert loopctl.run("--direct-io=off", node) == (0, "", "")
+    assert loopctl.json("show", node)["direct_io"] is False
+    assert loopctl.run("-d", node) == (0, "", "")
+    status, out, err = loopctl.run("list", "loop1048575")
+    assert (status, out) == (5, "")
+    assert one_sentence(err)
+
+
 def test_columns_are_chosen_and_devices_completed(
     loopctl: Loopctl, attached: tuple[str, Path], area: Path
 ) -> None:

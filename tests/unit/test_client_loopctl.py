@@ -40,6 +40,9 @@ class _Client(Client):
     async def daemon(self) -> Daemon:
         return Daemon("1", 0, 0, 0, "")
 
+    async def uid(self) -> int:
+        return os.geteuid()
+
 
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:

@@ -38,18 +38,19 @@ _loopctl() {
         '--lock=[keep udev off]:lock:(shared exclusive)'
         '--number=[/dev/loopN and no other]:number'
         '--allow-overlap[even if another has the same bytes]'
+        '(-L --nooverlap)'{-L,--nooverlap}'[not if another has the same bytes]'
         '--in-memory[attach a copy]'
     )
     _arguments -C \
         '(-h --help)'{-h,--help}'[show help]' \
-        '--version[print the version]' \
+        '(-V --version)'{-V,--version}'[print the version]' \
         '1:command:((
             attach\:"attach a file"
             hold\:"attach a file, and stay until stopped"
             detach\:"detach devices"
             resize\:"take up a new size, or set offset and limit"
             rescan\:"bring the partitions in step with the table"
-            list\:"list all loop devices"
+            list\:"list all loop devices, or one"
             show\:"tell all about a device"
             set\:"change a device"
             open\:"run a command that has the device open"
@@ -85,7 +86,9 @@ _loopctl() {
                 '(-O --output)'{-O,--output=}'[columns]:columns:_loopctl_columns' \
                 '--output-all[all columns]' \
                 '(-n --noheadings)'{-n,--noheadings}'[no line of headings]' \
-                '--bytes[sizes in bytes]'
+                '(-o --offset)'{-o,--offset=}'[those that start there]:size' \
+                '--bytes[sizes in bytes]' '--raw[one space between columns]' \
+                '1:device:_loopctl_targets'
             ;;
         rescan) _arguments -s -S $all $settle '1:device:_loopctl_targets' ;;
         show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
