@@ -11,12 +11,12 @@ from ..client.image import name_file
 from ..client.properties import Properties
 from ..errors import LoopError
 from . import columns, notices, output
-from .arguments import node_of
 from .connection import associated, connected, find, find_disk, find_partition
 from .outcome import ExitCode, about, exit_code
 from .readiness import settle
 from .stream import complain, say
 from .style import Style
+from .values import node_of
 
 
 def detach(found: argparse.Namespace) -> int:
