@@ -18,7 +18,7 @@ from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, 
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, NotSupported, Overlap, TimedOut
+from .errors import Failed, Overlap, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -103,7 +103,7 @@ class Attaching:
         """Attach a file for as long as the options say. Takes the fd over."""
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
-            proposal = await self._look(caller, fd, options)
+            proposal = await self._proposals.look(caller.uid, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
                 _require_unlocked(caller.uid, proposal, proposal.file.lock)
@@ -113,7 +113,8 @@ class Attaching:
                 proposal.request.check(proposal.file, proposal.file.size)
             await self._require_attach(caller, proposal)
             if proposal.block:
-                proposal = await self._look(caller, fd, options)  # it may have changed
+                # It may have changed.
+                proposal = await self._proposals.look(caller.uid, fd, options)
             caller.client.require_present()
             self._require_running()
             if proposal.block and not proposal.needs_loop_device:
@@ -140,14 +141,6 @@ class Attaching:
             self._uevents.require_no_wait(caller.uid)
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
-
-    async def _look(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Proposal:
-        proposal = await self._proposals.look(caller.uid, fd, options)
-        if options.lifetime == SYSTEM and not proposal.needs_loop_device:
-            raise NotSupported(
-                "lifetime: a block device that needs no loop device is there as long as it is"
-            )
-        return proposal
 
     def _give_up(self, task: asyncio.Task[Device]) -> None:
         """Detach what was attached for somebody who does not wait for it any more."""

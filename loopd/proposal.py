@@ -15,7 +15,7 @@ from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
 from .fd import OwnedFd
-from .leases import CONNECTION
+from .leases import CONNECTION, SYSTEM
 from .loopinfo import Status
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 from .threads import Threads, Work
@@ -81,6 +81,8 @@ class Proposal:
             or request.reference != b""
             or request.lock is not Lock.NONE
             or request.number is not None
+            # Only a loop device can be told to stay.
+            or self.options.lifetime == SYSTEM
         )
 
 
