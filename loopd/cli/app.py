@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl: how its commands are found, and how each of them ends.
+"""loopctl: runs the command that was named, and turns its end into an exit status.
 
-What they do is in `attachment`, `opening`, `monitoring` and `commands`. What the arguments may be
-stands in `arguments`, how results look in `output` and `columns`, what errors mean in `outcome`.
+Each command has a module of its name, with its options and its action. `arguments` reads the
+command line, `output` and `columns` lay out results, `outcome` says what errors mean.
 """
 
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from loopd.errors import BusError, LoopError
 
-from . import commands
 from .arguments import parse
-from .attachment import attach, hold, run
-from .monitoring import monitor
-from .opening import open_device
 from .outcome import SIGNALLED, ExitCode, RunExitCode, about, exit_code, sentence
 from .signals import Interrupted
 from .stream import complain, give_up_stdout, provide_streams
@@ -28,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command `loopctl`; returns its exit status."""
     provide_streams()
     for stream in (sys.stdout, sys.stderr):
-        # A name that the locale has no letters for is no reason to fail.
+        # A file name may have letters that the locale lacks: they are escaped.
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
@@ -51,7 +47,7 @@ def _main(arguments: Sequence[str]) -> int:
         return int(exc.code or 0)
     failed = RunExitCode.FAILED if found.command in ("run", "open") else None
     try:
-        return _COMMANDS[found.command](found)
+        return int(found.action(found))
     except BrokenPipeError:
         raise
     except Interrupted as exc:
@@ -61,26 +57,11 @@ def _main(arguments: Sequence[str]) -> int:
     except _EXPECTED as exc:
         complain(_about(found, exc))
         if isinstance(exc, OSError) and exc.filename is None:
-            give_up_stdout()  # it would be told once more
+            give_up_stdout()  # the interpreter would report it again
         return failed or exit_code(exc)
 
 
 def _about(found: argparse.Namespace, exc: Exception) -> str:
-    """The sentence, and what it is about where the sentence does not say that."""
+    """The sentence, with the file or device in front unless the sentence names it."""
     subject = getattr(found, "file", None) or getattr(found, "target", None)
     return sentence(exc) if subject is None else about(subject, exc)
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "attach": attach,
-    "hold": hold,
-    "detach": commands.detach,
-    "resize": commands.resize,
-    "rescan": commands.rescan,
-    "list": commands.list_devices,
-    "show": commands.show,
-    "set": commands.change,
-    "open": open_device,
-    "monitor": monitor,
-    "run": run,
-}

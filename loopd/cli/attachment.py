@@ -1,80 +1,82 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's `attach`, `hold` and `run`: how a device comes, and for the last two, how it ends.
+"""What `attach`, `hold` and `run` share: their options, opening the file, attaching it.
 
-A filesystem may hang, and Ctrl-C has to help: files are opened before any signal is handled, and
-whatever takes its time afterwards is given up when one comes.
+A filesystem may hang, and Ctrl-C must end loopctl then. So loopctl opens files before it handles
+signals, and gives up every later wait when a signal comes.
 """
 
 import argparse
-import asyncio
-import contextlib
 import os
-import sys
-import time
 
-from loopd import errors
 from loopd.client import Client, Device, Lifetime
 from loopd.client.image import open_file
 from loopd.client.properties import Properties
-from loopd.client.watch import Ended
-from loopd.errors import LoopError, NotSupported
 from loopd.fd import OwnedFd
-from loopd.loop.uapi import MAX_REFERENCE
 
-from . import notices, output
+from . import output
 from .agent import agent
-from .child import run_command, why
-from .connection import connect
-from .outcome import ExitCode, sentence
+from .options import add_allow_overlap, add_direct_io, add_range, add_settle
 from .progress import ProgressBar
-from .readiness import settle, tell_ready, tell_stopping
-from .signals import Interrupted, Signals
-from .stream import complain, say
-from .style import Style
+from .readiness import settle
+from .values import parse_number, parse_size
 
-# Seconds in which loopd has noticed that a Hold is closed, and between looks.
-_LETTING_GO = 1.0
-_PAUSE = 0.01
-# How long the holder of a lease on the file has. A file server asks its client first.
+# Seconds that another program gets to let go of its lease. A file server asks its client first.
 _LEASE_WAIT = 10.0
 
-_UNTIL = {"user": "until you have logged out", "system": "until somebody detaches it"}
 
-
-def attach(found: argparse.Namespace) -> int:
-    """`loopctl attach`; returns its exit status."""
-    if found.lifetime == "connection":
-        return hold(found)
-    with _opened(found) as file:
-        return asyncio.run(_attach(found, file))
-
-
-def hold(found: argparse.Namespace) -> int:
-    """`loopctl hold`; returns its exit status."""
-    if found.loop_ref is None:
-        found.loop_ref = _default_reference(getattr(found, "default_loop_ref", None))
-    with _opened(found) as file:
-        return asyncio.run(_hold(found, file))
-
-
-def _default_reference(name: str | None) -> str | None:
-    """A name that nobody has chosen, and that is nobody's mistake: of a unit, for one."""
-    if name is None or len(os.fsencode(name)) <= MAX_REFERENCE:
-        return name
-    say(
-        f"the device has no name, because {output.name(name)} is longer than {MAX_REFERENCE} "
-        "bytes: --loop-ref gives it one"
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare FILE and the options of all commands that attach it."""
+    parser.add_argument("file", metavar="FILE", help="loopctl opens the file with your own rights")
+    parser.add_argument(
+        "-r",
+        "--read-only",
+        action="store_true",
+        help="make the device read-only (default: only if you may not write to the file)",
     )
-    return None
+    add_range(parser)
+    parser.add_argument(
+        "-b",
+        "--sector-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="the device's sector size (default: 512, or that of a block device); 0 takes that of "
+        "the partition table",
+    )
+    parser.add_argument(
+        "-P", "--partscan", action="store_true", help="make devices for the partitions, too"
+    )
+    add_direct_io(parser, "on: bypass the page cache of the file (default: as loopd.toml says)")
+    parser.add_argument("--loop-ref", metavar="NAME", help="a name of your choice for the device")
+    parser.add_argument(
+        "--lock",
+        choices=("shared", "exclusive"),
+        help="keep udev and other programs off the device by a BSD lock, taken before it appears",
+    )
+    parser.add_argument(
+        "--number",
+        type=parse_number,
+        metavar="N",
+        help="attach /dev/loopN and no other; takes the right to manage other users' devices",
+    )
+    add_allow_overlap(parser)
+    parser.add_argument(
+        "-L",
+        "--nooverlap",
+        dest="allow_overlap",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="fail if another device has the same part of the file (default)",
+    )
+    parser.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="attach a copy in memory; writes are lost with the device",
+    )
+    add_settle(parser)
 
 
-def run(found: argparse.Namespace) -> int:
-    """`loopctl run`; returns its exit status."""
-    with _opened(found) as file:
-        return asyncio.run(_run_with_device(found, file))
-
-
-def _opened(found: argparse.Namespace) -> OwnedFd:
+def open_file_of(found: argparse.Namespace) -> OwnedFd:
+    """Open FILE with the rights of the caller."""
     if found.in_memory:
         return open_file(found.file, read_only=True, direct_io=False, lease_wait=_LEASE_WAIT)
     return open_file(
@@ -89,101 +91,10 @@ def _direct_io(found: argparse.Namespace) -> bool | None:
     return None if found.direct_io is None else found.direct_io == "on"
 
 
-async def _attach(found: argparse.Namespace, file: OwnedFd) -> int:
-    with Signals() as signals:
-        async with await signals.unless(connect(found)) as client:
-            root = await signals.unless(client.uid()) == 0
-            lifetime: Lifetime = found.lifetime or ("system" if root else "user")
-            try:
-                device, properties = await signals.unless(_attached(client, found, file, lifetime))
-            except NotSupported as exc:
-                raise NotSupported(_without_lifetime(exc)) from exc
-            try:
-                signals.check()
-                _announce(found, device, properties)
-                await notices.tell(found, file, properties)
-            except (Interrupted, OSError):
-                # Nobody knows of it, so nobody would detach it.
-                await device.ensure_detached()
-                raise
-            if Style(sys.stderr).on_terminal:
-                say(f"{_description(found, properties)} {_UNTIL[lifetime]}")
-            return ExitCode.OK
-
-
-def _without_lifetime(exc: NotSupported) -> str:
-    """What to do where a device cannot be kept for as long as was asked for."""
-    if "logind" not in str(exc):
-        return str(exc)
-    return f"{exc}; 'loopctl hold' keeps a device while it runs, 'loopctl run' while a command does"
-
-
-async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
-    with Signals() as signals:
-        async with await signals.unless(connect(found)) as client:
-            device, properties = await signals.unless(_attached(client, found, file))
-            description = _description(found, properties)
-            try:
-                _announce(found, device, properties)
-                await notices.tell(found, file, properties)
-                say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
-                tell_ready(description)
-                ended = await signals.unless(device.wait_ended())
-            except Interrupted:
-                tell_stopping()
-                say(output.farewell(device.node, gone=await device.ensure_detached()))
-                return ExitCode.OK
-            complain(why(device, ended))
-            return ExitCode.NO_DEVICE if ended is Ended.DETACHED else ExitCode.UNAVAILABLE
-
-
-async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
-    with Signals() as signals:
-        async with await signals.unless(connect(found)) as client:
-            device, properties = await signals.unless(_attached(client, found, file))
-            command = [argument.replace("{}", device.node) for argument in found.run]
-            try:
-                _announce(found, device, properties, only_json=True)
-                await notices.tell(found, file, properties)
-                variables = {"LOOPDEV": device.node}
-                # Whatever becomes of loopctl, the node is no other device's as long as it is used.
-                with await signals.unless(device.hold()) as held:
-                    status = await run_command(
-                        command, device, signals, variables=variables, fds=[held.fileno()]
-                    )
-            finally:
-                gone = await _detached_at_last(device)
-            if not gone:
-                say(output.farewell(device.node, gone=False))
-            return status
-
-
-async def _detached_at_last(device: Device) -> bool:
-    """Detach a device, unless what the command has started, and left behind, keeps it."""
-    try:
-        if await _is_held(device):
-            say(f"what the command has left running keeps {device.node}, which goes with the last")
-            return True
-        return await device.ensure_detached()
-    except LoopError as exc:
-        complain(f"{device.node}: {sentence(exc)}")  # the command's exit status counts for more
-        return True
-
-
-async def _is_held(device: Device) -> bool:
-    """Whether somebody holds it still, when loopd has had the time to notice who does not."""
-    deadline = time.monotonic() + _LETTING_GO
-    with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
-        while (await device.properties()).holds:
-            if time.monotonic() > deadline:
-                return True
-            await asyncio.sleep(_PAUSE)
-    return False
-
-
-async def _attached(
+async def attached(
     client: Client, found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime | None = None
 ) -> tuple[Device, Properties]:
+    """Attach the file, and wait until the device can be used."""
     async with agent(wanted=found.interactive):
         with ProgressBar(f"copying {output.name(os.path.basename(found.file))}") as progress:
             device = await client.attach(
@@ -206,15 +117,15 @@ async def _attached(
             await settle(found, device)
             return device, await device.properties()
         except BaseException:
-            # Nobody has heard of it, so nobody would detach it.
+            # The caller has not got its node, so it would stay.
             await device.ensure_detached()
             raise
 
 
-def _announce(
+def announce(
     found: argparse.Namespace, device: Device, properties: Properties, *, only_json: bool = False
 ) -> None:
-    """Print the device, at once: whoever started loopctl waits for it."""
+    """Print the device, and flush: the program that started loopctl waits for this."""
     if found.json:
         value = {
             "object": device.path,
@@ -227,7 +138,8 @@ def _announce(
         print(device.node, flush=True)
 
 
-def _description(found: argparse.Namespace, device: Properties) -> str:
+def description_of(found: argparse.Namespace, device: Properties) -> str:
+    """The device and its file in one phrase."""
     mode = "read-only" if device.read_only else "read-write"
     copy = "a copy of " if found.in_memory else ""
     text = f"{device.node} is {copy}{output.name(found.file)} ({output.size(device.size)}, {mode})"

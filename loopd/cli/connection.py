@@ -2,9 +2,10 @@
 """How loopctl's commands reach loopd and find the devices that people name."""
 
 import argparse
+import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from loopd import errors
 from loopd.client import Client, Device, Named
@@ -42,6 +43,21 @@ async def connected(found: argparse.Namespace, *, asking: bool = False) -> Async
     async with await connect(found) as client:
         async with agent(wanted=asking and found.interactive):
             yield client
+
+
+def run_connected(
+    command: Callable[[argparse.Namespace, Client], Awaitable[int]],
+    found: argparse.Namespace,
+    *,
+    asking: bool = False,
+) -> int:
+    """Run a command that asks loopd and ends; returns its exit status."""
+
+    async def run() -> int:
+        async with connected(found, asking=asking) as client:
+            return await command(found, client)
+
+    return asyncio.run(run())
 
 
 async def find(client: Client, target: str) -> Named[Device]:

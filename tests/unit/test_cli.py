@@ -101,7 +101,7 @@ def test_hold_takes_what_attach_takes_but_for_the_lifetime() -> None:
     options = "-r -o 1M -P --number 3 --in-memory --json -- f".split()
     kept, held = (vars(parse([command, *options])) for command in ("attach", "hold"))
     different = {key for key in kept if kept[key] != held.get(key)}
-    assert different == {"command", "parser"}
+    assert different == {"command", "parser", "action", "problem"}
     assert kept.keys() - held.keys() == {"lifetime"}
 
 
@@ -519,7 +519,7 @@ def test_ctrl_c_is_told_by_the_exit_status(
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(app._COMMANDS, "list", interrupt)
+    monkeypatch.setattr("loopd.cli.list.run", interrupt)
     assert app.main(["list"]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "")
 
@@ -531,7 +531,7 @@ def test_letters_that_the_locale_does_not_have_are_escaped(monkeypatch: pytest.M
 
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setitem(app._COMMANDS, "list", show)
+    monkeypatch.setattr("loopd.cli.list.run", show)
     assert app.main(["list"]) == 0
     assert written.getvalue() == b"gr\\xf6\\xdfe\n"
 

@@ -194,7 +194,7 @@ def events(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("announced")
 
     monkeypatch.setattr(Device, "settled", settled)
-    monkeypatch.setattr(attachment, "_announce", announce)
+    monkeypatch.setattr(attachment, "announce", announce)
     monkeypatch.setattr(readiness.notify, "tell", seen.append)
     return seen
 

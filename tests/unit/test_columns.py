@@ -11,7 +11,7 @@ from typing import TextIO
 
 import pytest
 
-from loopd.cli import columns, monitoring
+from loopd.cli import columns, monitor
 from loopd.cli.style import Style
 from loopd.client import Change
 from loopd.client.properties import FOREIGN, Partition, Properties
@@ -149,9 +149,9 @@ class Named:
 
 def line(kind: str, properties: Properties, *names: str) -> str:
     change = Change(kind, Named(), properties, names)  # type: ignore[arg-type]
-    time, _, rest = monitoring.as_line(change, Style(None)).partition(" ")
+    time, _, rest = monitor.as_line(change, Style(None)).partition(" ")
     assert re.fullmatch(r"\d\d:\d\d:\d\d", time)
-    assert json.loads(monitoring.as_json(change))["event"] == kind
+    assert json.loads(monitor.as_json(change))["event"] == kind
     return rest
 
 

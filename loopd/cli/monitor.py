@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopctl's `monitor`: devices as they come, change and go, until it is stopped."""
+"""`loopctl monitor`."""
 
 import argparse
 import asyncio
@@ -11,14 +11,27 @@ from loopd.client import Change, Device
 
 from . import output
 from .connection import connected
+from .options import Commands, add_command
 from .outcome import ExitCode
 from .signals import Interrupted, Signals
 from .stream import say
 from .style import Style
 
 
-def monitor(found: argparse.Namespace) -> int:
-    """`loopctl monitor`; returns its exit status."""
+def add(commands: Commands) -> None:
+    """Declare the command."""
+    add_command(
+        commands,
+        "monitor",
+        run,
+        "print devices as they come, change and go",
+        "Print a line for each device that comes, changes or goes, until loopctl is stopped. With "
+        "--json each line is a JSON object.",
+    )
+
+
+def run(found: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
     return asyncio.run(_monitor(found))
 
 
@@ -37,7 +50,7 @@ async def _monitor(found: argparse.Namespace) -> int:
 
 
 def as_json(change: Change[Device]) -> str:
-    """One object: what happened, when in microseconds, to which device, which is as told."""
+    """A JSON object: the event, its time in microseconds, and the properties of the device."""
     value: dict[str, Any] = {
         "event": change.kind,
         "time": time.time_ns() // 1000,
@@ -48,7 +61,7 @@ def as_json(change: Change[Device]) -> str:
 
 
 def as_line(change: Change[Device], style: Style) -> str:
-    """What happened, for people."""
+    """The event as a line for people."""
     device = change.properties
     if change.kind == "changed":
         what = output.news(device, change.names)
