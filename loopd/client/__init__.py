@@ -19,17 +19,9 @@ same objects as before.
 from loopd import errors
 
 from .absence import Unavailable
+from .attaching import Attaching, AttachOptions, File, SupportsFileno
 from .changes import Change, Changes
-from .client import (
-    Attaching,
-    AttachOptions,
-    Client,
-    File,
-    Named,
-    Reconnected,
-    SupportsFileno,
-    attach,
-)
+from .client import Client, Named, Reconnected, attach
 from .device import Device, Lifetime, Lock
 from .link import Disconnected
 from .memory import Progress

@@ -19,8 +19,9 @@ from typing import Literal, Self, Unpack
 from loopd import client
 from loopd.fd import OwnedFd
 
+from .attaching import AttachOptions, File, SupportsFileno
 from .changes import Change
-from .client import AttachOptions, File, Named, Reconnected, SupportsFileno
+from .client import Named, Reconnected
 from .device import SETTLING, Lifetime, Lock
 from .properties import Daemon, Properties
 from .watch import Ended

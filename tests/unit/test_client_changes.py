@@ -10,7 +10,7 @@ import pytest
 
 from loopd import client, errors
 from loopd.bus.codec import Variant
-from loopd.client import blocking, changes, link
+from loopd.client import attaching, blocking, changes, link
 from loopd.client.changes import Changes
 from loopd.client.link import Link
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
@@ -423,8 +423,12 @@ def test_every_method_of_the_interface_can_be_called() -> None:
     assert missing == {"ListDevices"}  # which is for people; devices() tells more
 
 
-def test_the_options_of_attach_are_the_same_everywhere() -> None:
-    told = get_type_hints(client.Client.attach)
-    parameters = inspect.signature(client.Client.attach).parameters.values()
-    options = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-    assert get_type_hints(client.AttachOptions) == {name: told[name] for name in options}
+def test_each_option_of_attach_is_sent_or_is_the_clients_own() -> None:
+    sent = {name for _, _, name in attaching._ON_THE_BUS}
+    assert sent | {"in_memory", "progress"} == set(get_type_hints(client.AttachOptions))
+    assert {key for key, _, _ in attaching._ON_THE_BUS} == {name.replace("_", "-") for name in sent}
+
+
+def test_an_option_that_attach_does_not_have_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="no option read_onyl"):
+        attaching.encoded(read_onyl=True)  # type: ignore[call-arg]
