@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A typed client of loopd for asyncio programs; `loopd.client.blocking` is the same for all others.
+"""A typed client of loopd for asyncio programs; `loopd.client.blocking` serves all others.
 
     async with attach("disk.img") as device:
         print(device.node)
 
-A device lives as long as the connection that attached it, unless another lifetime is asked for.
-The caller's own rights open the files.
+A device lives as long as the connection that attached it, unless it is given another lifetime.
+Files are opened with the rights of the caller.
 
 Errors are those of `loopd.errors`, here as `errors`: one class for each name on the bus, and
-`errors.BusError` where there is nobody to talk to. Of that, `Unavailable` says that there is no
-loopd, and `Disconnected` that the connection to the bus is lost, see Client.reconnect.
+`errors.BusError` if loopd cannot be reached. Its subclass `Unavailable` means that there is no
+loopd; `Disconnected` means that the connection to the bus is lost, see Client.reconnect.
 
-loopd may be restarted at any time. Calls that it left unanswered are sent once more to the next
-one where doing them twice does no harm, which is all but Attach; devices that it takes over are the
-same objects as before.
+loopd may be restarted at any time. The client sends unanswered calls once more to the next loopd,
+except Attach, which must not be done twice. Devices that the next loopd takes over keep their
+objects.
 """
 
 from loopd import errors

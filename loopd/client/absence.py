@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why there is no loopd, as systemd tells everybody who asks it over the bus.
+"""Why there is no loopd: systemd tells every user over the bus.
 
-The bus does not say that systemd's job has failed: calls wait 25 s there for a loopd that does not
-come.
+The bus does not say that systemd failed to start loopd: a call would wait there for 25 s.
 """
 
 import asyncio
@@ -18,24 +17,24 @@ from .watch import NAME
 _SYSTEMD = "org.freedesktop.systemd1"
 _UNIT = "/org/freedesktop/systemd1/unit/loopd_2eservice"
 _TIMEOUT = 5.0
-# Seconds between looks. loopd is there sooner as a rule, and then nobody looks.
+# Seconds before each look at systemd. loopd usually answers before the first.
 _PAUSE = 0.2
-# So many looks in which systemd does nothing for loopd: dbus-broker takes its time to ask it.
+# Looks without a job of systemd for loopd: dbus-broker may take a while to ask for one.
 _LOOKS = 3
-# So many starts of its own accord that systemd makes in vain, before nobody waits for the next.
+# Automatic restarts that fail before a call stops waiting for the next one.
 _STARTS = 2
 _NO_JOB = 0
 
 
 class Unavailable(errors.BusError):
-    """The bus is there, but loopd is not, and could not be started."""
+    """The bus works, but loopd is not there and could not be started."""
 
 
 @contextlib.asynccontextmanager
 async def noticed(connection: transport.Connection) -> AsyncIterator[None]:
-    """Do what waits for an answer of loopd, for as long as there is a loopd or may be one soon.
+    """Let a block wait for loopd's answer only while loopd is there or may start soon.
 
-    Raises Unavailable, with the reason.
+    Else raises Unavailable, with the reason.
     """
     loop = asyncio.get_running_loop()
     watching: list[asyncio.Task[None]] = []
@@ -69,7 +68,7 @@ async def reason(connection: transport.Connection) -> str:
 async def _failure(connection: transport.Connection) -> str:
     """Wait until it is certain that loopd does not start, and say why.
 
-    Empty as soon as it is there, or where nobody can tell.
+    Empty as soon as loopd is there, or if systemd cannot be asked.
     """
     idle, least = 0, None
     with contextlib.suppress(errors.LoopError, errors.BusError):
@@ -93,7 +92,7 @@ async def _is_there(connection: transport.Connection) -> bool:
 
 
 async def _look(connection: transport.Connection) -> dict[str, Any]:
-    """What systemd knows of loopd's unit. Raises LoopError, BusError."""
+    """Properties of loopd's unit in systemd. Raises LoopError, BusError."""
     wanted = {
         "Unit": ("LoadState", "ActiveState", "Job"),
         "Service": ("Result", "ExecMainStatus", "StatusText", "NRestarts"),
@@ -115,11 +114,11 @@ async def _look(connection: transport.Connection) -> dict[str, Any]:
 
 
 def _sentence(unit: dict[str, Any]) -> str:
-    """Why it does not run, and what to do; empty if it has not failed."""
+    """Why loopd does not run, and the remedy; empty if its unit has not failed."""
     if unit["LoadState"] == "masked":
         return "loopd is masked: 'systemctl unmask loopd' lets it start"
     if unit["LoadState"] == "not-found":
-        return ""  # the bus says that, too
+        return ""  # the error of the bus says that, too
     if unit["LoadState"] != "loaded":
         return "systemd cannot read loopd.service: 'systemctl status loopd' says why"
     if unit["Result"] == "start-limit-hit":

@@ -5,8 +5,8 @@
         print(device.node)
 
 Each client has an event loop of its own, which runs during calls only. A client and its devices
-belong to one thread. Changes wait in the connection meanwhile, and who lets very many of them wait
-is disconnected by the bus.
+belong to one thread. Between calls, changes wait in the connection; the bus disconnects a
+client that lets too many of them wait.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from .watch import Ended
 
 
 class Client:
-    """A connection to loopd, to be used with `with`: what it attached ends with it."""
+    """A connection to loopd, to be used with `with`; its devices end with it by default."""
 
     def __init__(self, runner: asyncio.Runner, client: client.Client) -> None:
         self._runner = runner
@@ -46,7 +46,7 @@ class Client:
         return cls(runner, connected)
 
     def close(self) -> None:
-        """Leave the bus; whatever was attached over this connection is detached."""
+        """Leave the bus; loopd detaches the devices that end with this connection."""
         self._client.close()
         self._runner.close()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What happens to devices, as an iterator that misses nothing while there is a loopd to tell.
+"""The changes of devices, as an iterator that misses none while loopd runs.
 
-What happened while there was none is found by comparing, when the next one is there.
+Changes while loopd was away are found by comparing, when the next loopd is there.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from .watch import DEVICE, OBJECT_MANAGER, PATH, Ended, Heard
 
 _D = TypeVar("_D")
 
-_MAX_HEARD = 4096  # of which somebody who does not look for long is told the sum only
+_MAX_HEARD = 4096  # signals; a reader that falls behind further gets the differences only
 
 Kind = Literal["attached", "changed", "detached"]
-"""What happened to a device."""
+"""The kinds of changes."""
 
 
 class Change(NamedTuple, Generic[_D]):
-    """Something that happened to one device."""
+    """One change of one device."""
 
     kind: Kind
     device: _D

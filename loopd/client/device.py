@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One device of loopd, for asyncio programs: what can be done to it, and what is told of it.
+"""One device of loopd, for asyncio programs: its methods and properties.
 
-It stands for one attachment and never for a later one; how that came about is not its business.
+It stands for one attachment and never for a later one. `client` makes it.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from .link import Link, Options, Unanswered, checked, is_a, make_options
 from .properties import NO_NUMBER, Properties
 from .watch import DEVICE, PROPERTIES, Ended
 
-# Seconds that a loopd may take to follow another, and between looks at a device meanwhile.
+# Seconds that the next loopd may take to start, and seconds between looks at a device meanwhile.
 _SUCCESSION = 10.0
 _LOOK = 0.05
 
@@ -32,14 +32,14 @@ Lock = Literal["none", "shared", "exclusive"]
 
 
 Lifetime = Literal["connection", "user", "system"]
-"""How long a device is kept: by its client's connection, its user's being there, or for ever."""
+"""How long a device is kept: until its connection ends, until its user has logged out, or always."""
 
 
 class Device:
     """A device object of loopd. It stands for one attachment and never for a later one.
 
     Each method raises UnknownObject or NoSuchDevice once the device is gone, and errors.BusError
-    where loopd is out of reach.
+    if loopd cannot be reached.
     """
 
     def __init__(self, link: Link, path: str, node: str, diskseq: int) -> None:
@@ -51,7 +51,7 @@ class Device:
         self.diskseq = diskseq
         """The kernel's number of this attachment."""
         self.gone = False
-        """Whether this object has been told that there is no such device any more."""
+        """Whether this object knows that the device is gone."""
 
     def __repr__(self) -> str:
         return f"<Device {self.node} diskseq={self.diskseq}>"
@@ -83,11 +83,11 @@ class Device:
         return bool(gone)
 
     async def ensure_detached(self) -> bool:
-        """Detach it whatever uses it; true when it is gone, however that came.
+        """Detach it even if it is in use; true if it is gone, also if it was gone before.
 
         Raises AccessDenied.
         """
-        # What is out of reach goes with the connection, or has gone with loopd.
+        # Without loopd or the bus, the device ends with the connection or has ended with loopd.
         with contextlib.suppress(errors.NoSuchDevice, errors.UnknownObject, errors.BusError):
             return await self.detach(lazy=True)
         return True
@@ -114,11 +114,12 @@ class Device:
     ) -> OwnedFd:
         """Open the device itself, which needs no right to its node; the fd is the caller's.
 
-        It never allows more than the backing file's did. The device stays, in state detaching,
-        until the fd is closed. `partition` is the number of a partition to open instead of the
-        whole. A read-only device takes an administrator's yes by default, since its holder can put
-        another file behind it. Raises InvalidArgs, AccessDenied, NotSupported, DeviceBusy if the
-        device became read-only meanwhile, and NoSuchDevice also where there is no such partition.
+        The fd is never writable where the backing file's was not. A device that is detached
+        meanwhile stays, in state detaching, until the fd is closed. `partition` is the number of a
+        partition to open instead of the disk. A read-only device takes an administrator's password
+        by default, because a program that has it open can put another file behind it.
+
+        Raises InvalidArgs, AccessDenied, NotSupported, DeviceBusy if the device became read-only meanwhile, and NoSuchDevice also where there is no such partition.
         """
         options = make_options(("partition", "u", partition))
         return await self._fd("Open", "sa{sv}", [checked("mode", "s", mode), options])
@@ -145,23 +146,25 @@ class Device:
     async def lock(self, kind: Lock) -> None:
         """Take, change or, by "none", drop the BSD lock on the device. Never waits.
 
-        A device has one, of the connection that took it, and it ends with that; an exclusive one
-        of others than root ends after two minutes. Raises DeviceBusy where somebody else's is in
-        the way, InvalidArgs, AccessDenied, NotSupported on a device that loopd did not attach.
+        A device has one lock. It belongs to the connection that took it and ends with that. An
+        exclusive lock ends after two minutes, unless root took it. Raises DeviceBusy if another
+        lock is in the way, InvalidArgs, AccessDenied, NotSupported on a device that loopd did not
+        attach.
         """
         await self._call("Lock", "sa{sv}", [checked("lock", "s", kind), {}])
 
     async def set_autoclear(self, enable: bool) -> None:
-        """Have the kernel detach the device at its last close, or not.
+        """Choose whether the kernel detaches the device at its last close.
 
-        Raises NotSupported for a device of loopd's, which goes with its lease, and AccessDenied.
+        Raises NotSupported for a device that ends with its lease, and AccessDenied.
         """
         await self._call("SetAutoclear", "ba{sv}", [enable, {}])
 
     async def set_direct_io(self, enable: bool) -> bool:
-        """Go past the page cache of the file, or not; returns which of them is in effect now.
+        """Bypass the page cache of the file, or use it; returns whether it is bypassed now.
 
-        That the file does not allow it is no error. Raises AccessDenied, NotSupported.
+        The answer is False for a file that does not allow direct I/O. Raises AccessDenied,
+        NotSupported.
         """
         return bool(await self._answer(bool, "SetDirectIO", "ba{sv}", enable, {}))
 
@@ -184,21 +187,22 @@ class Device:
     async def rescan_partitions(self) -> int:
         """Bring the partitions' devices in step with the partition table; returns how many.
 
-        One that is larger there grows, also while it is in use; Properties.missing_partitions has
-        the numbers of those that cannot be. Raises DeviceBusy if one in use would have to go, move
-        or shrink, and leaves all as they are then, AccessDenied, NotSupported, TimedOut.
+        A partition that is larger in the table grows, even in use. Properties.missing_partitions
+        has the numbers of partitions that the kernel refuses. Raises DeviceBusy, and changes
+        nothing, if a partition in use would have to go, move or shrink. Raises AccessDenied,
+        NotSupported, TimedOut.
         """
         return int(await self._answer(int, "RescanPartitions", "a{sv}", {}))
 
     async def sync(self) -> None:
-        """Write to the disk what the device has taken.
+        """Flush the device's writes to the disk.
 
-        Raises ErrnoError where that fails, AccessDenied.
+        Raises ErrnoError if that fails, AccessDenied.
         """
         await self._call("Sync", "a{sv}", [{}])
 
     async def properties(self) -> Properties:
-        """What the device is now."""
+        """The device's properties now."""
         return await properties(self._link, self.path)
 
     async def settled(self, timeout: float = SETTLING) -> bool:
@@ -221,16 +225,16 @@ class Device:
         return await settling.settled(self._link, now.number, self.diskseq, timeout)
 
     async def wait_ended(self) -> Ended:
-        """Wait until the device is detached or out of reach, by whatever cause.
+        """Wait until the device is detached or out of reach.
 
-        That loopd leaves is no end where another one takes the device over, as after a restart.
+        A restart of loopd is no end: the next loopd takes the device over.
         """
         managed = None
         while True:
             with self._link.watch.watched(self.path) as ended:
                 try:
                     await self._link.subscribe()
-                    # Whatever came before the subscription shows in the properties.
+                    # Changes before the subscription show in the properties.
                     now = await self.properties()
                 except (errors.UnknownObject, errors.NoSuchDevice):
                     return Ended.DETACHED if managed is None else Ended.DAEMON_LEFT
@@ -239,7 +243,7 @@ class Device:
                 except errors.BusError:
                     return Ended.BUS_LOST
                 if managed not in (None, now.managed):
-                    return Ended.DAEMON_LEFT  # to whoever is next, it is no device of loopd's
+                    return Ended.DAEMON_LEFT  # the next loopd did not take it over
                 if now.state != "attached":
                     return Ended.DETACHED
                 managed, binding = now.managed, kernel.loop_binding(now.number)
@@ -254,7 +258,7 @@ class Device:
         deadline = time.monotonic() + _SUCCESSION
         with self._link.watch.watched(self.path) as ended:
             while not self._link.watch.present:
-                # Nobody tells a client that the kernel has let go of a device.
+                # The kernel sends no event here when it detaches a device.
                 if kernel.loop_binding(number) != binding or time.monotonic() > deadline:
                     return Ended.DAEMON_LEFT
                 await asyncio.wait({ended}, timeout=_LOOK)
@@ -296,6 +300,6 @@ def resize_options(
 
 
 async def properties(link: Link, path: str) -> Properties:
-    """What a device is now, by its object path."""
+    """The properties of a device, by its object path."""
     (found,) = await link.call(path, PROPERTIES, "GetAll", "s", [DEVICE], returns=[is_a(dict)])
     return Properties.decode(found)

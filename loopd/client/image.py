@@ -64,7 +64,7 @@ def _open(path: Path, access: int, direct: bool) -> OwnedFd:
         except BlockingIOError:
             raise  # else the file would be opened without it once the lease is gone
         except OSError:
-            pass  # Not every filesystem knows it. Whatever else is wrong is so without it, too.
+            pass  # The filesystem may not know O_DIRECT. Any other error comes back without it.
     return OwnedFd(os.open(path, flags))
 
 
@@ -72,10 +72,10 @@ _PARTITION = re.compile(r"loop\d+p(\d+)", re.ASCII)
 
 
 def name_file(path: Path) -> OwnedFd:
-    """Open a file, a node or a partition only to tell loopd which one is meant.
+    """Open a file, a node or a partition with O_PATH, to name it to loopd.
 
-    That needs no right to read it, waits for no filesystem's server, and does not count as a user
-    of a device that is to be detached. Raises OSError.
+    O_PATH needs no right to read the file, waits for no file server, and does not keep a device
+    from being detached. Raises OSError.
     """
     return OwnedFd(os.open(path, os.O_PATH | os.O_CLOEXEC))
 
@@ -94,10 +94,10 @@ def partition_named(fd: int) -> int | None:
 
 
 def direct_io_alignment(fd: int) -> int | None:
-    """The bytes of which offsets in a file are multiples for direct I/O; None if it has none.
+    """The alignment of offsets in a file for direct I/O, in bytes; None without direct I/O.
 
-    The loop driver asks the same: the filesystem, which may tell since Linux 6.1, else the disk
-    that it is on. Raises OSError.
+    As the loop driver, this asks the filesystem (since Linux 6.1), else the disk below it.
+    Raises OSError.
     """
     status = kernel.statx(fd, mask=STATX_BASIC_STATS | STATX_DIOALIGN)
     if status.stx_mask & STATX_DIOALIGN:

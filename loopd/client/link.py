@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client's connection to loopd: calls, their deadlines and fds, and what no answer means.
+"""A client's connection to loopd: calls, their deadlines and fds, and lost answers.
 
-It knows the name of loopd, none of its methods, and keeps nothing of the devices.
+It knows the name of loopd but none of its methods, and keeps no state of devices.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ _T = TypeVar("_T")
 # Longer than loopd itself takes before it gives up, with time for its start.
 _TIMEOUT = 90.0
 _INTERACTIVE_TIMEOUT = 400.0
-# Seconds between the attempts to have a call passed on by a bus that is full: 5 s in all, most of
-# them so short that a flood of others, of which every few messages get through, costs little.
+# Seconds between attempts to send a call over a bus whose queue to loopd is full, 5 s in all. Most
+# are short: during a flood some messages get through, and the call should be one of them.
 _PAUSES = (0.002,) * 50 + (0.01,) * 90 + (0.1,) * 40
 _MAX_MESSAGE = 64 << 20  # all objects of a machine come in one reply
-# What is said by the bus, or by whoever starts services for it, when there is no loopd.
+# The errors of the bus, or of systemd in its place, when there is no loopd.
 _NOT_THERE = re.compile(
     r"org\.freedesktop\.DBus\.Error\."
     r"(ServiceUnknown|NameHasNoOwner|TimedOut|Spawn\..+)|org\.freedesktop\.systemd1\..+"
@@ -40,15 +40,15 @@ Checks = Sequence[Callable[[Any], bool]]
 
 
 class Unanswered(Unavailable):
-    """loopd left before it answered, and nobody knows whether it did what it was asked to do."""
+    """loopd left before it answered; it may or may not have done the call."""
 
 
 class Disconnected(errors.BusError):
-    """The connection to the bus is lost, and what was bound to it is over; see Client.reconnect."""
+    """The connection to the bus is lost, with its leases and locks; see Client.reconnect."""
 
 
 class Link:
-    """One connection at a time, over which anything can be asked of loopd."""
+    """One connection at a time, for all calls to loopd."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Link:
 
     @classmethod
     async def connect(cls, address: str, interactive: bool) -> Self:
-        """Connect to the bus; `interactive` allows polkit to ask somebody in every call.
+        """Connect to the bus; `interactive` lets polkit ask for a password in every call.
 
         Raises errors.BusError.
         """
@@ -80,7 +80,7 @@ class Link:
     async def reconnect(self) -> str:
         """Leave the bus and connect to it anew; returns the name that the old connection had.
 
-        Raises errors.BusError, and nothing has changed then but that the old one is closed.
+        Raises errors.BusError; then the old connection is closed, and nothing else has changed.
         """
         self.close()
         former = self.name
@@ -101,7 +101,7 @@ class Link:
         await self.watch.subscribe(self._connection)
 
     async def has_owner(self, name: str) -> bool:
-        """Whether somebody has a name on the bus; nobody is started for it.
+        """Whether a name has an owner on the bus; the question starts no service.
 
         Raises errors.BusError, TimedOut.
         """
@@ -150,8 +150,8 @@ class Link:
     ) -> tuple[list[Any], list[OwnedFd]]:
         """Call any method of loopd; returns the body and the fds, which are the caller's then.
 
-        What the bus does not pass on, because of what others send, is sent again for a while. What
-        a loopd that left has not answered is sent to the next one, once, if it can be done `again`.
+        A call that the bus refuses because its queues are full is sent again for a while. A call
+        that loopd left unanswered is sent once more to the next loopd, if `again` is true.
         Raises the error that loopd answers, TimedOut, Unavailable, errors.BusError.
         """
         pauses = iter(_PAUSES)
@@ -192,7 +192,9 @@ class Link:
                 )
         except errors.PeerError as exc:
             if exc.dbus_name == _NO_REPLY:
-                raise Unanswered("loopd ended before it answered: its log may say why") from exc
+                raise Unanswered(
+                    "loopd ended before it answered: 'journalctl -u loopd' may say why"
+                ) from exc
             if _NOT_THERE.fullmatch(exc.dbus_name):
                 why = await absence.reason(self._connection)
                 raise Unavailable(why or f"there is no loopd, is it installed? ({exc})") from exc
@@ -216,8 +218,8 @@ class Link:
     ) -> asyncio.Task[list[Any]]:
         """Begin a call that passes an fd, which it owns until the end; `returns` is as in `call`.
 
-        Who gives up waiting leaves the task running (`asyncio.shield`): a message that is still
-        queued names the fd by its number.
+        A caller that stops waiting must leave the task running (`asyncio.shield`): a message that
+        is still queued names the fd by its number.
         """
 
         async def call() -> list[Any]:
@@ -232,7 +234,7 @@ class Link:
         return self.start(call())
 
     def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Run something beside the caller, and keep it from being forgotten."""
+        """Run a coroutine as a task, and keep a reference to the task until its end."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -249,12 +251,12 @@ def _checked_answer(answer: list[Any], checks: Checks) -> list[Any]:
         len(answer) == len(checks)
         and all(check(value) for check, value in zip(checks, answer, strict=True))
     ):
-        raise errors.Failed("loopd does not answer as its interface says")
+        raise errors.Failed("the answer of loopd does not have the types of its interface")
     return answer
 
 
 def make_options(*given: tuple[str, str, Any]) -> Options:
-    """The a{sv} of what is given: key, type, and a value that None leaves out.
+    """The a{sv} of keys, types and values; a value of None leaves the key out.
 
     Raises InvalidArgs.
     """
@@ -266,7 +268,7 @@ def make_options(*given: tuple[str, str, Any]) -> Options:
 
 
 def checked(key: str, kind: str, value: Any) -> Any:
-    """A value of a basic type that may go onto a bus, which ends the connection over any other.
+    """The value, if the bus takes it: the bus ends the connection over a malformed one.
 
     Raises InvalidArgs, which names the key.
     """
@@ -283,13 +285,13 @@ def checked(key: str, kind: str, value: Any) -> Any:
 
 
 async def _opened(address: str) -> tuple[transport.Connection, Watch, str]:
-    """A connection that has said hello, what it hears, and its name."""
+    """A connection after its Hello, the Watch of its signals, and its name."""
     sock = await _connected(address)
     watch = Watch()
     connection = transport.Connection(
         sock,
         max_message=_MAX_MESSAGE,
-        on_call=None,  # nobody has anything to ask of a client
+        on_call=None,  # a client has no methods
         on_signal=watch.on_signal,
         on_lost=lambda why: watch.end_all(Ended.BUS_LOST),
     )
@@ -302,7 +304,7 @@ async def _opened(address: str) -> tuple[transport.Connection, Watch, str]:
 
 
 async def _connected(address: str) -> socket.socket:
-    """Connect in a thread, since that blocks."""
+    """Connect in a thread, because connect(2) blocks."""
 
     def close(late: asyncio.Future[socket.socket]) -> None:
         if late.exception() is None:

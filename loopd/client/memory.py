@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies a file into memory, to be attached in its place; in a thread, and to be given up any time.
+"""Copies a file into memory, in a thread, to attach the copy. The caller can give up at any time.
 
-Of the source it knows an fd only. What nobody waits for any more is closed by whoever has it.
+After that, the side that has an fd closes it.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ async def copy_into_memory(source: OwnedFd, progress: Progress | None = None) ->
 
     Takes the source over; the position of its open file is kept. Holes stay holes where the
     filesystem tells of them. `progress` is called on the event loop, at most 20 times a second and
-    once in the end. What the source grows by meanwhile is left out; where it shrinks, the copy
-    ends, too.
+    once in the end. If the source grows meanwhile, the new end is left out; if it shrinks, the
+    copy ends there.
 
     Raises UnsupportedFile for any other kind of file, and ErrnoError.
     """
     copy = _Copy(source)
     copied: asyncio.Future[OwnedFd] = asyncio.get_running_loop().create_future()
-    # Not one that the end of the program waits for: the source's filesystem may hang.
+    # A daemon thread: the source's filesystem may hang, and the program must still end.
     threading.Thread(target=copy.run, args=[copied], name="copy", daemon=True).start()
     try:
         while not copied.done():
@@ -61,7 +61,7 @@ def _close(copied: asyncio.Future[OwnedFd]) -> None:
 
 
 class _Copy:
-    """What the thread of one copy does, and what both sides look at."""
+    """The work of one copy's thread, and the state that both threads read."""
 
     def __init__(self, source: OwnedFd) -> None:
         self._source = source
@@ -70,10 +70,10 @@ class _Copy:
         self.given_up = False
 
     def run(self, copied: asyncio.Future[OwnedFd]) -> None:
-        """Copy, and hand over what came of it."""
+        """Copy, and hand over the memfd or the error."""
         try:
             memory = self._copy()
-        except Exception as exc:  # noqa: BLE001 - raised again by whoever waits
+        except Exception as exc:  # noqa: BLE001 - the waiting caller raises it again
             self._hand_over(copied, copied.set_exception, exc)
             return
         if not self._hand_over(copied, copied.set_result, memory):
@@ -82,7 +82,7 @@ class _Copy:
     def _hand_over(
         self, copied: asyncio.Future[OwnedFd], setter: Callable[[_T], None], outcome: _T
     ) -> bool:
-        """Set a result or an error on the event loop; false if nobody is there to get it."""
+        """Set a result or an error on the event loop; false if the caller has given up."""
         if self.given_up:
             return False
         try:

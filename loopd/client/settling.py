@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Waits until udev is done with one attachment of a loop device, and udisks2 has heard of that.
 
-Both tell every user. The events of other devices are not waited for: on a busy machine they never
-end.
+Both tell every user. Events of other devices do not matter: on a busy machine they never end.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ _PAUSE = 0.005
 _IDLE = 3.0
 """Seconds without any event in udev's queue, after which none of the device's will come there."""
 _UDISKS_TIMEOUT = 5.0
-"""Seconds for udisks2, which some disk can keep busy, and which few of those who attach need."""
+"""Seconds for udisks2. A slow disk can keep it busy, and few callers need it."""
 
 
 async def settled(link: Link, number: int, diskseq: int, timeout: float) -> bool:

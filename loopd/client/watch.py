@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a client hears from the bus without asking: of devices, and that one has ended, and how.
+"""The signals of the bus that a client waits for: changes of devices, and their end.
 
-It knows object paths only, and never calls loopd itself.
+It knows object paths only, and never calls loopd.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ class Ended(Enum):
     """How a device ended for its client."""
 
     DETACHED = "detached"
-    """Somebody has detached it; if it is in use, it goes with its last user."""
+    """It was detached; if it is in use, it goes when its last user closes it."""
     DAEMON_LEFT = "daemon left"
-    """loopd has left the bus for good, and what it held goes with it."""
+    """loopd has left the bus, and no next one took the device over."""
     BUS_LOST = "bus lost"
-    """The connection is gone, and with it all that was attached over it."""
+    """The connection is lost, and with it the devices that lived as long as it."""
 
 
 class Heard(NamedTuple):
-    """A signal of loopd's, or of the bus about it."""
+    """A signal from loopd, or from the bus about loopd."""
 
     member: str
     path: str
@@ -46,7 +46,7 @@ class Heard(NamedTuple):
 
 
 class Watch:
-    """The signals of one connection, for those who wait for the end of a device."""
+    """The signals of one connection, for callers that wait for the end of a device."""
 
     def __init__(self) -> None:
         self._owner = ""
@@ -58,7 +58,7 @@ class Watch:
 
     @property
     def present(self) -> bool:
-        """Whether some loopd is on the bus, as far as has been heard."""
+        """Whether a loopd is on the bus, by the last signal."""
         return self._owner != ""
 
     @contextlib.contextmanager
@@ -78,7 +78,7 @@ class Watch:
 
     @contextlib.contextmanager
     def listening(self, listener: Callable[[Heard | None], None]) -> Generator[None, None, None]:
-        """Have a function called with each signal, and with None when the bus is lost."""
+        """Call a function with each signal, and with None when the bus is lost."""
         self._listeners.append(listener)
         try:
             yield
@@ -86,7 +86,7 @@ class Watch:
             self._listeners.remove(listener)
 
     async def subscribe(self, connection: transport.Connection) -> None:
-        """Ask the bus for the signals; what came before has to be asked for.
+        """Ask the bus for the signals; earlier changes have to be read from the properties.
 
         Raises errors.BusError, TimedOut.
         """
@@ -100,7 +100,7 @@ class Watch:
             self._subscribed = True
 
     def on_signal(self, signal: frame.Frame) -> None:
-        """Take a signal; it may come from anybody, since a match does not keep off direct ones."""
+        """Take a signal of any sender: a match does not keep off signals sent to us directly."""
         header = signal.header
         if header is None or header.sender not in (self._owner, transport.BUS_NAME):
             return
@@ -126,7 +126,7 @@ class Watch:
         self._tell(Heard(header.member, header.path, body))
 
     def end_all(self, how: Ended) -> None:
-        """Tell all who wait that their device is out of reach, and who will, if the bus is."""
+        """End the waits for all devices; if the bus is lost, end all later waits, too."""
         if how is Ended.BUS_LOST:
             self._lost = True
             self._tell(None)
