@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""polkit's questions in a text terminal: pkttyagent, which is there while loopd is asked things.
+"""polkit's questions in a text terminal: runs pkttyagent during calls to loopd, as systemctl does.
 
-As systemctl does it. Who has an agent already, as on a desktop, is asked by that.
+An agent of the session, as on a desktop, asks in its place.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from loopd.fd import OwnedFd
 
 from .stream import in_foreground
 
-# It ends with us, whatever ends us.
+# The kernel ends it with loopctl, also if loopctl is killed.
 _COMMAND = ("setpriv", "--pdeathsig", "TERM", "--", "pkttyagent")
 _USERS = Path("/run/systemd/users")
-_START = 10.0  # seconds; without an agent somebody else may be there to be asked
+_START = 10.0  # seconds; polkit may have another agent if this one does not start
 _END = 5.0
 
 
 @contextlib.asynccontextmanager
 async def agent(*, wanted: bool) -> AsyncIterator[None]:
-    """Have an agent, ready to ask, where somebody sits at a terminal who is not root."""
+    """Run an agent during the block, for a user at a terminal who is not root."""
     if not (wanted and os.geteuid() != 0 and _somebody_types()):
         yield
         return
@@ -42,7 +42,7 @@ async def agent(*, wanted: bool) -> AsyncIterator[None]:
         try:
             yield
         except asyncio.CancelledError:
-            print(file=sys.stderr)  # most likely behind a question
+            print(file=sys.stderr)  # the cursor is most likely behind a question
             raise
 
 
@@ -52,8 +52,8 @@ def _somebody_types() -> bool:
 
 def _started(writing: OwnedFd) -> subprocess.Popen[bytes] | None:
     options = [f"--process={os.getpid()}", f"--notify-fd={writing.fileno()}"]
-    # That of a session goes before ours. polkitd does not ask a fallback where there is no session,
-    # where nobody else can be asked either.
+    # The agent of a session goes before ours. Without a session polkitd asks no fallback, and there
+    # is no other agent.
     if (_USERS / str(os.getuid())).exists():
         options.append("--fallback")
     try:
@@ -92,7 +92,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminal_restored() -> Iterator[None]:
-    """Undo what an old agent that is ended over a question leaves of the terminal: no echo."""
+    """Switch the echo on again: an older agent that is ended during a question leaves it off."""
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command that `run` and `open` run: signals are passed on to it, its exit status is theirs."""
+"""The command that `run` and `open` run: it gets their signals, they take its exit status."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from .signals import Signals
 from .stream import complain, in_foreground, say
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# The terminal sends these to everyone in the foreground, and so to the command itself.
+# The terminal sends these to all processes in the foreground, so the command has them already.
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 
@@ -32,7 +32,7 @@ async def run_command(
     variables: Mapping[str, str],
     fds: Sequence[int] = (),
 ) -> int:
-    """Run a command to its end, say if the device ends before that; returns its exit status.
+    """Run a command to its end, and say if the device ends first; returns its exit status.
 
     `variables` are added to the environment, `fds` are inherited under their numbers.
     """
@@ -61,7 +61,7 @@ async def run_command(
 
 
 def why(device: Device, ended: Ended) -> str:
-    """What to say of a device that ended."""
+    """The sentence about a device that ended."""
     return {
         Ended.DETACHED: f"somebody has detached {device.node}",
         Ended.DAEMON_LEFT: f"loopd has stopped, and {device.node} with it",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How loopctl's commands reach loopd and find the devices that people name."""
+"""Connects loopctl's commands to loopd, and finds the devices that the user names."""
 
 import argparse
 import asyncio
@@ -20,17 +20,17 @@ from .values import node_of
 
 
 async def connect(found: argparse.Namespace) -> Client:
-    """A client. An administrator is told of mistakes in loopd's settings, once a command."""
+    """A client. Root is told of mistakes in loopd.toml, once a command."""
     client = await Client.connect(interactive=found.interactive)
     if os.geteuid() != 0:
         return client
     try:
-        # One that does not answer this may answer the command.
+        # A loopd that fails here may still do the command.
         with contextlib.suppress(errors.LoopError):
-            # The root of a user namespace is somebody else.
+            # Root of a user namespace has another uid for loopd.
             error = "" if await client.uid() else (await client.daemon()).configuration_error
             if error:
-                complain(f"{printable(error)}; put that right, and restart loopd")
+                complain(f"{printable(error)}; correct that, and restart loopd")
     except BaseException:
         client.close()
         raise
@@ -69,7 +69,7 @@ async def find(client: Client, target: str) -> Named[Device]:
 
 
 async def find_disk(client: Client, target: str) -> Device:
-    """The device that a DEVICE-OR-FILE names, for what cannot be done to a partition.
+    """The device that a DEVICE-OR-FILE names, for commands that do not take a partition.
 
     Raises InvalidArgs for a partition.
     """

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""losetup's command lines: which command of loopctl's each of them means.
+"""Translates command lines of losetup to loopctl's.
 
-losetup has options where loopctl has commands. The rest of its options are those of the commands,
-which `arguments` reads. An option is written as losetup has it, with an equals sign if a value
-follows.
+losetup has options where loopctl has commands. The commands take losetup's other options. In
+the tables an option is written as losetup has it, with an equals sign if a value follows.
 """
 
 import getopt
 from collections.abc import Collection, Sequence
 
-# What losetup is told to do, and the command that does it; the first that is found counts.
+# losetup's options that name an action, and the command for each; the first one found counts.
 _COMMANDS = {
     "-f --find": "attach",
     "-d= --detach=": "detach",
@@ -24,7 +23,7 @@ _COMMANDS = {
     "-J --json": "list",
 }
 
-# How losetup is to do that: the commands take the same.
+# losetup's options that modify the action: the commands take the same.
 _HOW = (
     *("-o= --offset=", "--sizelimit=", "-r --read-only", "-P --partscan", "--show"),
     *("-L --nooverlap", "-b= --sector-size=", "--direct-io=", "--loop-ref="),
@@ -48,11 +47,11 @@ DONE_ANYWAY = {
     "resize": ("-c --set-capacity",),
     "list": ("-a --all", "-l --list"),
 }
-"""What a command does without being told, so that it takes these for nothing."""
+"""losetup's options for actions that a command does anyway; it accepts and ignores them."""
 
 
 class Refused(Exception):
-    """A sentence: why loopctl does not do that, and what does it."""
+    """A sentence: why loopctl refuses the command line, and what to run in its place."""
 
 
 def translated(given: Sequence[str], commands: Collection[str]) -> list[str]:
@@ -84,9 +83,9 @@ def translated(given: Sequence[str], commands: Collection[str]) -> list[str]:
 
 
 def _command_for(operands: Sequence[str], names: Collection[str]) -> str:
-    """What losetup does without being told: it sets up a device, changes one, or tells of it."""
+    """The command for a line without an action: losetup changes the device, or lists it."""
     if not operands:
-        raise Refused("what is to be done is missing: 'loopctl attach FILE' attaches a file")
+        raise Refused("no action is given: 'loopctl attach FILE' attaches a file")
     if len(operands) > 1:
         raise Refused(
             "loopd chooses the device: 'loopctl attach FILE' prints its node; 'loopctl attach "

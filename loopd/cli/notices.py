@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What loopctl says of a device that it has attached: what it lacks, and what may be wrong with it.
+"""The notices about a device after Attach: features that it lacks, and likely mistakes.
 
-None of it is an error. loopctl looks at the beginning of its own file; loopd does not.
+A notice is no error. loopctl reads the beginning of the file for them; loopd does not.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from .formats import recognized
 from .stream import say
 
 _READING = 1.0
-"""Seconds that the beginning of a file may take: what it tells is not worth a longer wait."""
+"""Seconds that reading the beginning of a file may take: a notice is not worth a longer wait."""
 
 
 async def tell(found: argparse.Namespace, file: OwnedFd, device: Properties) -> None:
-    """Tell what there is to tell of a device that has just been attached."""
+    """Print the notices about a device that has just been attached."""
     if not _has_node(device):
         say(
-            f"{device.node} is not there in this /dev, as in a sandbox: 'loopctl open' has a "
-            "command use the device without a node"
+            f"{device.node} is not in this /dev, as in a sandbox: 'loopctl open' runs a "
+            "command that needs no node"
         )
     if found.direct_io == "on" and not device.direct_io and device.number != NO_NUMBER:
         say(without_direct_io(device, None if found.in_memory else file, in_memory=found.in_memory))
@@ -50,7 +50,7 @@ async def tell(found: argparse.Namespace, file: OwnedFd, device: Properties) -> 
 
 
 def without_direct_io(device: Properties, file: OwnedFd | None, *, in_memory: bool = False) -> str:
-    """What to say of a device without direct I/O, where that was asked for.
+    """The notice about a device that is without direct I/O although that was asked for.
 
     `file` is the backing file, if it is at hand.
     """
@@ -58,7 +58,7 @@ def without_direct_io(device: Properties, file: OwnedFd | None, *, in_memory: bo
 
 
 def _why_buffered(device: Properties, file: OwnedFd | None, in_memory: bool) -> str:
-    """What the loop driver asks of a file, a device and its offset."""
+    """The condition of the loop driver that the file, the device or its offset does not meet."""
     if in_memory:
         return "a copy in memory has no use for it"
     if file is None:
@@ -120,9 +120,9 @@ def _has_node(device: Properties) -> bool:
 
 
 async def _beginning(file: OwnedFd, start: int) -> bytes:
-    """The first bytes of an image; none if they are not to be had soon.
+    """The first bytes of an image; empty if reading takes too long.
 
-    In a thread that the end of the program does not wait for: the file's filesystem may hang.
+    A daemon thread reads them: the file's filesystem may hang, and loopctl must still end.
     """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[bytes] = loop.create_future()

@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 
 class RunExitCode(IntEnum):
-    """Those of `run` and `open` beside their command's, as env(1) and timeout(1) have them."""
+    """The exit codes of `run` and `open` for their own failures, as env(1) and timeout(1)."""
 
     FAILED = 125
     CANNOT_EXECUTE = 126
@@ -71,7 +71,7 @@ _CODES: dict[type[Exception], ExitCode] = {
     errors.UnknownInterface: ExitCode.NOT_SUPPORTED,
 }
 
-# What loopd cannot know to advise: how loopctl is used.
+# Advice in terms of loopctl, which loopd cannot give.
 _ADVICE: dict[type[Exception], str] = {
     errors.AccessDenied: "ask the administrator, or run loopctl as root",
     errors.NoSuchDevice: "'loopctl list' shows those that are there",
@@ -80,7 +80,7 @@ _ADVICE: dict[type[Exception], str] = {
 }
 _FILE_ADVICE = {
     errno.ENOENT: "check the path",
-    errno.EACCES: "it takes the right to read the file and to enter its directories",
+    errno.EACCES: "you need the right to read the file and to enter its directories",
     errno.EISDIR: "pass an image file or a block device",
     errno.ENXIO: "pass an image file or a block device",
     errno.ETXTBSY: "it is a program that runs: -r attaches it read-only",
@@ -96,7 +96,7 @@ def exit_code(exc: Exception) -> ExitCode:
 
 
 def sentence(exc: Exception) -> str:
-    """What to tell a person about an error."""
+    """The sentence for an error."""
     if isinstance(exc, OSError):
         return _about_file(exc) if exc.filename is not None else f"cannot write: {exc.strerror}"
     if isinstance(exc, errors.InteractiveAuthorizationRequired):
@@ -109,7 +109,7 @@ def sentence(exc: Exception) -> str:
 
 
 def about(target: str, exc: Exception) -> str:
-    """As `sentence`, and what was named on the command line, where that does not say it."""
+    """As `sentence`, with the named file or device in front unless the sentence has it."""
     shown, text = name(target), sentence(exc)
     return text if shown in text or isinstance(exc, OSError | BusError) else f"{shown}: {text}"
 

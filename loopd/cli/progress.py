@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How far a copy is, as a bar on stderr: for people only, and for what takes its time.
+"""A progress bar on stderr for long copies, only on a terminal.
 
-Nothing depends on it. Where rich is not installed, or cannot draw, there is no bar.
+Nothing depends on the bar. Where rich is not installed, or cannot draw, there is no bar.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _QUICK = 0.5
-"""Seconds after which something has earned a bar."""
+"""Seconds that a copy takes before it gets a bar."""
 
 
 class ProgressBar:
@@ -30,7 +30,7 @@ class ProgressBar:
         self._bar: Progress | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        # Whoever comes next, such as the question for a password, has the line for itself.
+        # The next text, such as the question for a password, gets the line for itself.
         if done == total:
             self._end()
         elif self._wanted and time.monotonic() - self._begun >= _QUICK:
@@ -91,5 +91,5 @@ def _draw(bar: "Progress", what: str, done: int, total: int) -> None:
         bar.update(bar.task_ids[0], completed=done, refresh=True)
         return
     bar.start()
-    bar.console.show_cursor(True)  # should loopctl be killed, nobody would show it again
+    bar.console.show_cursor(True)  # if loopctl is killed, the cursor would stay hidden
     bar.add_task(what, completed=done, total=total)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When a device is ready: for a command or a shell, and for units, if loopctl is systemd's service.
-
-Without systemd, nothing is told to it.
-"""
+"""Waits until a device is ready, and tells systemd, if loopctl runs as a service."""
 
 import argparse
 

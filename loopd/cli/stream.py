@@ -11,11 +11,11 @@ from .style import Style
 
 
 def provide_streams() -> None:
-    """Have the three standard streams, also where loopctl was started without one of them.
+    """Open the standard streams that loopctl was started without.
 
-    The next file that is opened, such as an image, would get its number, and be what a command that
-    loopctl runs reads from or writes to. What would be read from a missing stdin or written to a
-    missing stdout is an error; what would be told on stderr is lost.
+    The next file that loopctl opens, such as an image, would get the number of the missing stream,
+    and a command that loopctl runs would read or write that file. Reading a stdin or writing a
+    stdout that was missing is an error; text for a missing stderr is lost.
     """
     for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -30,12 +30,12 @@ def provide_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal; that nobody can read it is no error."""
+    """Print a notice on stderr; a closed stderr is no error."""
     _say("loopctl:", text)
 
 
 def complain(text: str) -> None:
-    """Tell what went wrong."""
+    """Print an error on stderr."""
     _say(Style(sys.stderr).red("loopctl:"), text)
 
 
@@ -45,7 +45,7 @@ def _say(who: str, text: str) -> None:
 
 
 def give_up_stdout() -> None:
-    """Keep the interpreter from writing what is left once more at its end."""
+    """Keep the interpreter from writing the rest of the buffer at its end."""
     with OwnedFd(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)) as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
 

@@ -32,7 +32,7 @@ Lock = Literal["none", "shared", "exclusive"]
 
 
 Lifetime = Literal["connection", "user", "system"]
-"""How long a device is kept: until its connection ends, until its user has logged out, or always."""
+"""How long a device is kept: as long as its connection or its user's login, or always."""
 
 
 class Device:
@@ -119,7 +119,8 @@ class Device:
         partition to open instead of the disk. A read-only device takes an administrator's password
         by default, because a program that has it open can put another file behind it.
 
-        Raises InvalidArgs, AccessDenied, NotSupported, DeviceBusy if the device became read-only meanwhile, and NoSuchDevice also where there is no such partition.
+        Raises InvalidArgs, AccessDenied, NotSupported, DeviceBusy if the device became read-only
+        meanwhile, and NoSuchDevice also if there is no such partition.
         """
         options = make_options(("partition", "u", partition))
         return await self._fd("Open", "sa{sv}", [checked("mode", "s", mode), options])

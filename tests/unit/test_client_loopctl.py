@@ -354,8 +354,8 @@ def test_a_node_that_is_not_there_is_told(
     """Sandboxes."""
     monkeypatch.setattr(notices, "_has_node", lambda _: False)
     assert told(bus, capsys, str(file)) == (
-        "loopctl: /dev/loop3 is not there in this /dev, as in a sandbox: 'loopctl open' has a "
-        "command use the device without a node\n"
+        "loopctl: /dev/loop3 is not in this /dev, as in a sandbox: 'loopctl open' runs a "
+        "command that needs no node\n"
     )
 
 
