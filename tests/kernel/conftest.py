@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Emulated machines with loopd's package installed: one of each release, one after the other."""
+"""Emulated machines with loopd's package installed: one of each release, one after the other.
 
+The package is that of the checkout, or the file that LOOPD_PACKAGE names.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +21,12 @@ _SETTINGS = b"""
 authorization = 120
 operation = 120
 """
-_PATIENCE = (
-    "sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' /usr/lib/loopd/loopd/tablereader.py\n"
-    "sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' /usr/lib/loopd/loopd/table.py"
-)
+_PATIENCE = """
+cd /usr/lib/loopd
+sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' $(find -name tablereader.py)
+sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' $(find -name table.py)
+python3 -m compileall -q .
+"""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,7 +51,10 @@ def booted(
         root = roots.make(request.param)
     except roots.CannotMakeError as exc:
         pytest.skip(str(exc))
-    file = package.build(tmp_path_factory.mktemp("package"))
+    if given := os.environ.get("LOOPD_PACKAGE"):
+        file = Path(given)
+    else:
+        file = package.build(tmp_path_factory.mktemp("package"))
     with Emulated(request.param, disk(root), root) as machine:
         machine.write("/etc/loopd.toml", _SETTINGS)
         deb = machine.write(f"/root/{file.name}", file.read_bytes())

@@ -2,16 +2,17 @@
 """loopdev on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.harness.area import area
 from tests.harness.behaviours import *  # noqa: F403  every test of it is one of ours
 from tests.harness.lab import Lab
 from tests.harness.lab import lab as make_lab
 
 
 @pytest.fixture
-def lab(area: Path) -> Iterator[Lab]:
-    with make_lab(area, real=True) as made:
+def lab() -> Iterator[Lab]:
+    # No fixture of conftest.py, which is not there where tests/kernel/test_behaviours.py runs this.
+    with area("lab") as directory, make_lab(directory, real=True) as made:
         yield made
