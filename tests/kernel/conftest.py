@@ -68,10 +68,8 @@ def machine(booted: Emulated) -> Iterator[Emulated]:
     """That machine, with nothing attached before and after."""
     booted.run("dmesg", "--clear")
     yield booted
-    booted.alice.result("loopctl", "detach", "--all", "--lazy")
-    booted.result("loopctl", "detach", "--all", "--lazy")
-    booted.run("systemctl", "stop", "loopd")
-    booted.run("udevadm", "settle", "--timeout=250")
+    # With it all go that do not outlive it by their users' wish, or by a fault.
+    booted.shell("systemctl stop loopd; udevadm settle --timeout=250")
     left = booted.run("losetup", "--list", "--noheadings")
     said = booted.run("dmesg", "--level=emerg,alert,crit,err")
     assert (left, said) == ("", "")

@@ -6,13 +6,20 @@ What is waited for there comes without anybody's help; the end of the wait is th
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from tests.harness.emulated import Emulated, Session
 
 NODE = re.compile(r"/dev/loop\d+")
+
+
+def smoking(names: Iterable[str], *chosen: str) -> list[Any]:
+    """Parameters, of which those that are chosen are run in CI."""
+    return [pytest.param(name, marks=[pytest.mark.smoke] * (name in chosen)) for name in names]
 
 
 def attach(session: Session, image: str, *options: str) -> str:

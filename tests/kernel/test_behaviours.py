@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The behaviours of tests/harness/behaviours.py, each on Debian's own kernels.
 
-They run in the machine, all in one go, on the modules of the package. What became of each is a test
-here.
+They run in the machine, all in one go, on the modules of the package. udevd does not run meanwhile:
+it would lock and open devices, and for seconds. What became of each behaviour is a test here.
 """
 
 import io
@@ -19,6 +19,7 @@ from tests.harness.emulated import Emulated
 NAMES = [name for name in vars(behaviours) if name.startswith("test_")]
 
 _HARNESS = "__init__ area behaviours deadline images lab loops script scripted".split()
+_SOCKETS = ("systemd-udevd-control.socket", "systemd-udevd-kernel.socket")
 _RESULTS = "/root/results.xml"
 _TIMEOUT = 1800.0
 
@@ -39,6 +40,7 @@ def outcomes(booted: Emulated) -> dict[str, list[str]]:
     booted.run("mkdir", "--parents", "/root/checkout")
     booted.run("tar", "-x", "-C", "/root/checkout", stdin=_files())
     booted.run("systemctl", "stop", "loopd")
+    booted.run("systemctl", "stop", "systemd-udevd.service", *_SOCKETS)
     # The root's pytest is older than the checkout wants.
     ended = booted.result(
         *("env", "-C", "/root/checkout", "PYTHONPATH=/usr/lib/loopd:/root/checkout"),
@@ -47,6 +49,9 @@ def outcomes(booted: Emulated) -> dict[str, list[str]]:
         *("--noconftest", f"--junit-xml={_RESULTS}", "tests/root/test_real_kernel.py"),
         timeout=_TIMEOUT,
     )
+    # They leave devices.
+    booted.shell("modprobe --remove loop; modprobe loop")
+    booted.run("systemctl", "start", *_SOCKETS)
     found = defaultdict(list)
     try:
         told = ElementTree.fromstring(booted.run("cat", _RESULTS))

@@ -7,7 +7,7 @@ import pytest
 
 from tests.harness.emulated import Emulated
 from tests.harness.images import MIB, make_ext4, make_gpt
-from tests.kernel.steps import at_rest, attach, properties, settled, wait_unbound
+from tests.kernel.steps import at_rest, attach, properties, settled, smoking, wait_unbound
 
 MEMBERS = {
     "lvm": "pvcreate -qq {0}; vgcreate -qq testvg {0}; lvcreate -qq -an -Zn -l 1 -n v testvg",
@@ -43,8 +43,7 @@ def make_member(machine: Emulated, kind: str) -> str:
     return images[0]
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("kind", MEMBERS)
+@pytest.mark.parametrize("kind", smoking(MEMBERS, "lvm", "md"))
 def test_a_users_member_is_left_alone(machine: Emulated, kind: str) -> None:
     node = attach(machine.alice, make_member(machine, kind))
     at_rest(machine)

@@ -12,7 +12,15 @@ import pytest
 
 from tests.harness.emulated import Emulated
 from tests.harness.images import MIB, make_gpt, make_mbr, make_plain, make_sparse
-from tests.kernel.steps import attach, name_of, partitions, settled, show, wait_unbound
+from tests.kernel.steps import (
+    attach,
+    name_of,
+    partitions,
+    settled,
+    show,
+    smoking,
+    wait_unbound,
+)
 
 HEARD = "/run/heard"
 _RESCAN = """
@@ -61,7 +69,16 @@ def isohybrid(path: Path) -> Path:
     tree.mkdir()
     (tree / "file").write_bytes(bytes(MIB))
     boot.write_bytes(bytes(432))
-    command: list[str | Path] = ["xorriso", "-as", "mkisofs", "-quiet", "-o", path, "-isohybrid-mbr", boot]
+    command: list[str | Path] = [
+        "xorriso",
+        "-as",
+        "mkisofs",
+        "-quiet",
+        "-o",
+        path,
+        "-isohybrid-mbr",
+        boot,
+    ]
     command += ["-partition_offset", "0", "-append_partition", "2", "0xef", tree / "file", tree]
     subprocess.run(command, check=True, capture_output=True)
     return path
@@ -112,8 +129,7 @@ TABLES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", smoking(TABLES, "isohybrid", "from sector 0", "sun"))
 def test_partitions_are_made_once_and_not_by_the_kernels_parser(
     machine: Emulated, images: Path, table: str
 ) -> None:
@@ -150,8 +166,13 @@ def test_the_parser_would_have_found_something(machine: Emulated, images: Path) 
         machine.run("dmesg", "--clear")
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("options", [(), ("-P",)], ids=["without -P", "with -P"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), marks=pytest.mark.smoke, id="without -P"),
+        pytest.param(("-P",), id="with -P"),
+    ],
+)
 def test_a_rescan_finds_partitions_that_end_with_their_device(
     machine: Emulated, images: Path, options: tuple[str, ...]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness.emulated import Emulated, Session
 from tests.harness.images import make_ext4
-from tests.kernel.steps import attach, settled, wait_unbound
+from tests.kernel.steps import attach, settled, smoking, wait_unbound
 
 LABEL, UUID = "backup", "6c8c6c0e-3b0a-4b0e-9d3c-0c6f5c1f7f10"
 LINES = {
@@ -49,10 +49,7 @@ def udisksctl(session: Session, verb: str, node: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize(
-    "source",
-    [pytest.param(each, marks=[pytest.mark.smoke] * (each == "its label")) for each in LINES],
-)
+@pytest.mark.parametrize("source", smoking(LINES, "its label"))
 def test_the_owner_mounts_without_set_id_programs_and_devices(
     machine: Emulated, images: Path, fstab: str, source: str
 ) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from loopd import mounts
 from tests.harness.area import area
 from tests.harness.behaviours import *  # noqa: F403  every test of it is one of ours
 from tests.harness.lab import Lab
@@ -13,6 +14,7 @@ from tests.harness.lab import lab as make_lab
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
-    # No fixture of conftest.py, which is not there where tests/kernel/test_behaviours.py runs this.
+    # Nothing of conftest.py is there where tests/kernel/test_behaviours.py runs this.
+    mounts.prepare()
     with area("lab") as directory, make_lab(directory, real=True) as made:
         yield made
