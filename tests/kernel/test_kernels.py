@@ -127,6 +127,8 @@ def test_open_is_for_root_alone_before_6_11(machine: Emulated, images: Path) -> 
     else:
         assert (done.returncode, done.stdout) == (0, "512\n")
     assert machine.run(*command) == "512\n"
+    machine.alice.run("loopctl", "detach", node)
+    wait_unbound(machine, node)
 
 
 def test_a_mounted_device_goes_lazily(machine: Emulated, images: Path) -> None:
