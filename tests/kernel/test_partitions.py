@@ -64,23 +64,20 @@ def parsed(machine: Emulated, node: str) -> list[str]:
 
 
 def isohybrid(path: Path) -> Path:
-    """An image as distributions ship them: an ISO whose first sector is an MBR."""
-    tree, boot = path.with_name("tree"), path.with_name("mbr")
+    """An image as distributions ship them: an ISO, all of it a partition, with an MBR before it."""
+    tree = path.with_name("tree")
     tree.mkdir()
     (tree / "file").write_bytes(bytes(MIB))
-    boot.write_bytes(bytes(432))
-    command: list[str | Path] = [
-        "xorriso",
-        "-as",
-        "mkisofs",
-        "-quiet",
-        "-o",
-        path,
-        "-isohybrid-mbr",
-        boot,
-    ]
-    command += ["-partition_offset", "0", "-append_partition", "2", "0xef", tree / "file", tree]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(["xorriso", "-as", "mkisofs", "-quiet", "-o", path, tree], check=True)
+    size = path.stat().st_size // 512
+    with path.open("r+b") as file:
+        file.seek(440)
+        file.write(struct.pack("<IH", 0x1DE0CA75, 0))
+        for start, count, kind in ((0, size, 0), (256, 512, 0xEF)):
+            file.write(
+                struct.pack("<B3sB3sII", 0x80 if not start else 0, b"", kind, b"", start, count)
+            )
+        file.write(bytes(32) + b"\x55\xaa")
     return path
 
 
