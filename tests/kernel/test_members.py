@@ -10,7 +10,9 @@ from tests.harness.images import MIB, make_ext4, make_gpt
 from tests.kernel.steps import at_rest, attach, properties, settled, smoking, wait_unbound
 
 MEMBERS = {
-    "lvm": "pvcreate -qq {0}; vgcreate -qq testvg {0}; lvcreate -qq -an -Zn -l 1 -n v testvg",
+    # While udev waits: else it has the volume activated.
+    "lvm": "udevadm control --stop-exec-queue\n"
+    "pvcreate -qq {0}; vgcreate -qq testvg {0}; lvcreate -qq -an -Zn -l 1 -n v testvg",
     "md": "mdadm --create /dev/md/test --run --metadata=1.2 --level=1 -n1 --force {0}\n"
     "udevadm settle --timeout=250; mdadm --stop /dev/md/test",
     # Two, because the kernel need not take note of one that is alone.
@@ -37,8 +39,8 @@ def make_member(machine: Emulated, kind: str) -> str:
     for image in images:
         machine.shell(f"rm -f {image}; truncate --size=128M {image}; chown alice: {image}")
         nodes.append(machine.run("losetup", "--find", "--show", image).strip())
-    machine.shell(MEMBERS[kind].format(*nodes))
-    machine.run("losetup", "--detach", *nodes)
+    script = f"{MEMBERS[kind]}\nlosetup --detach {{0}} {{1}}\nudevadm control --start-exec-queue"
+    machine.shell(script.format(*nodes))
     at_rest(machine)
     return images[0]
 

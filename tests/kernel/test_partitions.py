@@ -181,6 +181,7 @@ def test_a_rescan_finds_partitions_that_end_with_their_device(
     assert told == "2\n"
     assert [number for number, _, _ in partitions(machine, node)] == [1, 2]
     assert machine.run("cat", f"/sys/block/{name_of(node)}/loop/partscan") == "1\n"
+    settled(machine)
     # What it leaves is for the kernel to clean: no other loopd comes.
     machine.shell("systemctl mask --runtime --quiet loopd; systemctl kill --signal=KILL loopd")
     try:
@@ -190,6 +191,7 @@ def test_a_rescan_finds_partitions_that_end_with_their_device(
         settled(machine)
         machine.run("losetup", node, second)
         assert partitions(machine, node) == []
+        settled(machine)  # or else udev would read what is not there any more
         machine.run("losetup", "--detach", node)
     finally:
         machine.run("systemctl", "unmask", "--runtime", "--quiet", "loopd")
