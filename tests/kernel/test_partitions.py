@@ -150,8 +150,8 @@ def test_partitions_are_made_once_and_not_by_the_kernels_parser(
 
 
 def test_the_parser_would_have_found_something(machine: Emulated, images: Path) -> None:
-    """The control: losetup lets it look, and it says so."""
-    for table in ("gpt", "isohybrid", "from sector 0", "sun"):
+    """The control: losetup lets it look, and it says so. Debian's has no parser for "sun"."""
+    for table in ("gpt", "isohybrid", "from sector 0"):
         make, _ = TABLES[table]
         image = machine.image(make(images / table.replace(" ", "-")))
         node = machine.run("losetup", "--find", "--show", "--partscan", image).strip()
