@@ -25,9 +25,9 @@ DEMO_PACKAGES    := $(LIBRARIES) dbus polkitd udev mount util-linux e2fsprogs py
 DEB_PACKAGES     := debhelper dh-apparmor dh-python python3-docutils
 # To build and run what is in examples/: a compiler and headers, a toolkit, a screen for it.
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
-CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils shellcheck strace git \
+CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils btrfs-progs shellcheck strace git \
                     lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
-                    systemd-container dbus-broker $(EXAMPLE_PACKAGES)
+                    bzip2 lz4 xz-utils zstd qemu-utils systemd-container dbus-broker $(EXAMPLE_PACKAGES)
 # Beside those.
 KERNELS_PACKAGES := qemu-system-x86
 BENCH_PACKAGES   := fio
@@ -127,7 +127,7 @@ install-files: | $(if $(DESTDIR),,install-deps)
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
 		$(mandir) $(bashdir) $(fishdir) $(zshdir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
-	umask 022; for package in loopd loopd/client loopd/cli; do \
+	umask 022; for package in $$(find loopd -name __init__.py -printf '%h\n'); do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
 	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,__main__,$(sbindir)/loopd)

@@ -8,9 +8,10 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-import pyudev
-
-from loopd import kernel, records, registry, threads, wire
+from loopd.bus import transport
+from loopd.daemon import tasks, threads
+from loopd.daemon.devices import records, registry
+from loopd.loop import kernel
 
 counts = Counter()
 
@@ -33,27 +34,17 @@ def pool_name(pools, pool, *_, **__):
     return f"handed to a thread: {names[id(pool)].strip('_')}"
 
 
-def polled(poll):
-    """Count the events of loop devices that are heard."""
-
-    @wraps(poll)
-    def count(*args, **kwargs):
-        event = poll(*args, **kwargs)
-        if event is not None and "/block/loop" in event.device_path:
-            counts[f"event of the kernel: {event.action}"] += 1
-        return event
-
-    return count
-
-
-pyudev.Monitor.poll = polled(pyudev.Monitor.poll)
 counted(registry, "_sight", lambda *_: "look at sysfs")
+counted(registry.Registry, "heard", lambda *_: "events of a device that are taken up")
 counted(threads.Threads, "_submit", pool_name)
 counted(threads.Threads, "turn", lambda _, uid, work, *__: f"turn of {uid}: {work.name}")
+counted(tasks.Tasks, "start", lambda *_: "task")
 counted(kernel, "statx", lambda *_, **__: "look at a file")
-counted(wire.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}")
 counted(
-    wire.Connection,
+    transport.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}"
+)
+counted(
+    transport.Connection,
     "call",
     lambda _, to, path, interface, member, *__, **___: f"question: {member}",
 )

@@ -48,7 +48,7 @@ class Ambiguous(LoopError):
 
 
 class Overlap(LoopError):
-    """Another device maps the same bytes of the file, and one of the two can write."""
+    """Another device maps the same bytes and one can write, or a program has locked the file."""
 
     dbus_name = _LOOP1 + "Overlap"
 

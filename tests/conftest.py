@@ -21,7 +21,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from loopd import mounts
+from loopd.loop import mounts
 from tests.harness import broker, company, leaks, process, requirement
 from tests.harness.area import area as make_area
 from tests.harness.broker import BUSES
@@ -29,6 +29,7 @@ from tests.harness.bus import PrivateBus
 from tests.harness.caller import TEMPLATE, Caller, template_of_callers
 from tests.harness.daemon import LIBRARIES, Daemon, template_of
 from tests.harness.polkit import RULES_ALLOW_ALL, Answer, PolkitDouble, RealPolkit
+from tests.harness.scheduling import ByFile
 from tests.harness.template import all_shared
 from tests.harness.udev import Udev
 
@@ -55,22 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     mounts.prepare()  # they stay open, and are no leak of the first test that looks at a file
 
 
-class _ByFile(LoadScopeScheduling):
-    """Has one process run what shares something: the tests of a file, and all booted machines.
-
-    The latter are alone on the machine with the tests of tests/unit, which the other one runs.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        directory, _, _ = file.rpartition("/")
-        return directory if directory == "tests/machine" else file
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Say which tests `pytest -n 2` runs in one process."""
-    return _ByFile(config, log)
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

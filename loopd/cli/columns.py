@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..client.properties import FOREIGN, Properties
+from loopd.client.properties import FOREIGN, Properties
+
 from . import output
 
 
@@ -94,6 +95,11 @@ def _cell(column: Column, device: Properties, in_bytes: bool) -> str:
 def for_json(device: Properties, names: Sequence[str]) -> dict[str, Any]:
     """The columns of one device, in the form that `losetup --json` has."""
     return {name.lower(): COLUMNS[name].value(device) for name in names}
+
+
+def raw(rows: list[list[str]]) -> list[str]:
+    """Lines that split at each space into their cells, as those of `losetup --raw`."""
+    return [" ".join(cell.replace(" ", "\\x20") for cell in row) for row in rows]
 
 
 def aligned(rows: list[list[str]], names: Sequence[str], width: int) -> list[str]:

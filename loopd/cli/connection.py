@@ -6,15 +6,16 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
-from .. import errors
-from ..client import Client, Device, Named
-from ..client.image import name_file
-from ..client.properties import Partition, Properties
-from ..errors import InvalidArgs, NoSuchDevice
+from loopd import errors
+from loopd.client import Client, Device, Named
+from loopd.client.image import name_file
+from loopd.client.properties import Partition, Properties
+from loopd.errors import InvalidArgs, NoSuchDevice
+
 from .agent import agent
-from .arguments import node_of
 from .output import printable
 from .stream import complain
+from .values import node_of
 
 
 async def connect(found: argparse.Namespace) -> Client:
@@ -25,7 +26,9 @@ async def connect(found: argparse.Namespace) -> Client:
     try:
         # One that does not answer this may answer the command.
         with contextlib.suppress(errors.LoopError):
-            if error := (await client.daemon()).configuration_error:
+            # The root of a user namespace is somebody else.
+            error = "" if await client.uid() else (await client.daemon()).configuration_error
+            if error:
                 complain(f"{printable(error)}; put that right, and restart loopd")
     except BaseException:
         client.close()

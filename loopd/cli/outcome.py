@@ -8,8 +8,9 @@ import errno
 import os
 from enum import IntEnum
 
-from .. import errors
-from ..errors import BusError
+from loopd import errors
+from loopd.errors import BusError
+
 from .output import name, printable
 
 
@@ -82,6 +83,8 @@ _FILE_ADVICE = {
     errno.EACCES: "it takes the right to read the file and to enter its directories",
     errno.EISDIR: "pass an image file or a block device",
     errno.ENXIO: "pass an image file or a block device",
+    errno.ETXTBSY: "it is a program that runs: -r attaches it read-only",
+    errno.EAGAIN: "another program, such as a file server, has a lease on it: try again",
 }
 
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Self, Unpack
 
-from .. import client
-from ..fd import OwnedFd
-from . import AttachOptions, Daemon, File, Lifetime, Lock, Named, Reconnected, SupportsFileno
+from loopd import client
+from loopd.fd import OwnedFd
+
 from .changes import Change
-from .properties import Properties
+from .client import AttachOptions, File, Named, Reconnected, SupportsFileno
+from .device import SETTLING, Lifetime, Lock
+from .properties import Daemon, Properties
 from .watch import Ended
 
 
@@ -91,6 +93,10 @@ class Client:
     def daemon(self) -> Daemon:
         """As loopd.client.Client.daemon."""
         return self._runner.run(self._client.daemon())
+
+    def uid(self) -> int:
+        """As loopd.client.Client.uid."""
+        return self._runner.run(self._client.uid())
 
     def resize_by_fd(
         self,
@@ -262,6 +268,10 @@ class Device:
     def properties(self) -> Properties:
         """As loopd.client.Device.properties."""
         return self._runner.run(self._device.properties())
+
+    def settled(self, timeout: float = SETTLING) -> bool:
+        """As loopd.client.Device.settled."""
+        return self._runner.run(self._device.settled(timeout))
 
     def wait_ended(self) -> Ended:
         """As loopd.client.Device.wait_ended."""

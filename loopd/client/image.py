@@ -6,24 +6,45 @@ import errno
 import os
 import re
 import stat
+import time
 
-from .. import kernel
-from ..fd import OwnedFd
+from loopd.fd import OwnedFd
+from loopd.loop import kernel
+from loopd.loop.uapi import STATX_BASIC_STATS, STATX_DIOALIGN
+
+_LEASE_PAUSE = 0.05
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 def open_file(
-    path: Path, *, read_only: bool | None = None, direct_io: bool | None = None
+    path: Path,
+    *,
+    read_only: bool | None = None,
+    direct_io: bool | None = None,
+    lease_wait: float = 0,
 ) -> OwnedFd:
     """Open a file to attach with the rights of this process, read-write if that is allowed.
 
     `read_only` of None falls back to reading alone where writing is not allowed; True and False
     do not. Each is tried with O_DIRECT first and then without, unless `direct_io` is False. Blocks
-    as long as the filesystem does. Raises OSError, that of the first attempt without O_DIRECT.
-    After systemd's loop_device_make_by_path.
+    as long as the filesystem does, and `lease_wait` seconds for another program, such as a file
+    server, to let go of its lease. Raises OSError, that of the first attempt without O_DIRECT, and
+    BlockingIOError for a lease. After systemd's loop_device_make_by_path.
     """
-    direct = direct_io is not False
+    deadline = time.monotonic() + lease_wait
+    while True:
+        try:
+            return _open_once(path, read_only, direct_io is not False)
+        except BlockingIOError:
+            # The first attempt has told the holder, who has to let go of it within
+            # /proc/sys/fs/lease-break-time.
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LEASE_PAUSE)
+
+
+def _open_once(path: Path, read_only: bool | None, direct: bool) -> OwnedFd:
     try:
         return _open(path, os.O_RDONLY if read_only else os.O_RDWR, direct)
     except OSError as exc:
@@ -38,9 +59,12 @@ def open_file(
 def _open(path: Path, access: int, direct: bool) -> OwnedFd:
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if direct:
-        # Not every filesystem knows it. Whatever else is wrong is so without it, too.
-        with contextlib.suppress(OSError):
+        try:
             return OwnedFd(os.open(path, flags | os.O_DIRECT))
+        except BlockingIOError:
+            raise  # else the file would be opened without it once the lease is gone
+        except OSError:
+            pass  # Not every filesystem knows it. Whatever else is wrong is so without it, too.
     return OwnedFd(os.open(path, flags))
 
 
@@ -67,3 +91,25 @@ def partition_named(fd: int) -> int | None:
     name = kernel.block_name(status.stx_rdev_major, status.stx_rdev_minor)
     match = _PARTITION.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def direct_io_alignment(fd: int) -> int | None:
+    """The bytes of which offsets in a file are multiples for direct I/O; None if it has none.
+
+    The loop driver asks the same: the filesystem, which may tell since Linux 6.1, else the disk
+    that it is on. Raises OSError.
+    """
+    status = kernel.statx(fd, mask=STATX_BASIC_STATS | STATX_DIOALIGN)
+    if status.stx_mask & STATX_DIOALIGN:
+        return status.stx_dio_offset_align or None
+    if stat.S_ISBLK(status.stx_mode):
+        return sector_size(status.stx_rdev_major, status.stx_rdev_minor)
+    return sector_size(status.stx_dev_major, status.stx_dev_minor)
+
+
+def sector_size(major: int, minor: int) -> int:
+    """The bytes in a logical sector of a block device, and 512 where there is no such device."""
+    for queue in ("queue", "../queue"):  # a partition's is that of its disk
+        with contextlib.suppress(FileNotFoundError):
+            return int(kernel.block_attribute(major, minor, f"{queue}/logical_block_size"))
+    return 512

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
-from ..codec import Variant
-from ..errors import Failed
+from loopd.bus.codec import Variant
+from loopd.errors import Failed
 
 FOREIGN = 0xFFFFFFFF
 """The owner of a device that loopd did not attach."""
+
+NO_NUMBER = 0xFFFFFFFF
+"""The number of a block device that needed no loop device."""
 
 _PATH = re.compile(r"/org/example/Loop1/device/\w+", re.ASCII)
 _UNIQUE_NAME = re.compile(r":[\w.-]+", re.ASCII)

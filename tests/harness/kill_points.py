@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every point at which loopd changes something, and its end by SIGKILL right before one of them.
 
-Such a point is a call of a function of loopd.kernel, a message to the bus or to systemd, and what
-happens to a file in the runtime directory.  It is named after what is done, where in loopd, and for
-which time: `kernel.loop_configure@binding.py:96#1`.
+Such a point is a call of a function of loopd.loop.kernel, a message to the bus or to systemd, and
+what happens to a file in the runtime directory.  It is named after what is done, where in loopd,
+and for which time: `kernel.loop_configure@configure.py:96#1`.
 """
 
 import mmap
@@ -32,6 +32,9 @@ class KillPoints:
 
     def __init__(self, directory: Path, runtime_directory: Path) -> None:
         """Keep what the two sides share in a directory."""
+        # Not by loopd, which would import mocks at each of its many starts.
+        from tests.harness.scripted import FUNCTIONS
+
         self._control = directory / "control"
         self._record = directory / "record"
         self._control.write_bytes(bytes(_SIZE))
@@ -39,7 +42,8 @@ class KillPoints:
         self._shared = _share(self._control)
         self.prelude = (
             "from tests.harness import kill_points; kill_points.install("
-            f"{str(self._control)!r}, {str(self._record)!r}, {str(runtime_directory)!r})"
+            f"{str(self._control)!r}, {str(self._record)!r}, {str(runtime_directory)!r}, "
+            f"{FUNCTIONS!r})"
         )
         """What has loopd take part."""
 
@@ -64,10 +68,9 @@ class KillPoints:
         return self._record.read_text().splitlines()
 
 
-def install(control: str, record: str, runtime_directory: str) -> None:
-    """Take part, as loopd."""
-    from loopd import kernel
-    from tests.harness.scripted import FUNCTIONS
+def install(control: str, record: str, runtime_directory: str, functions: tuple[str, ...]) -> None:
+    """Take part, as loopd, with these functions of loopd.loop.kernel."""
+    from loopd.loop import kernel
 
     shared = _share(Path(control))
     log = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -98,7 +101,7 @@ def install(control: str, record: str, runtime_directory: str) -> None:
 
         return call
 
-    for name in FUNCTIONS:
+    for name in functions:
         setattr(kernel, name, wrap(f"kernel.{name}", getattr(kernel, name)))
     try:
         from systemd import daemon

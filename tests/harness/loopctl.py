@@ -124,10 +124,13 @@ class Loopctl:
 
 
 def copy_package(directory: Path) -> Path:
-    """Copy the package to a directory that every uid may enter; returns that."""
-    shutil.copytree(
-        CHECKOUT / "loopd", directory / "loopd", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """Copy the package to a directory that every uid may enter; returns that.
+
+    It is compiled as an installed one is: a user could not keep what Python compiles, so each run
+    of a program would compile all of it again.
+    """
+    shutil.copytree(CHECKOUT / "loopd", directory / "loopd")
+    subprocess.run([PYTHON, "-m", "compileall", "-q", directory], check=True, timeout=60)
     return directory
 
 

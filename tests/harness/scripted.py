@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A loop driver in memory, in the place of the functions of loopd.kernel: old kernels, and races.
+"""A loop driver in memory, in the place of the functions of loopd.loop.kernel: old kernels, and
+races.
 
 It models what the driver does with states, openers, lazy detaches, diskseqs, partitions and BSD
 locks.  tests/harness/behaviours.py is run against it and against the real kernel, so that it stays
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from loopd import kernel
-from loopd.kernel import PartitionExtent
-from loopd.uapi import (
+from loopd.loop import kernel
+from loopd.loop.kernel import PartitionExtent
+from loopd.loop.uapi import (
     AT_STATX_DONT_SYNC,
     DISK_MAX_PARTS,
     LO_FLAGS_AUTOCLEAR,
@@ -35,6 +36,8 @@ from loopd.uapi import (
     LO_FLAGS_READ_ONLY,
     LOOP_MAJOR,
     LOOP_SET_STATUS_SETTABLE_FLAGS,
+    STATX_BASIC_STATS,
+    STATX_MNT_ID,
     loop_config,
     loop_info64,
     statx_buf,
@@ -123,7 +126,7 @@ class _Loop:
 
 
 class ScriptedKernel:
-    """The model. `installed` puts it in the place of loopd.kernel's functions."""
+    """The model. `installed` puts it in the place of loopd.loop.kernel's functions."""
 
     def __init__(self, traits: Traits | None = None) -> None:
         self.traits = traits or Traits()
@@ -195,9 +198,14 @@ class ScriptedKernel:
 
     # --- files ---------------------------------------------------------------------------------
 
-    def statx(self, fd: int, flags: int = AT_STATX_DONT_SYNC) -> statx_buf:
+    def statx(
+        self,
+        fd: int,
+        flags: int = AT_STATX_DONT_SYNC,
+        mask: int = STATX_BASIC_STATS | STATX_MNT_ID,
+    ) -> statx_buf:
         if not (opened := self._opens.get(fd)):
-            return self._call_real("statx", fd, flags)
+            return self._call_real("statx", fd, flags, mask)
         buf = statx_buf(stx_mode=stat.S_IFBLK | 0o600, stx_dev_minor=5)
         buf.stx_ino = 1000 * (opened.number + 2) + (opened.partition or 0)
         buf.stx_rdev_major, buf.stx_rdev_minor = self._device_number(*opened.node)
@@ -284,6 +292,10 @@ class ScriptedKernel:
 
     def open_loop(self, number: int, flags: int) -> int:
         return self._open_node(number, None, flags)
+
+    def reopen(self, fd: int, flags: int) -> int:
+        opened = self._opens[fd]
+        return self._open_node(opened.number, opened.partition, flags)
 
     def open_partition(self, number: int, partition: int, flags: int) -> int:
         return self._open_node(number, partition, flags)

@@ -23,8 +23,8 @@ operation = 120
 """
 _PATIENCE = """
 cd /usr/lib/loopd
-sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' $(find -name tablereader.py)
-sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' $(find -name table.py)
+sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' $(find -name partition_table_child.py)
+sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' $(find -name partition_table.py)
 python3 -m compileall -q .
 """
 

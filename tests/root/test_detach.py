@@ -21,7 +21,7 @@ from tests.harness.polkit import rules_allowing
 from tests.harness.process import Process
 from tests.harness.udev import Udev
 from tests.harness.wire import CallError, Variant
-from tests.harness.world import OTHER, World, make_world
+from tests.harness.world import OTHER, World
 
 ERROR = "org.example.Loop1.Error."
 INVALID = "org.freedesktop.DBus.Error.InvalidArgs"
@@ -32,16 +32,9 @@ ADD_PARTITION = 1
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+    return {"authority": rules}
 
 
 def is_bound(attached: Attached) -> bool:

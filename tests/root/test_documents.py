@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import config
+from loopd.daemon import config
 from tests.harness.area import CHECKOUT
 from tests.harness.documents import DOCUMENTS, Block, blocks, name, session
 from tests.harness.images import MIB, make_ext4
@@ -31,12 +31,6 @@ MANUAL = CHECKOUT / "docs" / "man" / "loopd.toml.5.rst"
 
 def of_kind(kind: str) -> list[Block]:
     return [block for block in BLOCKS if block.info == kind]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
 
 
 @pytest.fixture

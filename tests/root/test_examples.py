@@ -15,26 +15,13 @@ from tests.harness import loops
 from tests.harness.area import CHECKOUT
 from tests.harness.deadline import Deadline
 from tests.harness.images import make_gpt
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.process import Process
 from tests.harness.window import Window, x_server
-from tests.harness.world import USER, World, make_world
+from tests.harness.world import USER, World
 
 EXAMPLES = CHECKOUT / "examples"
 XML = CHECKOUT / "dbus" / "org.example.Loop1.xml"
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 def run(world: World, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:

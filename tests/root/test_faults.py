@@ -14,31 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
-from loopd.uapi import LO_FLAGS_AUTOCLEAR
+from loopd.loop import kernel
+from loopd.loop.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import DEVICE, Attached, Caller
 from tests.harness.deadline import Deadline
 from tests.harness.images import MIB, make_gpt, make_plain, make_sparse
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import private_udevd
 from tests.harness.wire import CallError
-from tests.harness.world import OTHER, USER, World, make_world
+from tests.harness.world import OTHER, USER, World
 
 NO_SUCH_DEVICE = "org.example.Loop1.Error.NoSuchDevice"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 def is_bound(attached: Attached) -> bool:

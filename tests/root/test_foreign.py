@@ -7,10 +7,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness import loops
 from tests.harness.caller import Caller
 from tests.harness.fuse import Fuse
@@ -23,20 +24,13 @@ NOBODY = 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing(
         *("org.example.loop1.manage-others", "org.example.loop1.open-others-device"),
         users=("games",),
     )
     rules += rules_allowing("org.example.loop1.attach", users=("nobody",))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+    return {"authority": rules}
 
 
 @pytest.fixture
@@ -260,15 +254,7 @@ def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -
 # Events that are lost
 
 
-SMALL_BUFFER = """
-import pyudev
-start = pyudev.Monitor.start
-def start_small(self):
-    self.set_receive_buffer_size(4096)
-    start(self)
-pyudev.Monitor.start = start_small
-"""
-"""udev gives it 128 MiB otherwise."""
+SMALL_BUFFER = "from loopd.daemon.host import uevents as monitor; monitor._ROOM = 4096"
 
 
 @pytest.fixture

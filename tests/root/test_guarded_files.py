@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.harness.bus import LOOPD
 from tests.harness.images import MIB, memfd, pattern
 from tests.harness.polkit import Answer
 from tests.harness.wire import CallError
-from tests.harness.world import World, make_world
+from tests.harness.world import World
 
 UNSUPPORTED = f"{LOOPD}.Error.UnsupportedFile"
 ATTACH = "org.example.loop1.attach"
@@ -41,15 +42,8 @@ GUARDS = {
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world() as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+def world_options() -> dict[str, Any]:
+    return {}
 
 
 @contextmanager

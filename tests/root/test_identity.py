@@ -11,27 +11,14 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel, uapi
+from loopd.loop import kernel, uapi
 from tests.harness import loops
 from tests.harness.caller import Caller, File, RemoteFd
 from tests.harness.images import MIB
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.wire import CallError
-from tests.harness.world import OTHER, USER, World, make_world
+from tests.harness.world import OTHER, USER, World
 
 LOOP_CHANGE_FD = 0x4C06
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 def change_file(device: RemoteFd, image: Path) -> None:

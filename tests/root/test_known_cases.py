@@ -13,14 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from loopd import table
+from loopd.loop import partition_table
 from tests.harness import loops
 from tests.harness.area import area as make_area
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached
 from tests.harness.deadline import Deadline
 from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_gpt, make_plain, memfd
-from tests.harness.polkit import RULES_ALLOW_ALL, RULES_NONE
+from tests.harness.polkit import RULES_NONE
 from tests.harness.process import Process
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World, make_world
@@ -28,18 +28,6 @@ from tests.harness.world import OTHER, USER, World, make_world
 LOOP_CHANGE_FD = 0x4C06
 AT_ONCE = 5.0
 """Seconds that a busy machine may take for what takes some milliseconds."""
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
 
 
 def is_bound(attached: Attached) -> bool:
@@ -116,7 +104,7 @@ def test_loopd_mounts_nothing_runs_nothing_and_opens_no_path_of_a_client(world: 
     assert [each for each in opened if str(world.files) in each] == []
     run = [arguments for name, arguments in calls if name.startswith("execve")]
     assert run  # of the table's reader
-    assert [each for each in run if str(table._READER) not in each] == []
+    assert [each for each in run if str(partition_table._READER) not in each] == []
     # Of the image no more than where partition tables are.
     results = [
         int(arguments.rpartition(" = ")[2])

@@ -36,15 +36,8 @@ def rules() -> str:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=rules()) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+def world_options() -> dict[str, Any]:
+    return {"authority": rules()}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +51,6 @@ def hasty(shared_hasty: World) -> Iterator[World]:
     """A world where an exclusive lock ends after a second."""
     with shared_hasty.test() as testing:
         yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
 
 
 def attach(world: World, caller: Caller, *, user: str | None = USER, **options: Any) -> Attached:

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from loopd import attachment, backing, kernel, loopdev, loopinfo, loopops
-from loopd.blockdev import Lock
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop import attach as loop_attach
+from loopd.loop import backing_file, change, kernel, loop_device, query
+from loopd.loop.block_device import Lock
+from loopd.loop.request import AttachRequest
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import MANAGER, Attached, Caller
 from tests.harness.images import MIB, make_gpt, make_sparse
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
-from tests.harness.world import World, make_world
+from tests.harness.world import World
 
 SIZE = 256 * MIB
 PARTS = [(2048 + index * 65536, 65536) for index in range(4)] + [(2048 + 4 * 65536, 131072)]
@@ -42,35 +42,23 @@ def _udevd() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
 @pytest.fixture
 def image(area: Path) -> Path:
     """256 MiB with a table of five partitions, for whoever can read."""
     return make_gpt(area / "image", PARTS, SIZE, sparse=True)
 
 
-def attach(file_fd: int, **request: object) -> loopdev.LoopDevice:
+def attach(file_fd: int, **request: object) -> loop_device.LoopDevice:
     """Attach as the library does, from a copy of an fd."""
     file = OwnedFd(os.dup(file_fd))
-    examined = backing.examine(file.fileno())
-    device = attachment.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
+    examined = backing_file.examine(file.fileno())
+    device = loop_attach.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
     loops.used_numbers.add(device.number)
     return device
 
 
-def detach(device: loopdev.LoopDevice) -> None:
-    while not loopdev.detach(device):
+def detach(device: loop_device.LoopDevice) -> None:
+    while not loop_device.detach(device):
         pass  # udev has it open for its probe
     loops.wait_unbound(device.number, device.diskseq)
 
@@ -160,11 +148,11 @@ def test_five_threads_attach_what_is_mounted_from_one_fd(image: Path) -> None:
     file = os.open(image, os.O_RDWR | os.O_CLOEXEC)
     try:
         device = attach(file, partition_scan=True, lock=Lock.EXCLUSIVE)
-        told = loopinfo.status(device.number)
+        told = query.status(device.number)
         assert [each.number for each in told.partitions] == [*FILESYSTEMS]
         make_filesystems(device.node)
         assert device.lock
-        loopops.change_lock(device, device.lock, Lock.SHARED, held=Lock.EXCLUSIVE)
+        change.change_lock(device, device.lock, Lock.SHARED, held=Lock.EXCLUSIVE)
         with mounted(device.node):
             # Whatever is mounted cannot be scanned away any more.
             device.lock.close()

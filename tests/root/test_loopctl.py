@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from tests.harness.loops import (
 )
 from tests.harness.polkit import Answer, PolkitDouble, rules_allowing
 from tests.harness.udev import Udev
+from tests.harness.world import World
 
 OWNER = "nobody"
 OTHER = "daemon"
@@ -58,6 +60,22 @@ def package() -> Iterator[Path]:
     """A directory with the package that every uid can read."""
     with make_area("package") as directory:
         yield copy_package(directory)
+
+
+@pytest.fixture
+def daemon(world: World) -> Daemon:
+    """The module's loopd; a test that is to end one makes its own."""
+    return world.daemon
+
+
+@pytest.fixture
+def bus(request: pytest.FixtureRequest) -> Iterator[PrivateBus]:
+    """The bus of `daemon`, and another one for a test that does not ask for that."""
+    if "daemon" in request.fixturenames:
+        yield request.getfixturevalue("world").bus
+        return
+    with PrivateBus() as private:
+        yield private
 
 
 @pytest.fixture
@@ -204,12 +222,16 @@ def test_hold_tells_when_somebody_else_detaches(
     assert err.endswith(f"loopctl: somebody has detached /dev/loop{number}\n")
 
 
-def test_hold_tells_when_the_daemon_dies(attached: tuple[Running, int], daemon: Daemon) -> None:
-    running, number = attached
-    loop = look_at(number)
-    assert loop is not None
-    daemon.kill()
-    status, _, err = running.end()
+def test_hold_tells_when_the_daemon_dies(
+    authority: object, make_daemon: Callable[..., Daemon], loopctl: Loopctl, image: Path
+) -> None:
+    daemon = make_daemon()
+    with loopctl.start("hold", image) as running:
+        number = number_of(running.line())
+        loop = look_at(number)
+        assert loop is not None
+        daemon.kill()
+        status, _, err = running.end()
     assert status == 3
     assert err.endswith(f"loopctl: loopd has stopped, and /dev/loop{number} with it\n")
     wait_unbound(number, loop.diskseq)
@@ -813,14 +835,32 @@ def test_each_problem_has_its_sentence_and_exit_code(
     assert one_sentence(err)
 
 
+ROOTLESS = ("unshare", "--user", "--map-root-user")
+
+
+@pytest.mark.parametrize("before", [ROOTLESS, ("unshare", "--user")], ids=["root", "unmapped"])
 def test_a_user_namespace_that_makes_the_uid_another_one(
-    daemon: Daemon, loopctl: Loopctl, image: Path
+    daemon: Daemon, loopctl: Loopctl, image: Path, before: tuple[str, ...]
 ) -> None:
-    rootless = ("unshare", "--user", "--map-root-user")
-    assert loopctl.run("list", before=rootless)[0] == 0
-    status, node, _ = loopctl.run("run", image, "--", "echo", "{}", before=rootless)
+    assert loopctl.run("list", before=before)[0] == 0
+    status, node, _ = loopctl.run("run", image, "--", "echo", "{}", before=before)
     assert status == 0
     assert number_of(node.rstrip()) >= 0
+    # Who is root in there only has no device that stays until somebody detaches it.
+    assert loopctl.run("attach", image, before=before) == loopctl.run("attach", image)
+
+
+def test_the_root_of_a_user_namespace_detaches_what_is_its_own(
+    daemon: Daemon, loopctl: Loopctl, image: Path, area: Path
+) -> None:
+    roots = make_plain(area / "roots.img", owner="root")
+    with loopctl.start("hold", image) as own, loopctl.start("hold", roots, user="root") as others:
+        own.line(), others.line()
+        assert loopctl.run("detach", "--all", before=ROOTLESS) == (0, "", "")
+        assert own.end()[0] == 5
+        assert is_attached(roots)
+        others.signal(signal.SIGTERM)
+        assert others.end()[0] == 0
 
 
 def test_without_a_bus(loopctl: Loopctl, area: Path) -> None:
@@ -909,9 +949,13 @@ def test_a_list_on_a_terminal_is_aligned_and_short(
 ) -> None:
     _, number = attached
     with terminal() as (keyboard, screen):
-        status, _, _ = loopctl.run("list", stdout=screen)
+        # The devices of others may be more than a terminal keeps until it is read.
+        with loopctl.start("list", stdout=screen) as running, ThreadPoolExecutor(1) as pool:
+            shown = pool.submit(read_until, keyboard, "the end\r?\n$")
+            status, _, _ = running.end()
+            os.write(screen, b"the end\n")
+            header, *rows = shown.result().replace("\r", "").splitlines()
         assert status == 0
-        header, *rows = os.read(keyboard, 65536).decode().splitlines()
     (row,) = [each for each in rows if each.startswith(f"/dev/loop{number} ")]
     assert header.split()[:3] == ["NAME", "SIZE", "OFFSET"]
     assert row.split()[1] == "1M"

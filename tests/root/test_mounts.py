@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel's own mount table, and filesystems whose devices stand on something that can hang."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +19,9 @@ from tests.harness.fuse import Fuse
 from tests.harness.images import MIB, make_plain, make_sparse
 from tests.harness.polkit import Answer
 from tests.harness.wire import CallError
-from tests.harness.world import USER, World, make_world
+from tests.harness.world import USER, World
 
+ATTACH = "org.example.loop1.attach"
 UNTRUSTED = "org.example.loop1.attach-untrusted-filesystem"
 REFUSED = f"{LOOPD}.Error.UntrustedFilesystem"
 SIZE = 16 * MIB
@@ -26,7 +29,7 @@ SIZE = 16 * MIB
 PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from loopd import kernel, mounts
+from loopd.loop import kernel, mounts
 
 reads = []
 whole = mounts._whole
@@ -75,9 +78,8 @@ def test_a_table_is_read_again_only_when_it_has_changed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world() as made:
-        yield made
+def world_options() -> dict[str, Any]:
+    return {}
 
 
 @pytest.fixture
@@ -239,3 +241,128 @@ def test_what_loopd_attached_of_a_file_that_hangs_is_not_trusted(
         world.polkit.on(UNTRUSTED, Answer.DENY)
         refuses(world, caller, image_in(directory), "fuse")
     assert caller.detach(attached.path) is True
+
+
+# Mount namespaces
+
+
+@contextmanager
+def elsewhere(script: str = "true", *arguments: str | Path) -> Iterator[Path]:
+    """A mount namespace of its own, in which the script has run; yield the way to it."""
+    script += " && echo made && read -r _"
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "made\n"
+        yield Path(f"/proc/{holder.pid}/root")
+        assert holder.stdin
+        holder.stdin.close()
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def devices() -> set[int]:
+    """The numbers of all filesystems that are mounted here."""
+    text = Path("/proc/self/mountinfo").read_text()
+    numbers = (line.split()[2].split(":") for line in text.splitlines())
+    return {os.makedev(int(major), int(minor)) for major, minor in numbers}
+
+
+def is_on(world: World, caller: Caller, file: int | Path, filesystem: str) -> None:
+    """Fail unless the file is attached without a further right, as one on that filesystem."""
+    world.polkit.questions.clear()
+    attached = caller.attach(file)
+    (question,) = world.polkit.questions
+    assert (question.action, question.details["filesystem"]) == (ATTACH, filesystem)
+    assert caller.detach(attached.path) is True
+
+
+@contextmanager
+def btrfs(world: World, caller: Caller) -> Iterator[Path]:
+    disk = make_sparse(world.new_path(), 128 * MIB)
+    with looped(caller, disk) as node:
+        subprocess.run(["mkfs.btrfs", "-q", node], check=True, timeout=60)
+        with mounted(node) as directory:
+            yield directory
+
+
+@contextmanager
+def overlay(world: World, caller: Caller) -> Iterator[Path]:
+    """One whose files have device numbers of their own: of layers on two filesystems."""
+    with mounted("-t", "tmpfs", "none") as upper, area("lower") as lower:
+        for name in ("up", "work"):
+            (upper / name).mkdir()
+        layers = f"lowerdir={lower},upperdir={upper}/up,workdir={upper}/work,xino=off"
+        with mounted("-t", "overlay", "-o", layers, "none") as merged:
+            yield merged
+
+
+@pytest.mark.parametrize("make", [btrfs, overlay])
+def test_a_file_is_on_the_same_filesystem_in_every_namespace(
+    world: World, caller: Caller, make: Callable[[World, Caller], AbstractContextManager[Path]]
+) -> None:
+    """Another mount namespace: as of a sandboxed service, or bind-mounted into a container."""
+    with make(world, caller) as directory:
+        image = image_in(directory)
+        assert image.stat().st_dev not in devices()  # else that would do
+        is_on(world, caller, image, make.__name__)
+        with elsewhere() as root, opened(root / image.relative_to("/")) as fd:
+            is_on(world, caller, fd, make.__name__)
+        with elsewhere('mount --bind "$1" /mnt', directory) as root:
+            with opened(root / "mnt/image") as fd:
+                is_on(world, caller, fd, make.__name__)
+
+
+def test_a_btrfs_is_known_also_where_no_namespace_has_it(world: World, caller: Caller) -> None:
+    """Another mount namespace: by its handle, which is what there is before Linux 6.12."""
+    with btrfs(world, caller) as directory, elsewhere() as root:
+        image = image_in(directory)
+        with opened(root / image.relative_to("/")) as fd:
+            subprocess.run(
+                ["nsenter", "--mount", f"--target={root.parts[2]}", "umount", "-l", directory],
+                check=True,
+                timeout=60,
+            )
+            is_on(world, caller, fd, "btrfs")
+
+
+OVER_FUSE = """
+mount -t tmpfs none /mnt && mkdir /mnt/up /mnt/work /mnt/merged &&
+mount -t overlay -o "lowerdir=$1,upperdir=/mnt/up,workdir=/mnt/work" none /mnt/merged"""
+
+
+def test_what_only_a_client_has_mounted_is_not_known(
+    world: World, caller: Caller, fuse: Fuse
+) -> None:
+    """Another mount namespace: an overlay of its own over a server of its own, and that itself;
+    neither is asked anything.
+    """
+    with elsewhere(OVER_FUSE, fuse.file.parent) as root, ExitStack() as files:
+        name = fuse.file.name
+        fds = [
+            files.enter_context(opened(root / "mnt/merged" / name, os.O_RDONLY)),
+            files.enter_context(opened(root / fuse.file.relative_to("/"), os.O_RDONLY)),
+        ]
+        fuse.seen()
+        fuse.hang("GETATTR", "READ", "GETLK", "STATFS", "IOCTL", "FALLOCATE", "ACCESS", "LOOKUP")
+        for fd, filesystem in zip(fds, ("unknown", "fuse"), strict=True):
+            world.polkit.questions.clear()
+            with pytest.raises(CallError) as refusal:
+                caller.attach(fd)
+            assert refusal.value.name == REFUSED
+            (question,) = world.polkit.questions
+            assert question.details["filesystem"] == filesystem
+        world.wait_idle_fds()
+        assert set(fuse.seen()) == {"FLUSH"}  # of each close
+        fuse.release()

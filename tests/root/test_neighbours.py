@@ -12,21 +12,8 @@ import pytest
 
 from tests.harness import loops
 from tests.harness.images import MIB, make_ext4, make_gpt
-from tests.harness.polkit import RULES_ALLOW_ALL
 from tests.harness.udev import Udev
-from tests.harness.world import USER, World, make_world
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
-    with make_world(authority=RULES_ALLOW_ALL) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
+from tests.harness.world import USER, World
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,10 @@ _unlikely = itertools.count(471100 + os.getpid() % 50000 * 10)
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
     rules += rules_allowing("org.example.loop1.manage-others", users=(OTHER,))
-    with make_world(authority=rules) as made:
-        yield made
+    return {"authority": rules}
 
 
 @pytest.fixture

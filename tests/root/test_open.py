@@ -16,7 +16,7 @@ from tests.harness.caller import Attached, Caller, RemoteFd, Variant
 from tests.harness.images import MIB, ext4_label, make_ext4, make_gpt, make_sparse, pattern
 from tests.harness.polkit import rules_allowing
 from tests.harness.wire import CallError
-from tests.harness.world import OTHER, USER, World, make_world
+from tests.harness.world import OTHER, USER, World
 
 INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
 SIZE = 64 * 1024
@@ -27,24 +27,12 @@ OPEN_READ_ONLY = "org.example.loop1.open-read-only-device"
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     # Who is not USER may attach, and opens nothing, not even what is its own.
     rules = rules_allowing("org.example.loop1.attach")
     rules += rules_allowing(OPEN, OPEN_READ_ONLY, users=(USER,))
     rules += rules_allowing(OPEN, users=(WRITER,))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
+    return {"authority": rules}
 
 
 def is_bound(attached: Attached) -> bool:

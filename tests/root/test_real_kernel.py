@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopdev on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
+"""loopd.loop on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from loopd import mounts
+from loopd.loop import mounts
 from tests.harness.area import area
 from tests.harness.behaviours import *  # noqa: F403  every test of it is one of ours
 from tests.harness.lab import Lab

@@ -23,21 +23,9 @@ DEVICE_BUSY = f"{MANAGER}.Error.DeviceBusy"
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
+    return {"authority": rules}
 
 
 def sysfs(attached: Attached) -> tuple[int, int, int]:

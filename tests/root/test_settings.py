@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from loopd import uapi
+from loopd.loop import uapi
 from tests.harness import loops
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Call, Caller, Variant
 from tests.harness.images import MIB, make_gpt, memfd, pattern
 from tests.harness.polkit import rules_allowing
 from tests.harness.raw import BUS
 from tests.harness.wire import CallError
-from tests.harness.world import OTHER, USER, World, make_world
+from tests.harness.world import OTHER, USER, World
 
 ERROR = f"{MANAGER}.Error."
 INVALID_ARGS = f"{BUS}.Error.InvalidArgs"
@@ -39,22 +39,10 @@ SETTERS: list[tuple[str, str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def world_options() -> dict[str, Any]:
     rules = rules_allowing("org.example.loop1.attach", "org.example.loop1.open-device")
     rules += rules_allowing("org.example.loop1.manage-others", users=(MANAGING,))
-    with make_world(authority=rules) as made:
-        yield made
-
-
-@pytest.fixture
-def world(shared: World) -> Iterator[World]:
-    with shared.test() as testing:
-        yield testing
-
-
-@pytest.fixture
-def owner(world: World) -> Caller:
-    return world.caller(USER)
+    return {"authority": rules}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import pyudev
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness.area import CHECKOUT
 from tests.harness.area import area as make_area
 from tests.harness.images import make_ext4, make_gpt, make_sparse
@@ -241,7 +241,7 @@ def gpt(path: Path) -> Path:
 KNOWN = {
     *("DEVPATH", "DEVNAME", "DEVTYPE", "DISKSEQ", "PARTN", "MAJOR", "MINOR", "SUBSYSTEM"),
     *("USEC_INITIALIZED", "DEVLINKS", "TAGS", "CURRENT_TAGS"),
-    *("LOOPD_UNPRIVILEGED", "UDISKS_IGNORE", "UDISKS_AUTO"),
+    *("LOOPD_UNPRIVILEGED", "LOOPD_DISKSEQ", "UDISKS_IGNORE", "UDISKS_AUTO"),
     *("SYSTEMD_READY", "DM_UDEV_DISABLE_OTHER_RULES_FLAG"),
     *("ID_FS_TYPE", "ID_FS_USAGE", "ID_FS_SIZE", "ID_FS_LASTBLOCK", "ID_FS_BLOCKSIZE"),
     *("ID_PART_TABLE_TYPE", "ID_PART_ENTRY_SCHEME", "ID_PART_ENTRY_NUMBER"),

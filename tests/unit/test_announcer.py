@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from loopd.announcer import DEVICE, PATH, Announcer
-from loopd.config import Limits
-from loopd.device import DETACHING, Device
-from loopd.loopinfo import Status
+from loopd.daemon.config import Limits
+from loopd.daemon.devices.device import DETACHING, Device
+from loopd.daemon.server.announcer import DEVICE, PATH, Announcer
+from loopd.loop.query import Status
 from tests.harness.asynchronous import run_async
 
 STATUS = Status(
@@ -34,7 +34,7 @@ def test_changes_in_one_turn_are_told_at_once_as_they_are_in_the_end() -> None:
     async def body() -> None:
         told: list[Any] = []
         registry = mock.Mock(managed=1)
-        announcer = Announcer(registry, Limits(), "", emit=lambda *args, uid: told.append(args))
+        announcer = Announcer(registry, Limits(), "", emit=lambda *args, **_: told.append(args))
         announcer.start()
         device = Device(number=0, name="loop0", diskseq=1, status=STATUS)
         announcer.added(device)
@@ -60,7 +60,7 @@ def test_what_has_changed_is_told_before_the_end() -> None:
     async def body() -> None:
         told: list[Any] = []
         registry = mock.Mock(managed=1)
-        announcer = Announcer(registry, Limits(), "", emit=lambda *args, uid: told.append(args))
+        announcer = Announcer(registry, Limits(), "", emit=lambda *args, **_: told.append(args))
         announcer.start()
         device = Device(number=0, name="loop0", diskseq=1, status=STATUS)
         announcer.added(device)

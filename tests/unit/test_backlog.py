@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from loopd.backlog import Backlog, Unread
+from loopd.daemon.server import backlog
+from loopd.daemon.server.backlog import Backlog, Unread
+from loopd.daemon.server.fair_queue import Account, Turns
+from loopd.daemon.tasks import Tasks
 from loopd.errors import LoopError, UnknownMethod
-from loopd.tasks import Tasks
-from loopd.turns import Account, Turns
 from tests.harness.asynchronous import run_async
 
 USER, OTHER = 1000, 1001
@@ -26,7 +27,14 @@ class Stand:
         self.error: LoopError | None = None
         self.asked = asyncio.Event()
         self.tasks = Tasks()
-        self.backlog = Backlog(self.turns, self.tasks, self._ask)
+        self.unread_signals = 0
+        self.backlog = Backlog(self.turns, self.tasks, self._ask, self._ask_own)
+
+    async def _ask_own(self) -> int:
+        self.asked.set()
+        if self.error:
+            raise self.error
+        return self.unread_signals + sum(held.bytes for held in self.held.values())
 
     async def _ask(self, name: str) -> Unread:
         self.asked.set()
@@ -109,5 +117,82 @@ def test_root_is_never_held_back() -> None:
         for _ in range(100):
             stand.answer(root, fds=1)
         assert not root.deaf
+
+    story(body)
+
+
+# Signals, which go to everyone
+
+MIB = 1 << 20
+
+
+def signal_all(stand: Stand, owner: int, *, read: bool) -> int:
+    """Tell of a user's devices for as long as that is done; return how many MiB it was."""
+    told = 0
+    while stand.backlog.is_told(owner) and told < 1000:
+        stand.backlog.signalled(owner, MIB)
+        stand.unread_signals += 0 if read else MIB
+        told += 1
+    return told
+
+
+def test_signals_that_a_listener_does_not_read_cost_those_of_whose_devices_they_are() -> None:
+    """Unread signals: dbus-daemon would read no more from loopd, for nobody."""
+
+    async def body(stand: Stand) -> None:
+        told = signal_all(stand, USER, read=False)
+        assert told == 28  # half of what root leaves
+        assert stand.backlog.is_told(OTHER)
+        told += signal_all(stand, OTHER, read=False)
+        told += signal_all(stand, 0, read=False)
+        assert told <= backlog._SIGNALS // MIB
+        await stand.asked.wait()
+        assert not stand.backlog.is_told(USER)
+        stand.unread_signals = 0  # somebody has read them, or has left
+        while not stand.backlog.is_told(USER):  # noqa: ASYNC110  for the next question
+            await asyncio.sleep(0.01)
+        assert stand.backlog.is_told(OTHER)
+        assert stand.backlog._signals == {}
+
+    story(body)
+
+
+def test_signals_that_are_read_are_told_for_ever() -> None:
+    async def body(stand: Stand) -> None:
+        for _ in range(100):
+            stand.asked.clear()
+            stand.backlog.signalled(USER, MIB)
+            await stand.asked.wait()
+            assert stand.backlog.is_told(USER)
+            await asyncio.sleep(0.011)
+
+    story(body)
+
+
+def test_answers_that_nobody_reads_are_no_signals() -> None:
+    async def body(stand: Stand) -> None:
+        account = stand.turns.account(OTHER)
+        while not account.deaf:
+            stand.answer(account, size=MIB)
+        for _ in range(3):
+            stand.asked.clear()
+            stand.backlog.signalled(USER, MIB)
+            await stand.asked.wait()
+        while stand.backlog._signals.total():  # noqa: ASYNC110  for the answer
+            await asyncio.sleep(0.01)
+        stand.held.clear()
+
+    story(body)
+
+
+def test_a_bus_that_does_not_say_what_it_holds_is_told_everything() -> None:
+    """dbus-broker disconnects a listener who does not read."""
+
+    async def body(stand: Stand) -> None:
+        stand.error = UnknownMethod("no statistics")
+        for _ in range(100):
+            assert stand.backlog.is_told(USER)
+            stand.backlog.signalled(USER, MIB)
+            await asyncio.sleep(0)
 
     story(body)

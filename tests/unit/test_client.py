@@ -5,6 +5,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loopd import codec, errors, frame, kernel
+from loopd import errors
+from loopd.bus import codec, frame
+from loopd.bus.codec import Variant
+from loopd.bus.transport import BUS_NAME, BusError
 from loopd.client import Client, image
 from loopd.client import device as device_module
-from loopd.client.link import Link, Unavailable, make_options
+from loopd.client.absence import Unavailable
+from loopd.client.link import Link, make_options
 from loopd.client.properties import Partition, Properties
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
-from loopd.codec import Variant
 from loopd.fd import OwnedFd
-from loopd.wire import BUS_NAME, BusError
+from loopd.loop import kernel
 from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async
 
@@ -185,6 +189,44 @@ def test_what_was_demanded_is_tried_with_and_without_direct_io_only(
     assert tried(given) == [f"{mode} direct", mode]
 
 
+@pytest.mark.parametrize("lease", [fcntl.F_RDLCK, fcntl.F_WRLCK])
+def test_the_holder_of_a_lease_has_time_to_let_go_of_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, lease: int
+) -> None:
+    refusals, really = [], os.open
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which says that somebody wants it
+    holder_fd = os.open(file, os.O_RDONLY if lease == fcntl.F_RDLCK else os.O_RDWR)
+    fcntl.fcntl(holder_fd, fcntl.F_SETLEASE, lease)
+
+    def open_(path: Path, flags: int) -> int:
+        try:
+            return really(path, flags)
+        except BlockingIOError as exc:
+            refusals.append(exc)
+            if len(refusals) == 5:
+                fcntl.fcntl(holder_fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            raise
+
+    try:
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(image, "_LEASE_PAUSE", 0)
+        with image.open_file(file, lease_wait=30) as fd:
+            assert access(fd) == os.O_RDWR
+            # As it would have been without the lease.
+            assert fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_DIRECT
+        assert len(refusals) == 5
+    finally:
+        os.close(holder_fd)
+        signal.signal(signal.SIGIO, before)
+
+
+def test_a_lease_is_not_waited_for_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = opening(monkeypatch, errno.EAGAIN)
+    with pytest.raises(BlockingIOError):
+        image.open_file("x")
+    assert tried(given) == ["rw direct"]
+
+
 def test_opening_neither_waits_nor_is_inherited(area: Path) -> None:
     os.mkfifo(area / "fifo")
     with image.open_file(area / "fifo", read_only=True) as fd:
@@ -298,6 +340,23 @@ class Bus:
         self.sends: list[OwnedFd] = []
         self.called = asyncio.Event()
         self.owner: str | None = LOOPD
+        self.unit: Callable[[], dict[str, Any]] = raising(errors.PeerError("no systemd", "x.y"))
+        """What systemd tells of loopd's unit."""
+
+    async def call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        *,
+        timeout: float,
+    ) -> list[Any]:
+        assert (destination, member) == ("org.freedesktop.systemd1", "Get")
+        assert path.endswith("/loopd_2eservice")
+        return [self.unit()[body[1]]]
 
     async def call_with_fds(
         self,

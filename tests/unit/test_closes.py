@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loopd import closes, errors, threads
+from loopd import errors
+from loopd.daemon import closes, threads
 
 SLOW, QUICK = closes._SLOW_AT_A_TIME, closes._QUICK_AT_A_TIME
 HOG, VICTIM = 1000, 1001
@@ -105,9 +106,10 @@ def test_users_whose_closes_hang_have_a_few_threads_each_and_others_do_not_wait(
         made.wait_begun(17 * SLOW)
         made.wait_closed(made.send(VICTIM, 8, slow_fd, hang=False))
         made.wait_closed(made.send(VICTIM, 8, quick_fd, hang=False))
-        # The threads of the pool that closes them are as many as hang, and the victim's.
+        # The threads of the pool that closes them are as many as hang, and the victim's. One that
+        # has just ended its work may not be idle yet when the next comes.
         slow = [each for each in threading.enumerate() if each.name.startswith("slow-close")]
-        assert len(slow) <= 18 * SLOW
+        assert len(slow) <= 19 * SLOW
         assert made.begun == 17 * SLOW
         assert made.closes.is_full(HOG)
         assert not any(map(made.closes.is_full, (*crowd, VICTIM)))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async
 from tests.harness.caller import options
 from tests.harness.process import Process
+from tests.harness.scheduling import ByFile
 from tests.harness.wire import Variant
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -203,3 +205,49 @@ def test_pytest_itself_fails_a_forbidden_skip(tmp_path: Path) -> None:
     assert "1 failed, 1 skipped, 1 xfailed" in run.stdout, run.stdout + run.stderr
     assert "not allowed by LOOPD_REQUIRE (lint): " in run.stdout
     assert "no linter here" in run.stdout
+
+
+class Worker:
+    """A process of `pytest -n`, as far as the scheduler sees."""
+
+    def __init__(self, name: str) -> None:
+        self.gateway = SimpleNamespace(id=name)
+        self.shutting_down = False
+        self.given: list[int] = []
+        """The tests that it has not run yet."""
+
+    def send_runtest_some(self, indices: list[int]) -> None:
+        self.given += indices
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
+
+
+@pytest.mark.parametrize("rest", [2, 6], ids=["both are nearly done", "one is half done"])
+def test_machines_are_booted_when_no_other_process_has_tests_to_run_in_company(rest: int) -> None:
+    """Else that one would wait for their end, with a file half done."""
+    files = {"tests/root/test_a.py": 6, "tests/root/test_b.py": rest, "tests/machine/test_m.py": 4}
+    files |= {"tests/machine/test_n.py": 4, **{f"tests/unit/test_{each}.py": 3 for each in "cdef"}}
+    tests = [f"{file}::test_{index}" for file, count in files.items() for index in range(count)]
+    config = SimpleNamespace(
+        getvalue=lambda _: ["popen"] * 2, option=SimpleNamespace(loadscopereorder=False)
+    )
+    scheduler = ByFile(config, SimpleNamespace(loadscopesched=lambda *_: None))  # type: ignore[arg-type]
+    workers: list[Any] = [Worker("first"), Worker("second")]
+    for worker in workers:
+        scheduler.add_node(worker)
+    for worker in workers:
+        scheduler.add_node_collection(worker, tests)
+    scheduler.schedule()
+    ran: list[str] = []
+    while scheduler.has_pending:
+        # A worker runs a test when it knows the next one. Those of the first take twice as long.
+        for worker in [workers[0], workers[1], workers[1]]:
+            if len(worker.given) > 1 or (worker.given and worker.shutting_down):
+                index = worker.given.pop(0)
+                if "machine" in tests[index]:
+                    (other,) = (each for each in workers if each is not worker)
+                    assert not [tests[each] for each in other.given if "root" in tests[each]]
+                ran.append(tests[index])
+                scheduler.mark_test_complete(worker, index)
+    assert sorted(ran) == sorted(tests)

@@ -4,6 +4,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def rows() -> dict[str, list[tuple[str, str]]]:
 ROWS = rows()
 
 
+@cache
 def docstrings(path: Path) -> dict[str, str]:
     """Return the docstring of each test of a file."""
     tree = ast.parse(path.read_text())

@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,17 @@ from unittest import mock
 
 import pytest
 
-from loopd import blockdev, kernel, loopdev, loopinfo, loopops, registry
-from loopd import ending as module
-from loopd.blockdev import Lock
-from loopd.config import Config, Limits
-from loopd.device import DETACHING, Device
+from loopd.daemon.actions import detach as module
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.config import Config, Limits
+from loopd.daemon.devices import registry
+from loopd.daemon.devices.device import DETACHING, Device
+from loopd.daemon.devices.records import Record, Records
 from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
-from loopd.loopdev import LoopDevice
-from loopd.operations import ResizeOptions
-from loopd.records import Record, Records
+from loopd.loop import block_device, change, kernel, loop_device, query
+from loopd.loop.block_device import Lock
+from loopd.loop.loop_device import LoopDevice
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside
@@ -184,8 +186,8 @@ def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
         assert device.loop.lock
         with OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close):
             parts.locks.drop(device)
-            with blockdev.opened(kernel.open_loop(device.loop.number, os.O_RDONLY)) as other:
-                assert blockdev.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
+            with block_device.opened(kernel.open_loop(device.loop.number, os.O_RDONLY)) as other:
+                assert block_device.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
         assert device.lock is Lock.NONE
         # What comes after an unlock works as before.
         await parts.operations.sync(parts.one, device)
@@ -200,9 +202,9 @@ def test_a_lock_that_is_lost_while_it_is_changed_is_no_longer_told(with_parts: W
         device = await parts.attach_image(lock=Lock.SHARED)
 
         def lose(*_: Any, **__: Any) -> None:
-            raise loopops.LockLost("gone")
+            raise change.LockLost("gone")
 
-        with mock.patch.object(loopops, "change_lock", lose), pytest.raises(DeviceBusy):
+        with mock.patch.object(change, "change_lock", lose), pytest.raises(DeviceBusy):
             await parts.operations.lock(parts.one, device, Lock.EXCLUSIVE)
         assert device.lock is Lock.NONE
         assert parts.locks.holder(device) is None
@@ -214,7 +216,7 @@ def test_a_device_that_has_gone_unnoticed_is_in_nobodys_way(with_parts: WithPart
     """By then a new file may have the inode of the one that it had."""
 
     async def story(parts: Parts) -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             number = kernel.loop_ctl_add(control.fileno(), -1)
         parts.scripted.bind_by_others(number, parts.image)
         await parts.registry._look(number)
@@ -267,7 +269,7 @@ def test_a_name_that_was_set_later_is_the_one_that_is_told(with_parts: WithParts
             *(parts.operations.set_reference(parts.one, device, name) for name in names)
         )
         assert device.number is not None
-        told = loopinfo.binding(device.number, device.status.binding).reference
+        told = query.binding(device.number, device.status.binding).reference
         assert device.reference == told
 
     with_parts(story)
@@ -285,7 +287,10 @@ def test_an_event_of_what_was_seen_is_no_reason_to_look(with_parts: WithParts) -
             looked.append(number)
             return _is(number)
 
-        with mock.patch.object(registry, "_sight", sight):
+        with (
+            mock.patch.object(registry, "_sight", sight),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for event in heard:
                 parts.registry.heard(*event)
             await parts.registry._tasks.finish(10)
@@ -316,7 +321,10 @@ def test_however_often_events_are_lost_all_devices_are_looked_at_once_more(
             listed.append(numbers())
             return listed[-1]
 
-        with mock.patch.object(parts.registry, "_numbers", note):
+        with (
+            mock.patch.object(parts.registry, "_numbers", note),
+            mock.patch.object(registry, "_LOOK_AGAIN", 0.01),
+        ):
             for _ in range(50):
                 parts.registry.heard(None, 0)
             while not listed:  # noqa: ASYNC110  by a thread
@@ -339,9 +347,9 @@ def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
         heard: list[tuple[int, int]] = []
         parts.scripted.uevent = lambda number, seqnum: heard.append((number, seqnum))
         loop = asyncio.get_running_loop()
-        status = loopinfo.status_by_fd
+        status = query.status_by_fd
 
-        def late(fd: int, number: int, *how: int) -> loopinfo.Status:
+        def late(fd: int, number: int, *how: int) -> query.Status:
             told = status(fd, number, *how)
             os.truncate(parts.image, 2 * MIB)
             parts.scripted.take_up_size(number)
@@ -349,7 +357,7 @@ def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
             loop.call_soon_threadsafe(parts.registry.heard, *event)
             return told
 
-        with mock.patch.object(loopinfo, "status_by_fd", late):
+        with mock.patch.object(query, "status_by_fd", late):
             device = await parts.attach_image()
         await parts.registry._tasks.finish(10)
         assert device.status.size == 2 * MIB
@@ -365,6 +373,107 @@ def test_an_older_look_changes_nothing(with_parts: WithParts) -> None:
         parts.registry._update(device, newer)
         parts.registry._update(device, older)
         assert device.status is newer
+
+    with_parts(story)
+
+
+def test_of_two_looks_without_an_event_the_one_that_began_later_counts(
+    with_parts: WithParts,
+) -> None:
+    """The kernel does not tell of direct I/O."""
+
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        number = device.number or 0
+        older = query.status(number)
+        newer = dataclasses.replace(query.status(number), direct_io=not older.direct_io)
+        assert older.seqnum == newer.seqnum
+        parts.registry._update(device, newer)
+        parts.registry._update(device, older)
+        assert device.status is newer
+
+    with_parts(story)
+
+
+def test_a_device_that_is_asked_about_over_and_over_is_looked_at_a_few_times(
+    with_parts: WithParts,
+) -> None:
+    """Within the limits: whoever asks costs loopd and others the time of a look."""
+
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        looks = 0
+
+        def look(number: int, known: Any, _is: Any = query.is_as_it_was) -> Any:
+            nonlocal looks
+            looks += 1
+            return _is(number, known)
+
+        with mock.patch.object(query, "is_as_it_was", look):
+            began = time.monotonic()
+            for _ in range(200):
+                await parts.registry.look_for_asker([device])
+            seconds = time.monotonic() - began
+        assert 8 <= looks <= 8 + seconds + 1
+        # It goes unnoticed until somebody may look again, or the kernel tells of it.
+        parts.scripted.let_go(device.number)
+        while parts.registry.knows(device):
+            await parts.registry.look_for_asker([device])
+
+    with_parts(story)
+
+
+def test_where_there_is_no_thread_those_who_ask_are_told_what_is_known(
+    with_parts: WithParts,
+) -> None:
+    async def story(parts: Parts) -> None:
+        device = await parts.attach_image()
+        go_on = threading.Event()
+        look = mock.Mock(side_effect=lambda *_: go_on.wait(20))
+        with (
+            mock.patch.object(query, "is_as_it_was", look),
+            mock.patch.object(registry, "_PATIENCE", 0.01),
+        ):
+            await parts.registry.look_for_asker([device])
+            assert parts.registry.knows(device)
+            go_on.set()
+            await parts.registry._tasks.finish(10)
+
+    with_parts(story)
+
+
+def test_others_whose_sector_sizes_hang_keep_one_thread_and_nobody_waits_twice(
+    with_parts: WithParts,
+) -> None:
+    """Hanging files: below queue/ a change that waits for a file has those who read wait."""
+
+    async def story(parts: Parts) -> None:
+        with block_device.opened(kernel.open_loop_control()) as control:
+            number = kernel.loop_ctl_add(control.fileno(), -1)
+        parts.scripted.bind_by_others(number, parts.image)
+        await parts.registry._look(number)
+        device = parts.registry.numbered(number)
+        assert device
+        go_on, asked = threading.Event(), 0
+
+        def hang(number: int, attribute: str, _is: Any = kernel.loop_attribute) -> Any:
+            nonlocal asked
+            if attribute == "queue/logical_block_size":
+                asked += 1
+                go_on.wait(20)
+            return _is(number, attribute)
+
+        with (
+            mock.patch.object(kernel, "loop_attribute", hang),
+            mock.patch.object(registry, "_PATIENCE", 0.01),
+        ):
+            for _ in range(8):
+                await parts.registry.look_for_asker([device])
+            assert asked == 1
+            go_on.set()
+            await parts.registry._tasks.finish(10)
+        parts.scripted.let_go(number)
+        await parts.registry._look(number)
 
     with_parts(story)
 
@@ -401,11 +510,11 @@ def test_a_device_that_is_left_alone_is_looked_at_afterwards_and_its_successor_a
 def detaching(meanwhile: Callable[[LoopDevice], object]) -> Iterator[None]:
     """Have something done in the thread that is about to detach a device."""
 
-    def detach(loop: LoopDevice, _is: Any = loopdev.detach) -> Any:
+    def detach(loop: LoopDevice, _is: Any = loop_device.detach) -> Any:
         meanwhile(loop)
         return _is(loop)
 
-    with mock.patch.object(loopdev, "detach", detach):
+    with mock.patch.object(loop_device, "detach", detach):
         yield
 
 
@@ -520,7 +629,7 @@ def test_that_a_device_is_being_detached_is_told_only_if_it_takes_a_while(
         assert not parts.changes.is_set()
         held = await parts.attach_image()
         parts.changes.clear()
-        with blockdev.opened(kernel.open_loop(held.number or 0, os.O_RDONLY)):
+        with block_device.opened(kernel.open_loop(held.number or 0, os.O_RDONLY)):
             parts.ending.let_go(held)
             await asyncio.wait_for(parts.changes.wait(), 10)
             assert (held.state, held.gone.is_set()) == (DETACHING, False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopdev on the scripted kernel, of today and as Debian 12 has it.
+"""loopd.loop on the scripted kernel, of today and as Debian 12 has it.
 
 tests/root/test_real_kernel.py has the real one, tests/kernel/test_behaviours.py Debian's own.
 """
