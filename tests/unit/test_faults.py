@@ -231,9 +231,10 @@ SCENARIOS = {
 EACH = pytest.mark.parametrize("name", SCENARIOS)
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    return make_gpt(tmp_path / "image")
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk, to which nobody writes."""
+    return make_gpt(tmp_path_factory.mktemp("faults") / "image")
 
 
 Fault = Callable[[Stage, Script], Any]
