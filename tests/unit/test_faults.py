@@ -288,8 +288,8 @@ def play(
         await inside.until_none(inside.remains)
         await inside.require_turns(UID, NEXT)
 
-    # Its runtime directory: what one run leaves there is not another's.
-    with TemporaryDirectory(dir=tmp_path) as directory:
+    # Its runtime directory, in memory as /run is: what one run leaves there is not another's.
+    with TemporaryDirectory(dir="/dev/shm") as directory:
         return run_inside(Path(directory), story, scenario.traits)
 
 
