@@ -26,7 +26,7 @@ DEB_PACKAGES     := debhelper dh-apparmor dh-python python3-docutils
 EXAMPLE_PACKAGES := gcc libc6-dev pkg-config libsystemd-dev libglib2.0-dev gir1.2-gtk-4.0 xvfb
 CHECK_PACKAGES   := $(DEMO_PACKAGES) $(DEB_PACKAGES) systemd libglib2.0-bin libxml2-utils btrfs-progs shellcheck strace git \
                     lintian apparmor groff-base udisks2 fdisk xorriso zsh fish mmdebstrap gpg debian-archive-keyring \
-                    systemd-container dbus-broker $(EXAMPLE_PACKAGES)
+                    bzip2 lz4 xz-utils zstd qemu-utils systemd-container dbus-broker $(EXAMPLE_PACKAGES)
 # Beside those.
 KERNELS_PACKAGES := qemu-system-x86
 BENCH_PACKAGES   := fio

@@ -8,8 +8,6 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-import pyudev
-
 from loopd import kernel, records, registry, threads, wire
 
 counts = Counter()
@@ -33,21 +31,8 @@ def pool_name(pools, pool, *_, **__):
     return f"handed to a thread: {names[id(pool)].strip('_')}"
 
 
-def polled(poll):
-    """Count the events of loop devices that are heard."""
-
-    @wraps(poll)
-    def count(*args, **kwargs):
-        event = poll(*args, **kwargs)
-        if event is not None and "/block/loop" in event.device_path:
-            counts[f"event of the kernel: {event.action}"] += 1
-        return event
-
-    return count
-
-
-pyudev.Monitor.poll = polled(pyudev.Monitor.poll)
 counted(registry, "_sight", lambda *_: "look at sysfs")
+counted(registry.Registry, "heard", lambda *_: "events of a device that are taken up")
 counted(threads.Threads, "_submit", pool_name)
 counted(threads.Threads, "turn", lambda _, uid, work, *__: f"turn of {uid}: {work.name}")
 counted(kernel, "statx", lambda *_, **__: "look at a file")

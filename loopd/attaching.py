@@ -8,16 +8,17 @@ on a task goes through to the end, and undoes what nobody waits for any more.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 
 from . import access, attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, udevlinks
 from .access import ROOT, Caller
 from .config import Config
 from .device import ATTACHED, DETACHING, Device, label
-from .errors import Failed, NotSupported, Overlap, TimedOut
+from .errors import Failed, Overlap, TimedOut
 from .fd import OwnedFd
 from .fdstore import FdStore
 from .leases import SYSTEM, Place, Quota
@@ -46,6 +47,8 @@ class _Attempt:
     """A file that is being bound, for somebody who may give up waiting."""
 
     task: asyncio.Task[Device]
+    over: asyncio.Future[None]
+    """Done at the end of the task, or when it is waited for no longer."""
     abandoned: asyncio.Event
 
 
@@ -86,6 +89,7 @@ class Attaching:
         self._stopping = False
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = get_ident()
 
     def refuse(self) -> None:
         """Attach nothing any more, also in calls that are under way."""
@@ -99,7 +103,7 @@ class Attaching:
         """Attach a file for as long as the options say. Takes the fd over."""
         with fd:
             await self._lifetimes.require(caller.uid, options.lifetime)
-            proposal = await self._look(caller, fd, options)
+            proposal = await self._proposals.look(caller.uid, fd, options)
             if not proposal.request.read_only:
                 access.require_may_write(caller.uid, proposal.file.guarded_by)
                 _require_unlocked(caller.uid, proposal, proposal.file.lock)
@@ -109,7 +113,8 @@ class Attaching:
                 proposal.request.check(proposal.file, proposal.file.size)
             await self._require_attach(caller, proposal)
             if proposal.block:
-                proposal = await self._look(caller, fd, options)  # it may have changed
+                # It may have changed.
+                proposal = await self._proposals.look(caller.uid, fd, options)
             caller.client.require_present()
             self._require_running()
             if proposal.block and not proposal.needs_loop_device:
@@ -121,11 +126,13 @@ class Attaching:
             self._require_running()
             attempt = self._admit(caller, fd, proposal)
         timeout = self._config.deadlines.operation
+        timer = self._loop.call_later(timeout, _end, attempt.over)
         ended = False
         try:
-            await asyncio.wait([attempt.task], timeout=timeout)
+            await attempt.over
             ended = attempt.task.done()
         finally:
+            timer.cancel()
             if not ended:
                 # Out of time, or cancelled: nobody gets the device.
                 attempt.abandoned.set()
@@ -134,14 +141,6 @@ class Attaching:
             self._uevents.require_no_wait(caller.uid)
             raise TimedOut(f"the kernel did not attach the file within {timeout} s")
         return attempt.task.result()
-
-    async def _look(self, caller: Caller, fd: OwnedFd, options: AttachOptions) -> Proposal:
-        proposal = await self._proposals.look(caller.uid, fd, options)
-        if options.lifetime == SYSTEM and not proposal.needs_loop_device:
-            raise NotSupported(
-                "lifetime: a block device that needs no loop device is there as long as it is"
-            )
-        return proposal
 
     def _give_up(self, task: asyncio.Task[Device]) -> None:
         """Detach what was attached for somebody who does not wait for it any more."""
@@ -195,7 +194,9 @@ class Attaching:
         place = self._quota.take(caller.uid)
         unclaim = self._claims.claim(mapping)
         binding = self._bind(caller, fd.move(), proposal, unclaim, place, abandoned)
-        return _Attempt(self._tasks.start(binding), abandoned)
+        # Not asyncio.wait for the task: its end would be heard a turn of the event loop later.
+        over = self._loop.create_future()
+        return _Attempt(self._tasks.start(_ending(binding, over)), over, abandoned)
 
     async def _bind(
         self,
@@ -324,7 +325,9 @@ class Attaching:
         def undo(waiting: int | None) -> None:
             release(waiting)
             # Someone else may have bound it, which nobody looked at while it was ours.
-            self._loop.call_soon_threadsafe(self._registry.look_if_bound, number)
+            here = get_ident() == self._loop_thread
+            soon = self._loop.call_soon if here else self._loop.call_soon_threadsafe
+            soon(self._registry.look_if_bound, number)
 
         return undo
 
@@ -335,6 +338,18 @@ class Attaching:
             self._markers.publish(number, diskseq, description)
         else:
             self._markers.sign(number, diskseq, uid)
+
+
+async def _ending(binding: Awaitable[Device], over: asyncio.Future[None]) -> Device:
+    try:
+        return await binding
+    finally:
+        _end(over)
+
+
+def _end(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _mapping(caller: Caller, proposal: Proposal) -> Mapping:

@@ -287,7 +287,7 @@ class _Attempt:
         with (
             _open_free(number, os.O_RDONLY if self.request.read_only else os.O_RDWR) as loop_fd,
             # A second fd for the lock: udev looks again when a device is closed, loop_fd stays.
-            _open_free(number, os.O_RDONLY) as lock_fd,
+            _reopened(number, loop_fd) as lock_fd,
         ):
             timeout = _NEW_DEVICE_LOCK_TIMEOUT if is_new else 0
             if not blockdev.try_lock(lock_fd.fileno(), fcntl.LOCK_EX, timeout=timeout):
@@ -377,6 +377,15 @@ def _open_free(number: int, flags: int) -> OwnedFd:
                 "run loopd where /dev is a devtmpfs"
             ) from exc
         raise Taken(f"loop{number} vanished") from exc  # removed since GET_FREE
+
+
+def _reopened(number: int, loop_fd: OwnedFd) -> OwnedFd:
+    try:
+        return blockdev.opened(kernel.reopen(loop_fd.fileno(), os.O_RDONLY))
+    except OSError as exc:
+        if exc.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+            raise Taken(f"loop{number} vanished") from exc
+        raise
 
 
 def _is_there(number: int) -> bool:

@@ -14,7 +14,6 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import kernel, mounts, namespaces, vfs
 from .errors import UnsupportedFile, UntrustedFilesystem
@@ -32,6 +31,8 @@ _PSEUDO_FILESYSTEMS = frozenset(
 _QEMU_FIRST = 100
 _QEMU_WRITES = 101
 _OPEN_FILE = -1  # in place of a process's id
+
+_FDINFO = 4096  # what tells of the mount comes among the first
 
 F_SEAL_FUTURE_WRITE = 0x0010  # Python has no name for it before 3.13
 
@@ -172,8 +173,18 @@ def block(major: int, minor: int) -> Block:
     return Block(number=number, disk=disk, start=start * 512)
 
 
-def examine(fd: int) -> BackingFile:
-    """Check how and on what a passed fd is open.
+def local_filesystem(fd: int) -> str:
+    """The type of the filesystem of a regular file, if it is known to be a local one; else empty.
+
+    Never waits, and asks no filesystem before it is known: it is for the event loop. Then `examine`
+    does not wait either.
+    """
+    filesystem = mounts.known(_mount_in_fdinfo(fd))
+    return filesystem if filesystem and stat.S_ISREG(os.fstat(fd).st_mode) else ""
+
+
+def examine(fd: int, filesystem: str = "") -> BackingFile:
+    """Check how and on what a passed fd is open; its `filesystem` may be known already.
 
     Raises UnsupportedFile for what the kernel would take but should not: a loop device over a
     write-only file can be read, one over an append-only file can overwrite it.
@@ -203,7 +214,9 @@ def examine(fd: int) -> BackingFile:
     _require_io(fd)
     require_not_swapped_to(fd)
     seals = _seals(fd)
-    filesystem = _filesystem(fd, buf) if seals is None else _filesystem_of_memory(fd)
+    if seals is not None:
+        filesystem = _filesystem_of_memory(fd)
+    filesystem = filesystem or _filesystem(fd, buf)
     if filesystem in _PSEUDO_FILESYSTEMS:
         raise UnsupportedFile(f"files on {filesystem} cannot be behind a loop device")
     sealed = bool((seals or 0) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
@@ -333,5 +346,13 @@ def _mount_id(fd: int, buf: statx_buf) -> int:
     """Which mount a file is in; before Linux 5.8 the fd tells, for the price of a file."""
     if buf.stx_mask & STATX_MNT_ID:
         return buf.stx_mnt_id
-    found = re.search(rb"^mnt_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_bytes(), re.M)
+    return _mount_in_fdinfo(fd)
+
+
+def _mount_in_fdinfo(fd: int) -> int:
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = re.search(rb"^mnt_id:\s*(\d+)$", os.read(info, _FDINFO), re.M)
+    finally:
+        os.close(info)
     return int(found[1]) if found else -1

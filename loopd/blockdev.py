@@ -181,9 +181,16 @@ def patiently(call: Callable[[], None]) -> None:
 def probe_sector_size(fd: int, start: int = 0) -> int | None:
     """The sector size in bytes for which the image has a GPT; None if it has none.
 
-    `start` is where in the file the image begins. A GPT header stands in the second sector, so its
-    place tells the size, as in systemd's dissect-image. Reads nothing else of the image.
-    Raises InvalidArgs if there are headers for more than one size.
+    `start` is where in the file the image begins; only its `beginning` is read. Raises InvalidArgs
+    if there are headers for more than one size.
+    """
+    return sector_size_of(beginning(fd, start))
+
+
+def beginning(fd: int, start: int = 0) -> bytes:
+    """Read the first 8 KiB of an image, which begins at `start` of the file; less if it is short.
+
+    Raises OSError.
     """
     # In whole pages, whatever the alignment that an fd opened with O_DIRECT asks for.
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -191,7 +198,15 @@ def probe_sector_size(fd: int, start: int = 0) -> int | None:
     length = -(-(begin + 2 * SECTOR_SIZES[-1]) // mmap.PAGESIZE) * mmap.PAGESIZE
     with mmap.mmap(-1, length) as buffer:
         count = kernel.preadv(fd, buffer, first)
-        image = buffer[begin:count]
+        return buffer[begin:count]
+
+
+def sector_size_of(image: bytes) -> int | None:
+    """As `probe_sector_size`, of the `beginning` of an image.
+
+    A GPT header stands in the second sector, so its place tells the size, as in systemd's
+    dissect-image.
+    """
     found = [size for size in SECTOR_SIZES if _is_gpt_header(image[size : size + _GPT_HEADER.size])]
     if len(found) > 1:
         sizes = " and ".join(map(str, found))

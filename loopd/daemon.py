@@ -45,7 +45,7 @@ from .locks import Locks
 from .logind import HINTS, Logind
 from .manager import Manager
 from .marker import Markers
-from .monitor import Monitor, loop_numbers
+from .monitor import Monitor, listen, loop_numbers
 from .operations import Operations
 from .overlap import Claims
 from .polkit import Authority
@@ -75,13 +75,17 @@ def main() -> None:
     """The command `loopd`; returns only by ending the process."""
     arguments = _parser().parse_args()
     config, mistakes = load(arguments.config)
-    if arguments.check_config or (mistakes and not _has_left(arguments.runtime_directory)):
+    error = "; ".join(mistakes[:_TOLD])
+    if arguments.check_config:
+        sys.exit(_told(mistakes))
+    if mistakes and not _has_left(arguments.runtime_directory):
+        # What systemd knows of a unit that has failed it tells to everybody, as loopctl does.
+        supervisor.tell(f"STATUS={error}")
         # The unit says that starting anew is of no use then.
         sys.exit(_told(mistakes))
     journal.start(debug=arguments.debug)
     for mistake in mistakes:
         log.error("%s: the default holds, so that no device is lost", mistake)
-    error = "; ".join(mistakes[:_TOLD])
     try:
         config = _fit(config)
         threads = Threads()
@@ -89,8 +93,10 @@ def main() -> None:
         ours = ExitStack()
         status = asyncio.run(_run(config, error, arguments.runtime_directory, threads, ours))
     except (BusError, LoopError) as exc:
+        supervisor.tell(f"STATUS={exc}")
         sys.exit(f"loopd: {exc}")
     except OSError as exc:
+        supervisor.tell(f"STATUS={exc}")
         sys.exit(f"loopd: cannot start: {exc}")
     if hanging := threads.stop(_STOP_TIMEOUT):
         # A thread that a hanging file holds would keep the interpreter from ending, too.
@@ -321,7 +327,7 @@ async def _run(
         records.bus = await bus.id()
         await restoring.restore()
         # Listening before looking, so that nothing falls between.
-        monitor = Monitor(registry.heard, registry.look_at_private)
+        monitor = Monitor(listen(), registry.heard, registry.look_at_private)
         await registry.look_at_all()
         await threads.run(partial(_clean_up, markers))
         await bus.own(NAME)

@@ -134,6 +134,11 @@ def open_loop(number: int, flags: int) -> int:
     return _open_node(f"loop{number}", flags)
 
 
+def reopen(fd: int, flags: int) -> int:
+    """Open once more what an fd is open on, whatever has its name by now."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def open_partition(number: int, partition: int, flags: int) -> int:
     """Open /dev/loopNpM in the same way."""
     return _open_node(f"loop{number}p{partition}", flags)

@@ -141,10 +141,11 @@ def status_by_fd(loop_fd: int, number: int, binding: int, diskseq: int) -> Statu
     seqnum = kernel.uevent_seqnum()
     try:
         info = kernel.loop_get_status64(loop_fd)
+        stat = kernel.statx(loop_fd)
         return Status(
             binding=binding,
             diskseq=diskseq,
-            device_number=os.makedev(*_numbers(number)),
+            device_number=os.makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
             backing_file=_backing_file(number),
             offset=info.lo_offset,
             size_limit=info.lo_sizelimit,

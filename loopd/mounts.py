@@ -60,6 +60,8 @@ class Table:
         self._lock = Lock()
         self._fd: int | None = None
         self._changed = select.poll()
+        self._stale = False
+        """Whether the kernel has told of a change since the table was read."""
         self._by_mount: dict[int, _Mount] = {}
         self._by_device: dict[int, _Mount] = {}
         self._below: dict[int, frozenset[int | str | _Mount]] = {}
@@ -81,6 +83,29 @@ class Table:
             # can see.
             found = self._by_mount.get(mount) or self._by_device.get(device)
             return next(self._doubts(found, ()), found.kind) if found else ""
+
+    def known(self, mount: int) -> str:
+        """The type of a mount's filesystem if that is trusted, and known without reading anything.
+
+        Empty where `filesystem` has to be asked. Never waits: it is for the event loop.
+        """
+        if not self._lock.acquire(blocking=False):
+            return ""  # a thread reads the table
+        try:
+            if self._fd is None or self._is_stale():
+                return ""
+            found = self._by_mount.get(mount)
+            if found is None or found.kind not in TRUSTED_FILESYSTEMS:
+                return ""
+            stands_on_nothing = self._below.get(found.device) == frozenset()
+            return found.kind if stands_on_nothing or self._is_root(found) else ""
+        finally:
+            self._lock.release()
+
+    def _is_stale(self) -> bool:
+        # The kernel's word for a change; it says so once.
+        self._stale = self._stale or bool(self._changed.poll(0))
+        return self._stale
 
     def btrfs(self, fsid: str) -> str:
         """The same for the btrfs with this UUID, which need not be in the table."""
@@ -160,11 +185,11 @@ class Table:
     def _refresh(self) -> None:
         if self._fd is None:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            # The kernel's word for a change; it says so once.
             self._changed.register(self._fd, select.POLLPRI)
-        elif not self._changed.poll(0):
+        elif not self._is_stale():
             return
         try:
+            self._stale = False
             self._below.clear()
             self._by_mount, self._by_device = _parsed(_whole(self._fd))
             self._root = self._mounted_at("/")
@@ -219,6 +244,11 @@ def _asked(ask: Callable[[Table], str]) -> str:
             if found := ask(table):
                 return found
     return ""
+
+
+def known(mount: int) -> str:
+    """The type of a mount's filesystem if that is sure to be local, see `Table.known`."""
+    return next(filter(None, (table.known(mount) for table in _TABLES)), "")
 
 
 def _parsed(text: bytes) -> tuple[dict[int, _Mount], dict[int, _Mount]]:

@@ -98,7 +98,8 @@ class Outbox:
         elif not soon or len(self._queue) >= _AT_A_TIME:
             self._writable()
         elif len(self._queue) == 1:
-            self._loop.call_soon(self._writable)
+            # Unlike call_soon, after all that is ready to run now: an answer may come of it.
+            self._loop.call_later(0, self._writable)
         return written
 
     async def drain(self) -> None:

@@ -15,7 +15,7 @@ from .backing import BackingFile
 from .blockdev import Lock
 from .config import Config
 from .fd import OwnedFd
-from .leases import CONNECTION
+from .leases import CONNECTION, SYSTEM
 from .loopinfo import Status
 from .request import DEFAULT_SECTOR_SIZE, AttachRequest
 from .threads import Threads, Work
@@ -81,11 +81,13 @@ class Proposal:
             or request.reference != b""
             or request.lock is not Lock.NONE
             or request.number is not None
+            # Only a loop device can be told to stay.
+            or self.options.lifetime == SYSTEM
         )
 
 
 class Proposals:
-    """Looks at what clients pass, in threads."""
+    """Looks at what clients pass, in threads where that may wait."""
 
     def __init__(self, config: Config, threads: Threads) -> None:
         self._config = config
@@ -97,7 +99,11 @@ class Proposals:
 
         Raises UnsupportedFile, UntrustedFilesystem, NoSuchDevice, TimedOut, OSError.
         """
-        file = await self._with_copy(uid, fd, backing.examine, lambda file: file.closes_quickly)
+        # Here where it cannot wait, as the way to a thread and back costs more than the look.
+        if filesystem := backing.local_filesystem(fd.fileno()):
+            file = backing.examine(fd.fileno(), filesystem)
+        else:
+            file = await self._with_copy(uid, fd, backing.examine, lambda file: file.closes_quickly)
         block = await self._look_at_block(uid, fd, file)
         return Proposal(
             options=options,

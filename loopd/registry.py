@@ -252,6 +252,8 @@ class Registry:
         device = None if number is None else self._by_number.get(number)
         if device is None and number is not None:
             self._heard[number] = seqnum
+            if number not in self._looks and self._is_nobodys(number):
+                return  # without a task, as most are that tell of what we have just detached
         if device is None or device.status.seqnum < seqnum:
             self.look_at(number)
 

@@ -34,7 +34,8 @@ class Tasks:
     def start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Run it in the background."""
         charge = _charge.get()
-        task = asyncio.ensure_future(_charged(work, charge) if charge else work)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(_charged(work, charge) if charge else work)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task

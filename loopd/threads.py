@@ -52,15 +52,15 @@ class _Turns:
         self._taken: Counter[int] = Counter()
         self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
 
-    def is_free(self, uid: int) -> bool:
-        """Whether a turn of this user's is there at once."""
-        return uid not in self._waiting and self._has_one_for(uid)
+    def take_at_once(self, uid: int) -> bool:
+        """Take a turn of a user's if it need not wait for one."""
+        if uid in self._waiting or not self._has_one_for(uid):
+            return False
+        self._taken[uid] += 1
+        return True
 
     async def take(self, uid: int) -> None:
         """Wait for a turn of a user's; a user's own are given in their order."""
-        if self.is_free(uid):
-            self._taken[uid] += 1
-            return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(uid, deque()).append(turn)
         try:
@@ -224,12 +224,13 @@ class Threads:
         turns and nobody else's. Raises TimedOut.
         """
         turns = self._turns[work]
-        try:
-            # A timer costs as much as the rest of this, and nothing is waited for as a rule.
-            async with asyncio.timeout(None if turns.is_free(uid) else timeout):
-                await turns.take(uid)
-        except TimeoutError as exc:
-            raise TimedOut("other operations did not end in time") from exc
+        # A timer costs as much as the rest of this, and nothing is waited for as a rule.
+        if not turns.take_at_once(uid):
+            try:
+                async with asyncio.timeout(timeout):
+                    await turns.take(uid)
+            except TimeoutError as exc:
+                raise TimedOut("other operations did not end in time") from exc
         return partial(turns.give_back, uid)
 
     async def look(self, function: Callable[[], _T]) -> _T:

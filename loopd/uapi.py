@@ -53,6 +53,7 @@ AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 STATX_BASIC_STATS = 0x7FF
 STATX_MNT_ID = 0x1000
+STATX_DIOALIGN = 0x2000
 STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_IMMUTABLE = 0x10
 STATX_ATTR_APPEND = 0x20
@@ -233,6 +234,7 @@ class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
     stx_dev_major: int
     stx_dev_minor: int
     stx_mnt_id: int
+    stx_dio_offset_align: int
     _fields_ = (
         ("stx_mask", ctypes.c_uint32),
         ("stx_blksize", ctypes.c_uint32),
@@ -255,5 +257,7 @@ class statx_buf(ctypes.Structure):  # noqa: N801  the kernel's name
         ("stx_dev_major", ctypes.c_uint32),
         ("stx_dev_minor", ctypes.c_uint32),
         ("stx_mnt_id", ctypes.c_uint64),
-        ("__spare2", ctypes.c_uint64 * 13),
+        ("stx_dio_mem_align", ctypes.c_uint32),
+        ("stx_dio_offset_align", ctypes.c_uint32),
+        ("__spare3", ctypes.c_uint64 * 12),
     )

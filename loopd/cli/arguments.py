@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The arguments of loopctl: which there are, how they are spelled, what their values may be.
+"""The arguments of loopctl: which there are, and how they are spelled.
 
 Where losetup has an option for the same thing, its spelling is taken. Nothing is opened here.
 """
 
 import argparse
-import os
-import re
 import textwrap
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
 
 from .. import __version__
+from . import losetup
 from .columns import COLUMNS, DEFAULT
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode
-
-_SIZE = re.compile(
-    r"(0x[0-9a-f]+|[0-9]+)(?:(?:\.([0-9]{1,18}))?([kmgtpe])(b|ib)?)?",
-    re.ASCII | re.IGNORECASE,
-)
-_NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
-_NODE = re.compile(r"((?:/dev/)?loop[0-9]{1,7})(?:p([0-9]{1,7}))?", re.ASCII)
+from .values import node_of, parse_number, parse_size
 
 _TARGET_HELP = "/dev/loop3 or loop3, else an attached file (./loop3, if it is called so)"
 _OR_PARTITION = "; /dev/loop3p1 is that partition alone"
 _WITH_COMMAND = ("run", "open")
+_WITHOUT_COMMAND = ("-h", "--help", "-V", "--version")
 _ENDS_AS_COMMAND = (
     "SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to it. The exit status is the command's, "
     f"{SIGNALLED}+N if signal N ended it, {RunExitCode.FAILED} if loopctl failed, "
     f"{RunExitCode.CANNOT_EXECUTE} if the command cannot be executed, {RunExitCode.NOT_FOUND} if "
     "it is not found."
 )
+
+_FOR_NOTHING: dict[str, Any] = {
+    "action": "store_true",
+    "default": argparse.SUPPRESS,
+    "help": argparse.SUPPRESS,
+}
 
 SETTINGS = ("direct_io", "loop_ref", "sector_size", "lifetime", "autoclear")
 """What `set` can change, by the names that its options have once they are read."""
@@ -50,12 +50,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # The value of --direct-io follows an equals sign only, as in losetup: not so in argparse.
     end = given.index("--") if "--" in given else len(given)
     given[:end] = ["--direct-io=on" if each == "--direct-io" else each for each in given[:end]]
-    found = parser().parse_args(given)
+    loopctl = parser()
+    if given and _is_losetups(given[0]):
+        try:
+            given = losetup.translated(given, loopctl.commands)
+        except losetup.Refused as exc:
+            loopctl.error(str(exc))
+    found = loopctl.parse_args(given)
     if problem := _problem(found, command):
         found.parser.error(problem)
     if found.command in _WITH_COMMAND:
         found.run = command
     return found
+
+
+def _is_losetups(first: str) -> bool:
+    """Whether a command line begins as losetup's do: with an option or a device."""
+    return (first.startswith("-") and first not in _WITHOUT_COMMAND) or node_of(first) is not None
 
 
 def _problem(found: argparse.Namespace, command: list[str] | None) -> str | None:
@@ -70,36 +81,13 @@ def _problem(found: argparse.Namespace, command: list[str] | None) -> str | None
         ways = [bool(found.targets), found.all, found.associated is not None]
         if sum(ways) != 1:
             return "name devices or files, or give --all, or --associated FILE"
+    if found.command == "list" and found.associated is None and found.offset is not None:
+        return "the offset is of a device that has a file: give --associated FILE"
+    if found.command == "list" and found.associated is not None and found.target is not None:
+        return "name a device, or give --associated FILE"
     if found.command == "set" and all(getattr(found, name) is None for name in SETTINGS):
         return "nothing is to be set: give --direct-io, --loop-ref or another option"
     return None
-
-
-def parse_size(text: str) -> int:
-    """A number of bytes; K, KiB and so on up to E are powers of 1024, KB and so on of 1000."""
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"not a size: {text!r} (4096, 64K, 1.5MiB and 5GB are)")
-    digits, fraction, unit, suffix = match.groups()
-    if fraction and digits[:2].lower() == "0x":
-        raise argparse.ArgumentTypeError(f"not a size: {text!r} (a fraction is decimal)")
-    number = int(digits, 16 if digits[:2].lower() == "0x" else 10)
-    if unit:
-        base = 1000 if (suffix or "").lower() == "b" else 1024
-        power = base ** ("kmgtpe".index(unit.lower()) + 1)
-        number *= power
-        if fraction:  # whole bytes, as losetup rounds
-            number += int(fraction) * power // 10 ** len(fraction)
-    if number >= 1 << 64:
-        raise argparse.ArgumentTypeError(f"too large: {text!r}")
-    return number
-
-
-def parse_number(text: str) -> int:
-    """The number of a loop device."""
-    if not _NUMBER.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"not a number: {text!r} (3 is that of /dev/loop3)")
-    return int(text)
 
 
 def parse_columns(text: str) -> tuple[str, ...]:
@@ -114,34 +102,17 @@ def parse_columns(text: str) -> tuple[str, ...]:
     return (*usual, *names)
 
 
-class Node(NamedTuple):
-    """A node that was named."""
-
-    disk: str
-    """That of the loop device, as /dev/loop3 or loop3."""
-    partition: int | None
-    """The number of the partition that was meant; None if all of it was."""
-
-
-def node_of(target: str) -> Node | None:
-    """The node that a DEVICE-OR-FILE means, through symbolic links, too; None if it is a file."""
-    match = _NODE.fullmatch(target)
-    if match is None:
-        resolved = os.path.realpath(target)
-        match = _NODE.fullmatch(resolved) if resolved.startswith("/dev/") else None
-    return Node(match[1], int(match[2]) if match[2] else None) if match else None
-
-
 class _Parser(argparse.ArgumentParser):
     """One whose mistakes are told in loopctl's way and end with the command's own exit code."""
 
     usage_code: int = ExitCode.USAGE
+    commands: Collection[str] = ()
 
     def error(self, message: str) -> NoReturn:
         self.exit(self.usage_code, f"loopctl: {message}; '{self.prog} --help' tells more\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """All commands and their options."""
     parser = _Parser(
         prog="loopctl",
@@ -150,8 +121,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"loopctl {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"loopctl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.commands = commands.choices
 
     def command(name: str, summary: str, description: str = "") -> _Parser:
         made: _Parser = commands.add_parser(
@@ -168,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
             action="store_false",
             help="never have anybody asked for a password",
         )
+        for option in losetup.DONE_ANYWAY.get(name, ()):
+            made.add_argument(*option.split(), **_FOR_NOTHING)
         return made
 
     attach = command(
@@ -227,13 +201,22 @@ def parser() -> argparse.ArgumentParser:
         "nodes. One that is in use can grow, and neither go nor move nor shrink.",
     )
     rescan.add_argument("target", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
+    _add_settle(rescan)
 
     listing = command(
         "list",
-        "list all loop devices of the machine",
-        "List all loop devices of the machine, also those that others have attached.",
+        "list all loop devices of the machine, or one",
+        "List all loop devices of the machine, also those that others have attached, or one.",
     )
+    listing.add_argument("target", nargs="?", metavar="DEVICE-OR-FILE", help=_TARGET_HELP)
     _add_associated(listing)
+    listing.add_argument(
+        "-o",
+        "--offset",
+        type=parse_size,
+        metavar="SIZE",
+        help="of those that have the file, the ones that start there",
+    )
     listing.add_argument(
         "-O",
         "--output",
@@ -248,6 +231,9 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("-n", "--noheadings", action="store_true", help="no line of headings")
     listing.add_argument(
         "--bytes", action="store_true", help="sizes in bytes, as they always are in a pipe"
+    )
+    listing.add_argument(
+        "--raw", action="store_true", help="one space between columns, and \\x20 for any other"
     )
 
     show = command("show", "tell all about a device")
@@ -294,6 +280,7 @@ def parser() -> argparse.ArgumentParser:
     opening.add_argument(
         "--partition", type=parse_number, metavar="N", help="this partition, not the whole"
     )
+    _add_settle(opening)
 
     command(
         "monitor",
@@ -351,9 +338,27 @@ def _add_attach_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_allow_overlap(parser)
     parser.add_argument(
+        "-L",
+        "--nooverlap",
+        dest="allow_overlap",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="not if another device has the same part of the file (default)",
+    )
+    parser.add_argument(
         "--in-memory",
         action="store_true",
         help="attach a copy in memory: what is written is lost with the device",
+    )
+    _add_settle(parser)
+
+
+def _add_settle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-settle",
+        dest="settle",
+        action="store_false",
+        help="do not wait until udev is done with the device",
     )
 
 

@@ -9,12 +9,10 @@ import argparse
 import asyncio
 import contextlib
 import os
-import stat
 import sys
 import time
 
 from .. import errors
-from ..blockdev import probe_sector_size
 from ..client import Client, Device, Lifetime
 from ..client.image import open_file
 from ..client.properties import Properties
@@ -22,13 +20,13 @@ from ..client.watch import Ended
 from ..errors import LoopError, NotSupported
 from ..fd import OwnedFd
 from ..uapi import MAX_REFERENCE
-from . import output
+from . import notices, output
 from .agent import agent
 from .child import run_command, why
 from .connection import connect
 from .outcome import ExitCode, sentence
 from .progress import ProgressBar
-from .readiness import tell_ready, tell_stopping
+from .readiness import settle, tell_ready, tell_stopping
 from .signals import Interrupted, Signals
 from .stream import complain, say
 from .style import Style
@@ -44,11 +42,10 @@ _UNTIL = {"user": "until you have logged out", "system": "until somebody detache
 
 def attach(found: argparse.Namespace) -> int:
     """`loopctl attach`; returns its exit status."""
-    lifetime: Lifetime = found.lifetime or ("system" if os.geteuid() == 0 else "user")
-    if lifetime == "connection":
+    if found.lifetime == "connection":
         return hold(found)
     with _opened(found) as file:
-        return asyncio.run(_attach(found, file, lifetime))
+        return asyncio.run(_attach(found, file))
 
 
 def hold(found: argparse.Namespace) -> int:
@@ -91,17 +88,19 @@ def _direct_io(found: argparse.Namespace) -> bool | None:
     return None if found.direct_io is None else found.direct_io == "on"
 
 
-async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) -> int:
+async def _attach(found: argparse.Namespace, file: OwnedFd) -> int:
     with Signals() as signals:
         async with await signals.unless(connect(found)) as client:
+            root = await signals.unless(client.uid()) == 0
+            lifetime: Lifetime = found.lifetime or ("system" if root else "user")
             try:
                 device, properties = await signals.unless(_attached(client, found, file, lifetime))
             except NotSupported as exc:
-                raise NotSupported(_without_lifetime(exc, file)) from exc
+                raise NotSupported(_without_lifetime(exc)) from exc
             try:
                 signals.check()
                 _announce(found, device, properties)
-                _tell_of_partitions(found, file, properties)
+                await notices.tell(found, file, properties)
             except (Interrupted, OSError):
                 # Nobody knows of it, so nobody would detach it.
                 await device.ensure_detached()
@@ -111,10 +110,8 @@ async def _attach(found: argparse.Namespace, file: OwnedFd, lifetime: Lifetime) 
             return ExitCode.OK
 
 
-def _without_lifetime(exc: NotSupported, file: OwnedFd) -> str:
+def _without_lifetime(exc: NotSupported) -> str:
     """What to do where a device cannot be kept for as long as was asked for."""
-    if stat.S_ISBLK(os.fstat(file.fileno()).st_mode):
-        return f"{exc}: it can be used without being attached"
     if "logind" not in str(exc):
         return str(exc)
     return f"{exc}; 'loopctl hold' keeps a device while it runs, 'loopctl run' while a command does"
@@ -127,9 +124,9 @@ async def _hold(found: argparse.Namespace, file: OwnedFd) -> int:
             description = _description(found, properties)
             try:
                 _announce(found, device, properties)
-                _tell_of_partitions(found, file, properties)
+                await notices.tell(found, file, properties)
                 say(f"{description} until this ends: press Ctrl-C, or send SIGTERM")
-                await signals.unless(tell_ready(properties, description))
+                tell_ready(description)
                 ended = await signals.unless(device.wait_ended())
             except Interrupted:
                 tell_stopping()
@@ -146,7 +143,7 @@ async def _run_with_device(found: argparse.Namespace, file: OwnedFd) -> int:
             command = [argument.replace("{}", device.node) for argument in found.run]
             try:
                 _announce(found, device, properties, only_json=True)
-                _tell_of_partitions(found, file, properties)
+                await notices.tell(found, file, properties)
                 variables = {"LOOPDEV": device.node}
                 # Whatever becomes of loopctl, the node is no other device's as long as it is used.
                 with await signals.unless(device.hold()) as held:
@@ -204,7 +201,13 @@ async def _attached(
                 in_memory=found.in_memory,
                 progress=progress,
             )
-    return device, await device.properties()
+        try:
+            await settle(found, device)
+            return device, await device.properties()
+        except BaseException:
+            # Nobody has heard of it, so nobody would detach it.
+            await device.ensure_detached()
+            raise
 
 
 def _announce(
@@ -221,29 +224,6 @@ def _announce(
         print(output.as_json(value), flush=True)
     elif not only_json:
         print(device.node, flush=True)
-
-
-def _tell_of_partitions(found: argparse.Namespace, file: OwnedFd, device: Properties) -> None:
-    """Say which partitions are missing, or why there may be none."""
-    if device.missing_partitions:
-        say(output.missing_partitions(device))
-    if not found.partscan or device.partitions or device.missing_partitions:
-        return
-    try:
-        size = probe_sector_size(file.fileno(), device.offset)
-    except LoopError as exc:
-        say(f"{device.node} has no partitions: {exc}")
-        return
-    if size is not None and size != device.sector_size:
-        say(
-            f"{device.node} has no partitions: the table in the file is for sectors of {size} "
-            "bytes; -b 0 takes them"
-        )
-    elif size is not None:
-        say(
-            f"{device.node} has no partitions: the table in the file cannot be read; the file may "
-            "have been cut off"
-        )
 
 
 def _description(found: argparse.Namespace, device: Properties) -> str:

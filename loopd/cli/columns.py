@@ -96,6 +96,11 @@ def for_json(device: Properties, names: Sequence[str]) -> dict[str, Any]:
     return {name.lower(): COLUMNS[name].value(device) for name in names}
 
 
+def raw(rows: list[list[str]]) -> list[str]:
+    """Lines that split at each space into their cells, as those of `losetup --raw`."""
+    return [" ".join(cell.replace(" ", "\\x20") for cell in row) for row in rows]
+
+
 def aligned(rows: list[list[str]], names: Sequence[str], width: int) -> list[str]:
     """Lines for a terminal that is so wide; a path that has no room loses its beginning."""
     for index, name in enumerate(names):

@@ -3,18 +3,20 @@
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Awaitable, Callable
 
 from ..client import Client, Device
 from ..client.image import name_file
+from ..client.properties import Properties
 from ..errors import LoopError
-from . import columns, output
+from . import columns, notices, output
 from .connection import associated, connected, find, find_disk, find_partition
 from .outcome import ExitCode, about, exit_code
+from .readiness import settle
 from .stream import complain, say
 from .style import Style
+from .values import node_of
 
 
 def detach(found: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ async def _detach(found: argparse.Namespace, client: Client) -> int:
 async def _chosen(found: argparse.Namespace, client: Client) -> list[Device]:
     """The devices that are not named one by one: the last one first, which may use another."""
     if found.all:
-        uid = os.geteuid()
+        uid = await client.uid()
         devices = [device for device, told in await client.devices() if told.owner == uid]
     else:
         devices = [device for device, _ in await associated(client, found.associated)]
@@ -118,6 +120,7 @@ async def _resize(found: argparse.Namespace, client: Client) -> int:
 async def _rescan(found: argparse.Namespace, client: Client) -> int:
     device = await find_disk(client, found.target)
     await device.rescan_partitions()
+    await settle(found, device)
     properties = await device.properties()
     if found.json:
         value = {
@@ -134,13 +137,21 @@ async def _rescan(found: argparse.Namespace, client: Client) -> int:
     return ExitCode.OK
 
 
-async def _list(found: argparse.Namespace, client: Client) -> int:
-    named = found.associated is not None
+async def _wanted(found: argparse.Namespace, client: Client) -> list[Properties]:
+    """The devices to list."""
+    if found.target is not None:
+        return [await (await find_disk(client, found.target)).properties()]
+    if found.associated is None:
+        return [told for _, told in await client.devices()]
     try:
-        pairs = await (associated(client, found.associated) if named else client.devices())
+        pairs = await associated(client, found.associated)
     except FileNotFoundError:
-        pairs = []  # as losetup has it: no device has a file that is not there
-    devices = [told for _, told in pairs]
+        return []  # as losetup has it: no device has a file that is not there
+    return [told for _, told in pairs if found.offset in (None, told.offset)]
+
+
+async def _list(found: argparse.Namespace, client: Client) -> int:
+    devices = await _wanted(found, client)
     names = tuple(columns.COLUMNS) if found.output_all else found.output or columns.DEFAULT
     if found.json:
         shown = [columns.for_json(each, names) for each in devices]
@@ -149,9 +160,11 @@ async def _list(found: argparse.Namespace, client: Client) -> int:
     if not devices:
         return ExitCode.OK
     style, headings = Style(sys.stdout), not found.noheadings
-    in_bytes = found.bytes or not style.on_terminal
+    in_bytes = found.bytes or found.raw or not style.on_terminal
     rows = columns.listed(devices, names, in_bytes=in_bytes, headings=headings)
-    if not style.on_terminal:
+    if found.raw:
+        lines = columns.raw(rows)
+    elif not style.on_terminal:
         lines = ["\t".join(row) for row in rows]
     else:
         lines = columns.aligned(rows, names, style.width)
@@ -193,7 +206,7 @@ async def _set(found: argparse.Namespace, client: Client) -> int:
     if found.direct_io is not None:
         wanted = found.direct_io == "on"
         if await device.set_direct_io(wanted) is not wanted:
-            say(f"{device.node} does without direct I/O, which its file does not allow")
+            await _tell_why_buffered(found.target, device)
     if found.loop_ref is not None:
         await device.set_reference(found.loop_ref)
     if found.lifetime is not None:
@@ -203,3 +216,12 @@ async def _set(found: argparse.Namespace, client: Client) -> int:
     if found.json:
         print(output.as_json(output.properties_for_json(device.path, await device.properties())))
     return ExitCode.OK
+
+
+async def _tell_why_buffered(target: str, device: Device) -> None:
+    properties = await device.properties()
+    if node_of(target):
+        say(notices.without_direct_io(properties, None))
+        return
+    with name_file(target) as file:
+        say(notices.without_direct_io(properties, file))

@@ -12,9 +12,9 @@ from ..client.image import name_file
 from ..client.properties import Partition, Properties
 from ..errors import InvalidArgs, NoSuchDevice
 from .agent import agent
-from .arguments import node_of
 from .output import printable
 from .stream import complain
+from .values import node_of
 
 
 async def connect(found: argparse.Namespace) -> Client:
@@ -25,7 +25,9 @@ async def connect(found: argparse.Namespace) -> Client:
     try:
         # One that does not answer this may answer the command.
         with contextlib.suppress(errors.LoopError):
-            if error := (await client.daemon()).configuration_error:
+            # The root of a user namespace is somebody else.
+            error = "" if await client.uid() else (await client.daemon()).configuration_error
+            if error:
                 complain(f"{printable(error)}; put that right, and restart loopd")
     except BaseException:
         client.close()

@@ -10,6 +10,7 @@ from ..fd import OwnedFd
 from .agent import agent
 from .child import run_command
 from .connection import connect, find
+from .readiness import settle
 from .signals import Signals
 
 
@@ -29,6 +30,7 @@ async def _open(found: argparse.Namespace, slot: OwnedFd) -> int:
                 if partition is not None:
                     raise InvalidArgs(f"--partition: {found.target} is a partition already")
                 partition = found.partition
+            await signals.unless(settle(found, device))
             node = device.node if partition is None else f"{device.node}p{partition}"
             async with agent(wanted=found.interactive):
                 opening = device.open("rw" if found.read_write else "r", partition=partition)

@@ -26,6 +26,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypedDict, TypeVar,
 
 from .. import dial, errors
 from ..fd import OwnedFd
+from .absence import Unavailable
 from .changes import Change, Changes, objects
 from .device import Device, Lifetime, Lock, properties, resize_options
 from .image import Path, open_file, partition_named
@@ -34,7 +35,6 @@ from .link import (
     Link,
     Options,
     Unanswered,
-    Unavailable,
     checked,
     is_a,
     make_options,
@@ -399,6 +399,10 @@ class Client:
             PATH, PROPERTIES, "GetAll", "s", [NAME], returns=[is_a(dict)]
         )
         return Daemon.decode(found)
+
+    async def uid(self) -> int:
+        """The uid that loopd knows the caller by, which is another in a user namespace."""
+        return await self._link.uid()
 
     def _made(self, path: str, told: Properties) -> Device:
         return self._device(path, told.node, told.diskseq)

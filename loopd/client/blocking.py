@@ -20,6 +20,7 @@ from .. import client
 from ..fd import OwnedFd
 from . import AttachOptions, Daemon, File, Lifetime, Lock, Named, Reconnected, SupportsFileno
 from .changes import Change
+from .device import SETTLING
 from .properties import Properties
 from .watch import Ended
 
@@ -91,6 +92,10 @@ class Client:
     def daemon(self) -> Daemon:
         """As loopd.client.Client.daemon."""
         return self._runner.run(self._client.daemon())
+
+    def uid(self) -> int:
+        """As loopd.client.Client.uid."""
+        return self._runner.run(self._client.uid())
 
     def resize_by_fd(
         self,
@@ -262,6 +267,10 @@ class Device:
     def properties(self) -> Properties:
         """As loopd.client.Device.properties."""
         return self._runner.run(self._device.properties())
+
+    def settled(self, timeout: float = SETTLING) -> bool:
+        """As loopd.client.Device.settled."""
+        return self._runner.run(self._device.settled(timeout))
 
     def wait_ended(self) -> Ended:
         """As loopd.client.Device.wait_ended."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
-from .link import Disconnected, Link, Unavailable, is_a
+from .absence import Unavailable
+from .link import Disconnected, Link, is_a
 from .properties import Properties
 from .watch import DEVICE, OBJECT_MANAGER, PATH, Ended, Heard
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files to attach: opened by the client, with its own rights and no more."""
 
+import contextlib
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import time
 
 from .. import kernel
 from ..fd import OwnedFd
+from ..uapi import STATX_BASIC_STATS, STATX_DIOALIGN
 
 _LEASE_PAUSE = 0.05
 
@@ -89,3 +91,25 @@ def partition_named(fd: int) -> int | None:
     name = kernel.block_name(status.stx_rdev_major, status.stx_rdev_minor)
     match = _PARTITION.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def direct_io_alignment(fd: int) -> int | None:
+    """The bytes of which offsets in a file are multiples for direct I/O; None if it has none.
+
+    The loop driver asks the same: the filesystem, which may tell since Linux 6.1, else the disk
+    that it is on. Raises OSError.
+    """
+    status = kernel.statx(fd, mask=STATX_BASIC_STATS | STATX_DIOALIGN)
+    if status.stx_mask & STATX_DIOALIGN:
+        return status.stx_dio_offset_align or None
+    if stat.S_ISBLK(status.stx_mode):
+        return sector_size(status.stx_rdev_major, status.stx_rdev_minor)
+    return sector_size(status.stx_dev_major, status.stx_dev_minor)
+
+
+def sector_size(major: int, minor: int) -> int:
+    """The bytes in a logical sector of a block device, and 512 where there is no such device."""
+    for queue in ("queue", "../queue"):  # a partition's is that of its disk
+        with contextlib.suppress(FileNotFoundError):
+            return int(kernel.block_attribute(major, minor, f"{queue}/logical_block_size"))
+    return 512

@@ -12,7 +12,9 @@ from typing import Any, Self, TypeVar
 
 from .. import codec, dial, errors, wire
 from ..fd import OwnedFd
-from .watch import NAME, Ended, Watch
+from . import absence
+from .absence import Unavailable
+from .watch import NAME, PROPERTIES, Ended, Watch
 
 _T = TypeVar("_T")
 
@@ -33,10 +35,6 @@ _LIMITS = {"t": 1 << 64, "u": 1 << 32}
 
 Options = dict[str, codec.Variant]
 Checks = Sequence[Callable[[Any], bool]]
-
-
-class Unavailable(errors.BusError):
-    """The bus is there, but loopd is not, and could not be started."""
 
 
 class Unanswered(Unavailable):
@@ -82,6 +80,10 @@ class Link:
         self._connection, self.watch, self.name = await _opened(self._address)
         return former
 
+    async def uid(self) -> int:
+        """The uid that the bus knows us by. Raises errors.BusError."""
+        return await self._connection.user_of(self.name)
+
     def close(self) -> None:
         """Leave the bus."""
         self._connection.close()
@@ -90,6 +92,21 @@ class Link:
     async def subscribe(self) -> None:
         """Have `watch` hear of devices from now on."""
         await self.watch.subscribe(self._connection)
+
+    async def has_owner(self, name: str) -> bool:
+        """Whether somebody has a name on the bus; nobody is started for it.
+
+        Raises errors.BusError, TimedOut.
+        """
+        return await self._connection.call_bus("NameHasOwner", "s", [name]) == [True]
+
+    async def property_of(self, name: str, path: str, interface: str, member: str) -> Any:
+        """A property of another service's, of any type. Raises errors.LoopError, BusError."""
+        body = [interface, member]
+        answer = await self._connection.call(
+            name, path, PROPERTIES, "Get", "ss", body, timeout=_TIMEOUT
+        )
+        return answer[0].value if answer and isinstance(answer[0], codec.Variant) else None
 
     async def call(
         self,
@@ -154,22 +171,26 @@ class Link:
         fds: Sequence[int],
     ) -> tuple[list[Any], list[OwnedFd]]:
         try:
-            return await self._connection.call_with_fds(
-                NAME,
-                path,
-                interface,
-                member,
-                signature,
-                body,
-                timeout=_INTERACTIVE_TIMEOUT if self._interactive else _TIMEOUT,
-                interactive=self._interactive,
-                fds=fds,
-            )
+            async with absence.noticed(self._connection):
+                return await self._connection.call_with_fds(
+                    NAME,
+                    path,
+                    interface,
+                    member,
+                    signature,
+                    body,
+                    timeout=_INTERACTIVE_TIMEOUT if self._interactive else _TIMEOUT,
+                    interactive=self._interactive,
+                    fds=fds,
+                )
         except errors.PeerError as exc:
             if exc.dbus_name == _NO_REPLY:
                 raise Unanswered("loopd ended before it answered: its log may say why") from exc
             if _NOT_THERE.fullmatch(exc.dbus_name):
-                raise Unavailable(f"there is no loopd, is it installed? ({exc})") from exc
+                why = await absence.reason(self._connection)
+                raise Unavailable(why or f"there is no loopd, is it installed? ({exc})") from exc
+            raise
+        except Unavailable:
             raise
         except errors.BusError as exc:
             raise Disconnected(str(exc)) from exc

@@ -18,6 +18,9 @@ from ..errors import Failed
 FOREIGN = 0xFFFFFFFF
 """The owner of a device that loopd did not attach."""
 
+NO_NUMBER = 0xFFFFFFFF
+"""The number of a block device that needed no loop device."""
+
 _PATH = re.compile(r"/org/example/Loop1/device/\w+", re.ASCII)
 _UNIQUE_NAME = re.compile(r":[\w.-]+", re.ASCII)
 _MAX_NODE = 255

@@ -292,6 +292,10 @@ class ScriptedKernel:
     def open_loop(self, number: int, flags: int) -> int:
         return self._open_node(number, None, flags)
 
+    def reopen(self, fd: int, flags: int) -> int:
+        opened = self._opens[fd]
+        return self._open_node(opened.number, opened.partition, flags)
+
     def open_partition(self, number: int, partition: int, flags: int) -> int:
         return self._open_node(number, partition, flags)
 

@@ -22,7 +22,8 @@ from tests.harness.deadline import Deadline
 from tests.harness.process import Process
 
 UDEVD = Path("/lib/systemd/systemd-udevd")
-RULES = Path("/run/udev/rules.d")
+RUN = Path("/run/udev")
+RULES = RUN / "rules.d"
 
 # Holds the pid of the udevd that a test run started.
 _SHARED = Path("/run/loopd-tests-udevd.pid")
@@ -226,6 +227,9 @@ def _stop(pid: int) -> None:
             # It tries for long to look at a device that somebody has locked.
             os.killpg(pid, signal.SIGKILL)
             Deadline().wait_readable([pidfd], "the end of udevd")
+            # What it would have removed, and by what others know that it runs.
+            for name in ("control", "queue"):
+                (RUN / name).unlink(missing_ok=True)
         with suppress(ChildProcessError):
             os.waitpid(pid, 0)
     finally:

@@ -107,7 +107,14 @@ def test_a_file_that_is_not_there_is_said(machine: Machine, unit: Unit) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["${HOME} and $HOME.img", "a \"b\" 'c' %h \\n;.img", "long-" * 20 + ".img"]
+    "file",
+    [
+        "${HOME} and $HOME.img",
+        "a \"b\" 'c' %h \\n;.img",
+        "long-" * 20 + ".img",
+        "new\nline \x1b[31m.img",
+        "-r $$ %% {} *.img",
+    ],
 )
 def test_the_file_is_that_of_the_instance_whatever_its_name(machine: Machine, file: str) -> None:
     image = machine.image(file, make_ext4, owner="root")

@@ -254,15 +254,7 @@ def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -
 # Events that are lost
 
 
-SMALL_BUFFER = """
-import pyudev
-start = pyudev.Monitor.start
-def start_small(self):
-    self.set_receive_buffer_size(4096)
-    start(self)
-pyudev.Monitor.start = start_small
-"""
-"""udev gives it 128 MiB otherwise."""
+SMALL_BUFFER = "from loopd import monitor; monitor._ROOM = 4096"
 
 
 @pytest.fixture

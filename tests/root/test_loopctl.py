@@ -835,14 +835,32 @@ def test_each_problem_has_its_sentence_and_exit_code(
     assert one_sentence(err)
 
 
+ROOTLESS = ("unshare", "--user", "--map-root-user")
+
+
+@pytest.mark.parametrize("before", [ROOTLESS, ("unshare", "--user")], ids=["root", "unmapped"])
 def test_a_user_namespace_that_makes_the_uid_another_one(
-    daemon: Daemon, loopctl: Loopctl, image: Path
+    daemon: Daemon, loopctl: Loopctl, image: Path, before: tuple[str, ...]
 ) -> None:
-    rootless = ("unshare", "--user", "--map-root-user")
-    assert loopctl.run("list", before=rootless)[0] == 0
-    status, node, _ = loopctl.run("run", image, "--", "echo", "{}", before=rootless)
+    assert loopctl.run("list", before=before)[0] == 0
+    status, node, _ = loopctl.run("run", image, "--", "echo", "{}", before=before)
     assert status == 0
     assert number_of(node.rstrip()) >= 0
+    # Who is root in there only has no device that stays until somebody detaches it.
+    assert loopctl.run("attach", image, before=before) == loopctl.run("attach", image)
+
+
+def test_the_root_of_a_user_namespace_detaches_what_is_its_own(
+    daemon: Daemon, loopctl: Loopctl, image: Path, area: Path
+) -> None:
+    roots = make_plain(area / "roots.img", owner="root")
+    with loopctl.start("hold", image) as own, loopctl.start("hold", roots, user="root") as others:
+        own.line(), others.line()
+        assert loopctl.run("detach", "--all", before=ROOTLESS) == (0, "", "")
+        assert own.end()[0] == 5
+        assert is_attached(roots)
+        others.signal(signal.SIGTERM)
+        assert others.end()[0] == 0
 
 
 def test_without_a_bus(loopctl: Loopctl, area: Path) -> None:

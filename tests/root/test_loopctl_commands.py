@@ -10,7 +10,7 @@ import socket
 import subprocess
 import termios
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.harness.loopctl import (
     read_until,
     terminal,
 )
-from tests.harness.loops import look_at, loop_is_bound, wait_unbound
+from tests.harness.loops import detach_leaked, look_at, loop_is_bound, losetup, wait_unbound
 from tests.harness.polkit import RULES_NONE
 from tests.harness.world import OTHER, USER, World, make_world
 from tests.unit.test_completion import bash
@@ -140,6 +140,105 @@ def test_somebody_at_a_terminal_is_told_for_how_long(
         read_until(keyboard, rf"{out.strip()} is {image} \(1 MiB, .*\) until you have logged out")
 
 
+@contextmanager
+def disk_of(image: Path, *arguments: str) -> Iterator[str]:
+    """A block device that losetup has made; its node."""
+    node = losetup(image, *arguments)
+    loop = look_at(number_of(node))
+    assert loop is not None
+    try:
+        yield node
+    finally:
+        detach_leaked(loop)
+
+
+def test_roots_block_device_gets_a_loop_device(world: World, loopctl: Loopctl) -> None:
+    """As losetup has it: something has to be there until somebody detaches it."""
+    with disk_of(world.image()) as node:
+        told = loopctl.json("attach", node, user="root")
+        shown = loopctl.json("show", told["node"])
+        assert (shown["backing_file"], shown["lifetime"]) == (node, "system")
+        assert told["node"] != node
+        assert loopctl.run("detach", told["node"], user="root") == (0, "", "")
+
+
+def test_a_block_device_without_a_partition_table_is_said_to_need_no_loop_device(
+    world: World, loopctl: Loopctl
+) -> None:
+    with disk_of(world.image()) as node:
+        status, upper, err = loopctl.run("run", "-P", node, "--", "echo", "{}", user="root")
+        assert status == 0
+        assert err == (
+            f"loopctl: {upper.strip()} has no partitions, as there is no table: a block device can "
+            "be used without a loop device then\n"
+        )
+
+
+def test_direct_io_that_does_not_take_is_told_with_its_reason(
+    world: World, loopctl: Loopctl
+) -> None:
+    begin = ("run", "--direct-io=on")
+    with disk_of(world.image(), "--sector-size", "4096") as node:
+        *_, err = loopctl.run(*begin, "-b", "512", node, "--", "true", user="root")
+        assert (
+            "its sectors have 512 bytes, and the file asks for 4096, as -b 4096 makes them" in err
+        )
+        assert one_sentence(err)
+        taken = loopctl.run(*begin, "-b", "4096", "-o", "4096", node, "--", "true", user="root")
+        assert taken == (0, "", "")
+        with loopctl.start("hold", "-b512", node, user="root") as running:
+            change = ("set", "--direct-io=on", running.line())
+            *_, err = loopctl.run(*change, user="root")
+            assert "its sectors have 512 bytes, and the file asks for 4096" in err
+            running.signal(signal.SIGTERM)
+            running.end()
+    image = world.image()
+    reason = re.compile(r"its offset, 188392, is no multiple of \d+, as the file asks for\n")
+    with loopctl.start("hold", "--direct-io=on", "-o", "188392", image, user="root") as running:
+        for target in (running.line(), image):
+            *_, err = loopctl.run("set", "--direct-io=on", target, user="root")
+            assert reason.search(err)
+            assert one_sentence(err)
+        running.signal(signal.SIGTERM)
+        assert reason.search(running.end()[2])
+
+
+def test_a_file_that_is_compressed_is_said_to_be_so(world: World, loopctl: Loopctl) -> None:
+    disk = make_gpt(world.new_path(), sparse=True, owner=USER)
+    subprocess.run(["xz", disk], check=True)
+    packed = disk.with_name(disk.name + ".xz")
+    status, _, err = loopctl.run("run", "-P", packed, "--", "true", user="root")
+    assert status == 0
+    assert err == (
+        f"loopctl: {packed} seems to be compressed by xz, and no image of a disk as it is: make "
+        "one of it with 'unxz'\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "hold"])
+def test_in_a_sandbox_without_nodes_open_is_named_and_works(
+    world: World, loopctl: Loopctl, command: str
+) -> None:
+    """As with PrivateDevices=yes."""
+    script = 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec "$@"'
+    sandbox = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh")
+    image = world.image()
+    if command == "run":
+        words = ("run", image, "--", "echo", "{}")
+        status, node, err = loopctl.run(*words, user="root", before=sandbox)
+        assert status == 0
+    else:
+        with loopctl.start("hold", image, user="root", before=sandbox) as running:
+            node = running.line()
+            words = ("open", node, "--", "sh", "-c", "wc -c <&$LOOPFD")
+            assert loopctl.run(*words, user="root", before=sandbox) == (0, f"{MIB}\n", "")
+            running.signal(signal.SIGTERM)
+            *_, err = running.end()
+    assert err.startswith(
+        f"loopctl: {node.strip()} is not there in this /dev, as in a sandbox: 'loopctl open' has "
+    )
+
+
 # --- detach -------------------------------------------------------------------------------------
 
 
@@ -148,7 +247,7 @@ def test_all_of_ones_own_are_detached_and_no_others(
 ) -> None:
     others = loopctl.json("attach", world.image(), user="root")["node"]
     # Backed by the first, which is in use until this one is gone.
-    stacked = loopctl.json("attach", "-P", attached[0], user="root")["node"]
+    stacked = loopctl.json("attach", attached[0], user="root")["node"]
     assert loopctl.run("detach", stacked, user="root")[0] == 0
     mine = loopctl.json("attach", world.image())["node"]
     told = loopctl.json("detach", "--all")["devices"]
@@ -193,6 +292,34 @@ def test_a_list_says_what_losetup_says(
     (ours,) = loopctl.json("list", "-O", names, "-j", image)["loopdevices"]
     numbers = {name: str(each).strip() for name, each in theirs.items() if "maj" in name}
     assert ours == theirs | numbers
+
+
+def test_the_habits_of_losetup_do_what_losetup_does(
+    world: World, logind: LogindDouble, loopctl: Loopctl
+) -> None:
+    image = make_gpt(world.image())
+    status, out, err = loopctl.run("-fP", "--show", "-o", "0", image)
+    node = out.rstrip("\n")
+    assert (status, err) == (0, "")
+    assert len(loopctl.json("show", node)["partitions"]) == 2
+    for arguments in (["-l", node], [node], ["list", node], ["-j", image, "-o", "0"]):
+        assert loopctl.run(*arguments, "-nO", "NAME") == (0, f"{node}\n", "")
+    names = "NAME,OFFSET,BACK-FILE,RO"
+    done = subprocess.run(
+        ["losetup", "--raw", "-O", names, node], check=True, capture_output=True, text=True
+    )
+    assert loopctl.run("--raw", "-O", names, "-l", node) == (0, done.stdout, "")
+    assert loopctl.run("-j", image, "-o", "512") == (0, "", "")
+    os.truncate(image, 2 * os.stat(image).st_size)
+    status, out, err = loopctl.run("-c", node)
+    assert (status, err) == (0, "")
+    assert str(os.stat(image).st_size) in out
+    assert loopctl.run("--direct-io=off", node) == (0, "", "")
+    assert loopctl.json("show", node)["direct_io"] is False
+    assert loopctl.run("-d", node) == (0, "", "")
+    status, out, err = loopctl.run("list", "loop1048575")
+    assert (status, out) == (5, "")
+    assert one_sentence(err)
 
 
 def test_columns_are_chosen_and_devices_completed(

@@ -8,6 +8,7 @@ import fcntl
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.harness.area import CHECKOUT, area
 from tests.harness.bus import OUR_POLICY, POLKIT, POLKIT_POLICY
 from tests.harness.caller import Attached, Caller
 from tests.harness.images import MIB, make_ext4, make_gpt
+from tests.harness.loopctl import Loopctl, copy_package
 from tests.harness.polkit import RealPolkit, rules_allowing
 from tests.harness.udev import Udev
 from tests.harness.udisks import UDISKSD, Udisks
@@ -158,6 +160,24 @@ def test_who_attached_it_mounts_and_unmounts_it(world: World, udev: Udev, udisks
     udisks.unmount(user, attached.node)
     assert attached.node not in udisks.mounts()
     user.detach(attached.path)
+
+
+@pytest.mark.parametrize("partitions", [False, True])
+def test_what_loopctl_has_attached_can_be_mounted_at_once(
+    world: World, udev: Udev, udisks: Udisks, partitions: bool
+) -> None:
+    """Three times: udisksd often hears of it only milliseconds after udev is done."""
+    user = log_in(world, USER)
+    image = partitioned(world) if partitions else make_ext4(world.new_path(), owner=USER)
+    with area("package") as directory:
+        loopctl = Loopctl(world.bus, copy_package(directory), world.files)
+        for _ in range(3):
+            with loopctl.start("hold", *(["-P"] if partitions else []), image) as running:
+                node = running.line() + ("p1" if partitions else "")
+                udisks.mount(user, node)
+                udisks.unmount(user, node)
+                running.signal(signal.SIGTERM)
+                assert running.end()[0] == 0
 
 
 def test_a_partition_is_whose_the_disk_is(world: World, udev: Udev, udisks: Udisks) -> None:

@@ -18,10 +18,11 @@ import pytest
 
 from loopd import __version__, cli, errors
 from loopd.cli import columns, output
-from loopd.cli.arguments import node_of, parse, parse_size
+from loopd.cli.arguments import parse
 from loopd.cli.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
 from loopd.cli.signals import Interrupted, Signals
-from loopd.client.link import Unavailable
+from loopd.cli.values import node_of, parse_size
+from loopd.client.absence import Unavailable
 from loopd.client.properties import FOREIGN, Partition, Properties
 from loopd.wire import BusError
 from tests.harness.area import CHECKOUT

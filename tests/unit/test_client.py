@@ -17,7 +17,8 @@ import pytest
 from loopd import codec, errors, frame, kernel
 from loopd.client import Client, image
 from loopd.client import device as device_module
-from loopd.client.link import Link, Unavailable, make_options
+from loopd.client.absence import Unavailable
+from loopd.client.link import Link, make_options
 from loopd.client.properties import Partition, Properties
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
 from loopd.codec import Variant
@@ -337,6 +338,23 @@ class Bus:
         self.sends: list[OwnedFd] = []
         self.called = asyncio.Event()
         self.owner: str | None = LOOPD
+        self.unit: Callable[[], dict[str, Any]] = raising(errors.PeerError("no systemd", "x.y"))
+        """What systemd tells of loopd's unit."""
+
+    async def call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        *,
+        timeout: float,
+    ) -> list[Any]:
+        assert (destination, member) == ("org.freedesktop.systemd1", "Get")
+        assert path.endswith("/loopd_2eservice")
+        return [self.unit()[body[1]]]
 
     async def call_with_fds(
         self,

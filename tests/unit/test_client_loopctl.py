@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """loopctl over a bus that the tests play: what its options send, what it says, its progress bar."""
 
+import asyncio
 import contextlib
+import errno
 import json
 import os
 import pty
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +19,9 @@ from typing import Any
 import pytest
 
 from loopd import cli
-from loopd.cli import attachment, progress, readiness
+from loopd.cli import attachment, notices, progress, readiness
 from loopd.cli.outcome import ExitCode
-from loopd.client import Client, Daemon
+from loopd.client import Client, Daemon, Device
 from loopd.client.link import Link
 from loopd.client.watch import Watch
 from loopd.codec import Variant
@@ -35,6 +39,9 @@ class _Client(Client):
 
     async def daemon(self) -> Daemon:
         return Daemon("1", 0, 0, 0, "")
+
+    async def uid(self) -> int:
+        return os.geteuid()
 
 
 @pytest.fixture
@@ -56,7 +63,12 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:
     async def connect(*_: object, **how: object) -> Client:
         return _Client(Link(made, Watch(), interactive=False))
 
+    async def settled(_: Device) -> bool:
+        return True
+
     monkeypatch.setattr(attachment.Client, "connect", connect)
+    monkeypatch.setattr(Device, "settled", settled)
+    monkeypatch.setattr(notices, "_has_node", lambda _: True)
     return made
 
 
@@ -167,87 +179,185 @@ def test_attach_tells_of_a_copy(bus: Bus, file: Path, capsys: pytest.CaptureFixt
     assert f"/dev/loop3 is a copy of {file} (4 KiB, read-write) until" in capsys.readouterr().err
 
 
-class Notified(list[str]):
-    """What systemd has been told, and where udev is by then."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, udev: Path) -> None:
-        super().__init__()
-        self.udev = udev
-        monkeypatch.setenv("NOTIFY_SOCKET", "/none")
-        monkeypatch.setattr(readiness.supervisor, "tell", self.append)
-        monkeypatch.setattr(readiness, "_UDEV", udev)
-
-    def run(self) -> None:
-        """Have udev run, as of now without any knowledge of devices."""
-        (self.udev / "data").mkdir(parents=True)
-        (self.udev / "control").touch()
-
-    def sees(self, *links: str) -> None:
-        lines = ["I:1234", *(f"S:{link}" for link in links), "V:1"]
-        (self.udev / "data" / "b7:3").write_text("".join(f"{line}\n" for line in lines))
+# --- when it is ready ---------------------------------------------------------------------------
 
 
 @pytest.fixture
-def notified(monkeypatch: pytest.MonkeyPatch, area: Path) -> Notified:
-    return Notified(monkeypatch, area / "udev")
+def events(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in which order: that udev is waited for, a node is printed, systemd is told."""
+    seen: list[str] = []
+
+    async def settled(_: Device) -> bool:
+        seen.append("settled")
+        return True
+
+    def announce(*_: object, **__: object) -> None:
+        seen.append("announced")
+
+    monkeypatch.setattr(Device, "settled", settled)
+    monkeypatch.setattr(attachment, "_announce", announce)
+    monkeypatch.setattr(readiness.supervisor, "tell", seen.append)
+    return seen
 
 
-def test_systemd_is_told_what_is_attached(bus: Bus, file: Path, notified: Notified) -> None:
-    """Where no udev runs there is nothing to wait for."""
+@pytest.mark.parametrize("command", ["attach --lifetime=user", "run", "hold"])
+@pytest.mark.parametrize("option", ["", "--no-settle"])
+def test_udev_is_waited_for_before_anybody_hears_of_the_device(
+    bus: Bus, file: Path, events: list[str], command: str, option: str
+) -> None:
+    """By-label links, and all others."""
+    if command == "hold":
+        attached(bus, *option.split(), str(file))
+        assert events.pop().startswith("READY=1\n")
+    else:
+        name, *options = command.split()
+        arguments = [name, *options, *option.split(), str(file)]
+        assert cli.main([*arguments, *(["--", "true"] if name == "run" else [])]) == 0
+    assert events == ["settled", "announced"][1 if option else 0 :]
+
+
+def test_systemd_is_told_what_is_attached(bus: Bus, file: Path, events: list[str]) -> None:
     bus.answers["GetAll"] = lambda: [properties(Partitions=PARTITIONS)]
     attached(bus, str(file))
-    assert notified == [
+    assert events[-1] == (
         f"READY=1\nSTATUS=/dev/loop3 is {file} (4 KiB, read-write), with /dev/loop3p1, /dev/loop3p2"
-    ]
-
-
-def test_systemd_is_told_once_udev_has_made_the_links(
-    bus: Bus, file: Path, notified: Notified, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notified.run()
-    so_far = []
-
-    async def udev_goes_on(_: float) -> None:
-        so_far.append(len(notified))
-        links = ["disk/by-diskseq/40", "disk/by-diskseq/41"]
-        if len(so_far) > 1:  # before that there is no entry at all
-            notified.sees(*links[: len(so_far) - 1])
-
-    monkeypatch.setattr(readiness.asyncio, "sleep", udev_goes_on)
-    attached(bus, str(file))
-    assert so_far == [0, 0, 0]
-    assert len(notified) == 1
+    )
 
 
 def test_a_udev_that_does_nothing_is_not_waited_for_for_ever(
+    bus: Bus, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def settled(_: Device) -> bool:
+        return False
+
+    monkeypatch.setattr(Device, "settled", settled)
+    assert cli.main(["run", str(file), "--", "true"]) == 0
+    assert capsys.readouterr().err == (
+        "loopctl: udev has not made the links to /dev/loop3 within 30 s; going on (--no-settle "
+        "does not wait)\n"
+    )
+
+
+def test_a_device_that_is_given_up_while_udev_is_waited_for_is_detached(
+    bus: Bus, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has heard of it."""
+
+    async def settled(_: Device) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+        return True
+
+    monkeypatch.setattr(Device, "settled", settled)
+    given = ["attach", "--lifetime=user", str(file)]
+    assert cli.main(given) == 128 + signal.SIGTERM
+    assert [member for _, member in bus.calls] == ["Attach", "Detach"]
+
+
+# --- what is told of it -------------------------------------------------------------------------
+
+
+def told(bus: Bus, capsys: pytest.CaptureFixture[str], *arguments: str, **of: Variant) -> str:
+    """Run a command on a device; what loopctl says."""
+    bus.answers["GetAll"] = lambda: [properties(**{"Partitions": Variant("a(ustt)", []), **of})]
+    assert cli.main(["run", *arguments, "--", "true"]) == 0
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        ({"Offset": Variant("t", 188392)}, "its offset, 188392, is no multiple of 4096"),
+        ({}, "its sectors have 512 bytes, and the file asks for 4096, as -b 4096 makes them"),
+        ({"SectorSize": Variant("u", 4096)}, "the filesystem of its file does not allow it"),
+    ],
+)
+def test_direct_io_that_is_not_to_be_had_has_a_reason(
     bus: Bus,
     file: Path,
-    notified: Notified,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    of: dict[str, Variant],
+    reason: str,
+) -> None:
+    """Direct I/O that does not take."""
+    monkeypatch.setattr(notices, "direct_io_alignment", lambda _: 4096)
+    of = {"DirectIO": Variant("b", False), **of}
+    error = told(bus, capsys, "--direct-io=on", str(file), **of)
+    assert error.startswith(f"loopctl: /dev/loop3 does without direct I/O: {reason}")
+    assert error.count("\n") == 1
+    # Nobody has asked for it, or it is there.
+    assert told(bus, capsys, "--direct-io=off", str(file), **of) == ""
+    assert told(bus, capsys, str(file), **of) == ""
+    assert told(bus, capsys, "--direct-io=on", str(file)) == ""
+
+
+def test_a_copy_in_memory_has_no_direct_io(
+    bus: Bus, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = told(bus, capsys, "--in-memory", "--direct-io", str(file), DirectIO=Variant("b", False))
+    assert error == (
+        "loopctl: /dev/loop3 does without direct I/O: a copy in memory has no use for it\n"
+    )
+
+
+@pytest.mark.parametrize("option", [[], ["-P"], ["-o", "4K"], ["--in-memory"]])
+def test_a_file_that_is_no_image_is_said_to_be_none(
+    bus: Bus, file: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    """Compressed files."""
+    begin = 4096 if "-o" in option else 0
+    file.write_bytes(bytes(begin) + b"\xfd7zXZ\0" + bytes(8192))
+    error = told(bus, capsys, *option, str(file), Offset=Variant("t", begin))
+    assert error == (
+        f"loopctl: {file} seems to be compressed by xz, and no image of a disk as it is: make one "
+        "of it with 'unxz'\n"
+    )
+
+
+def test_a_beginning_that_cannot_be_read_is_no_obstacle(
+    bus: Bus,
+    file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    notified.run()
-    monkeypatch.setattr(readiness, "_TIMEOUT", 0)
-    attached(bus, str(file))
-    assert "udev has not made the links to /dev/loop3" in capsys.readouterr().err
-    assert len(notified) == 1
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(notices, "beginning", fails)
+    assert told(bus, capsys, "-P", str(file)) == ""
 
 
-def test_udev_leaves_alone_what_is_locked(
+def test_a_beginning_that_does_not_come_is_not_waited_for(
     bus: Bus,
     file: Path,
-    notified: Notified,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    notified.run()
-    monkeypatch.setattr(readiness, "_TIMEOUT", 0)
-    bus.answers["GetAll"] = lambda: [
-        properties(Partitions=Variant("a(ustt)", []), Locked=Variant("s", "exclusive"))
-    ]
-    attached(bus, str(file))
-    assert "udev" not in capsys.readouterr().err
-    assert len(notified) == 1
+    """The filesystem hangs."""
+    monkeypatch.setattr(notices, "_READING", 0)
+    end = threading.Event()
+
+    def hangs(*_: object) -> bytes:
+        end.wait(20)
+        return b""
+
+    monkeypatch.setattr(notices, "beginning", hangs)
+    try:
+        assert told(bus, capsys, "-P", str(file)) == ""
+    finally:
+        end.set()
+
+
+def test_a_node_that_is_not_there_is_told(
+    bus: Bus, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sandboxes."""
+    monkeypatch.setattr(notices, "_has_node", lambda _: False)
+    assert told(bus, capsys, str(file)) == (
+        "loopctl: /dev/loop3 is not there in this /dev, as in a sandbox: 'loopctl open' has a "
+        "command use the device without a node\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["attach", "run"])

@@ -80,8 +80,13 @@ def files(tmp_path: Path) -> Path:
 
 
 def options(each: argparse.ArgumentParser, *, long: bool = True) -> set[str]:
-    """The options of a command."""
-    strings = {option for action in each._actions for option in action.option_strings}
+    """The options of a command, but for those that it takes for nothing."""
+    strings = {
+        option
+        for action in each._actions
+        if action.help != argparse.SUPPRESS
+        for option in action.option_strings
+    }
     return {option for option in strings if option.startswith("--") or not long}
 
 
@@ -118,6 +123,7 @@ def test_short_options_are_offered_too(files: Path) -> None:
         ("loopctl list -O SIZE,OWN", {"SIZE,OWNER"}),
         ("loopctl list -O +DI", {"+DIO", "+DISKSEQ"}),
         ("loopctl list -O ", {*COLUMNS}),
+        ("loopctl list --offset ", set()),
         ("loopctl attach --offset ", set()),
     ],
 )

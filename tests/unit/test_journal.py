@@ -109,6 +109,7 @@ def test_fields_of_a_record_are_fields_of_the_journal(
             "MESSAGE": "Attach: done",
             "PRIORITY": "6",
             "SYSLOG_IDENTIFIER": "loopd",
+            "CODE_FUNC": "loopd.test",
             "ACTION": "Attach",
             "RESULT": "done",
             "DEVICE": "/dev/loop3",
@@ -124,7 +125,7 @@ def test_no_field_but_ours_is_sent_and_none_holds_control_characters(
 ) -> None:
     to_journal("x", DEVICE="/dev/x\nPRIORITY=0", CODE_ARGS="secret", OTHER="y", UID=None)
     assert sent[0]["DEVICE"] == "/dev/x\N{REPLACEMENT CHARACTER}PRIORITY=0"
-    assert set(sent[0]) == {"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "DEVICE"}
+    assert set(sent[0]) == {"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "CODE_FUNC", "DEVICE"}
 
 
 @pytest.mark.parametrize(

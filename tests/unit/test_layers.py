@@ -18,11 +18,12 @@ LAYERS = (
     ("__main__",),
     ("daemon", "cli"),
     ("cli.attachment", "cli.commands", "cli.monitoring", "cli.opening", "client.blocking"),
-    ("cli.child", "cli.connection"),
-    ("cli.arguments", "cli.readiness", "service", "client"),
-    ("cli.columns", "cli.outcome", "client.changes", "client.device"),
+    ("cli.child", "cli.connection", "cli.notices", "cli.readiness"),
+    ("cli.arguments", "service", "client"),
+    ("cli.columns", "cli.losetup", "cli.outcome", "cli.values", "client.changes", "client.device"),
+    ("client.settling",),
     ("cli.output", "options", "bus", "introspection", "client.link"),
-    ("operations", "attaching", "announcer"),
+    ("operations", "attaching", "announcer", "client.absence"),
     ("manager", "passthrough", "cli.signals", "client.properties", "client.watch", "client.image"),
     ("ending", "proposal", "restoring"),
     ("lifetimes", "questions"),
@@ -65,7 +66,7 @@ LAYERS = (
         "cli.progress",
         "cli.stream",
     ),
-    ("attachment", "closes", "cli.style"),
+    ("attachment", "closes", "cli.formats", "cli.style"),
     ("loopdev",),
     ("binding", "partition"),
     ("loopinfo", "request", "table", "udevlinks"),
@@ -161,7 +162,7 @@ def test_threads_of_the_daemon_start_in_a_pool_and_work_in_one_place() -> None:
     users = [name for name in MODULES if "concurrent" in imports_of(name)[1]]
     assert users == ["pool", "threads"]
     starting = [name for name in MODULES if re.search(r"\bThread\(", file_of(name).read_text())]
-    assert starting == ["client.memory", "pool"]
+    assert starting == ["cli.notices", "client.memory", "pool"]
     users = [name for name in MODULES if "pool" in imports_of(name)[0]]
     assert users == ["threads"]
 

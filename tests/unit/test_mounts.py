@@ -38,6 +38,35 @@ def table(path: Path, sysfs: Path | None = None) -> Iterator[mounts.Table]:
 
 
 @pytest.mark.parametrize(
+    ("mount", "known"),
+    [
+        (22, "ext4"),
+        (30, "btrfs"),
+        (31, ""),  # not to be trusted
+        (37, ""),  # on top of others
+        (38, ""),  # on a device that nobody has looked at yet
+        (99, ""),
+    ],
+)
+def test_what_is_local_for_sure_is_known_without_a_look(
+    tmp_path: Path, mount: int, known: str
+) -> None:
+    path = tmp_path / "mountinfo"
+    path.write_bytes(
+        MOUNTINFO
+        + b"37 22 0:55 / /over rw - overlay none rw,lowerdir=/home,upperdir=/mnt\n"
+        + b"38 22 8:2 / /other rw - ext4 /dev/sda2 rw\n"
+    )
+    with table(path) as made:
+        assert made.known(mount) == ""  # the table was not read yet
+        for looked_at, device in ((22, (8, 1)), (30, (0, 40)), (31, (0, 50)), (37, (0, 55))):
+            made.filesystem(looked_at, os.makedev(*device))
+        assert made.known(mount) == known
+        with made._lock:  # a thread is about to read the table again
+            assert made.known(mount) == ""
+
+
+@pytest.mark.parametrize(
     ("mount", "device", "filesystem"),
     [
         (22, (8, 1), "ext4"),

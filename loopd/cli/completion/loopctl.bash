@@ -24,15 +24,18 @@ _loopctl_options() {
     case $1 in
         attach | hold | run)
             printf '%s\n' -r --read-only -o --offset --sizelimit -b --sector-size -P --partscan \
-                --direct-io --loop-ref --lock --number --allow-overlap --in-memory
+                --direct-io --loop-ref --lock --number --allow-overlap -L --nooverlap --in-memory \
+                --no-settle
             ;;&
         attach) echo --lifetime ;;
         hold) echo --default-loop-ref ;;
         detach) printf '%s\n' --all -j --associated --lazy ;;
         list)
-            printf '%s\n' -j --associated -O --output --output-all -n --noheadings --bytes
+            printf '%s\n' -j --associated -o --offset -O --output --output-all -n --noheadings \
+                --bytes --raw
             ;;
-        open) printf '%s\n' -w --read-write --partition ;;
+        open) printf '%s\n' -w --read-write --partition --no-settle ;;
+        rescan) echo --no-settle ;;
         resize) printf '%s\n' -o --offset --sizelimit --force --allow-overlap ;;
         set)
             printf '%s\n' --direct-io --loop-ref -b --sector-size --lifetime --autoclear
@@ -106,7 +109,7 @@ _loopctl() {
         fi
         case $command in
             attach | hold | run) _loopctl_files "$word" ;;
-            detach | resize | rescan | show | set | open)
+            detach | resize | rescan | list | show | set | open)
                 COMPREPLY=($(compgen -W "$(_loopctl_devices "$word")" -- "$word"))
                 _loopctl_files "$word"
                 ;;

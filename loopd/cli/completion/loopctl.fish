@@ -52,13 +52,13 @@ function __loopctl_columns
 end
 
 complete -c loopctl -f
-complete -c loopctl -n __loopctl_first -l version -d 'Print the version'
+complete -c loopctl -n __loopctl_first -s V -l version -d 'Print the version'
 complete -c loopctl -n __loopctl_first -a attach -d 'Attach a file'
 complete -c loopctl -n __loopctl_first -a hold -d 'Attach a file, and stay until stopped'
 complete -c loopctl -n __loopctl_first -a detach -d 'Detach devices'
 complete -c loopctl -n __loopctl_first -a resize -d 'Take up a new size, or set offset and limit'
 complete -c loopctl -n __loopctl_first -a rescan -d 'Bring the partitions in step with the table'
-complete -c loopctl -n __loopctl_first -a list -d 'List all loop devices'
+complete -c loopctl -n __loopctl_first -a list -d 'List all loop devices, or one'
 complete -c loopctl -n __loopctl_first -a show -d 'Tell all about a device'
 complete -c loopctl -n __loopctl_first -a set -d 'Change a device'
 complete -c loopctl -n __loopctl_first -a open -d 'Run a command that has the device open'
@@ -73,7 +73,7 @@ complete -c loopctl -n "__loopctl_in $all" -l no-ask-password -d 'Ask nobody for
 set -l files attach hold run
 complete -c loopctl -n "__loopctl_in $files" -F
 complete -c loopctl -n "__loopctl_in $files" -s r -l read-only -d 'Take no writes'
-complete -c loopctl -n "__loopctl_in $files resize" -s o -l offset -x -d 'Where in the file it starts'
+complete -c loopctl -n "__loopctl_in $files resize list" -s o -l offset -x -d 'Where in the file it starts'
 complete -c loopctl -n "__loopctl_in $files resize" -l sizelimit -x -d 'At most so much'
 complete -c loopctl -n "__loopctl_in $files set" -s b -l sector-size -x -d 'Of the device'
 complete -c loopctl -n "__loopctl_in $files" -s P -l partscan -d 'Make devices for the partitions'
@@ -85,10 +85,12 @@ complete -c loopctl -n "__loopctl_in $files set" -l loop-ref -x -d 'A name for t
 complete -c loopctl -n "__loopctl_in $files" -l lock -x -a 'shared exclusive' -d 'Keep udev off'
 complete -c loopctl -n "__loopctl_in $files" -l number -x -d '/dev/loopN and no other'
 complete -c loopctl -n "__loopctl_in $files resize" -l allow-overlap -d 'Even if another has the same bytes'
+complete -c loopctl -n "__loopctl_in $files" -s L -l nooverlap -d 'Not if another has the same bytes'
 complete -c loopctl -n "__loopctl_in $files" -l in-memory -d 'Attach a copy'
+complete -c loopctl -n "__loopctl_in $files rescan open" -l no-settle -d 'Do not wait for udev'
 complete -c loopctl -n '__loopctl_in attach' -l lifetime -x -a 'connection user system' -d 'How long it stays'
 
-complete -c loopctl -n '__loopctl_in detach resize rescan show set open' -F -a '(__loopctl_devices)'
+complete -c loopctl -n '__loopctl_in detach resize rescan list show set open' -F -a '(__loopctl_devices)'
 complete -c loopctl -n '__loopctl_in detach' -l all -d 'All that are yours'
 complete -c loopctl -n '__loopctl_in detach' -l lazy -d 'Also what is mounted'
 complete -c loopctl -n '__loopctl_in detach list' -s j -l associated -r -F -d 'Those that have this file'
@@ -96,6 +98,7 @@ complete -c loopctl -n '__loopctl_in list' -s O -l output -x -a '(__loopctl_colu
 complete -c loopctl -n '__loopctl_in list' -l output-all -d 'All columns'
 complete -c loopctl -n '__loopctl_in list' -s n -l noheadings -d 'No line of headings'
 complete -c loopctl -n '__loopctl_in list' -l bytes -d 'Sizes in bytes'
+complete -c loopctl -n '__loopctl_in list' -l raw -d 'One space between columns'
 complete -c loopctl -n '__loopctl_in resize' -l force -d 'Even while it is in use'
 complete -c loopctl -n '__loopctl_in set' -l lifetime -x -a 'user system' -d 'How long it stays'
 complete -c loopctl -n '__loopctl_in set' -l autoclear -x -a 'on off' -d 'Detach at the last close'

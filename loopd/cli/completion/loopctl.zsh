@@ -17,7 +17,7 @@ _loopctl_columns() {
 
 _loopctl() {
     local curcontext=$curcontext state
-    local -a all attach range line
+    local -a all attach range settle line
     all=(
         '(-h --help)'{-h,--help}'[show help]'
         '(-J --json)'{-J,--json}'[tell the result as JSON]'
@@ -27,8 +27,9 @@ _loopctl() {
         '(-o --offset)'{-o,--offset=}'[where in the file it starts]:size'
         '--sizelimit=[at most so much]:size'
     )
+    settle='--no-settle[do not wait for udev]'
     attach=(
-        $all $range
+        $all $range $settle
         '(-r --read-only)'{-r,--read-only}'[take no writes]'
         '(-b --sector-size)'{-b,--sector-size=}'[of the device]:size'
         '(-P --partscan)'{-P,--partscan}'[make devices for the partitions]'
@@ -37,18 +38,19 @@ _loopctl() {
         '--lock=[keep udev off]:lock:(shared exclusive)'
         '--number=[/dev/loopN and no other]:number'
         '--allow-overlap[even if another has the same bytes]'
+        '(-L --nooverlap)'{-L,--nooverlap}'[not if another has the same bytes]'
         '--in-memory[attach a copy]'
     )
     _arguments -C \
         '(-h --help)'{-h,--help}'[show help]' \
-        '--version[print the version]' \
+        '(-V --version)'{-V,--version}'[print the version]' \
         '1:command:((
             attach\:"attach a file"
             hold\:"attach a file, and stay until stopped"
             detach\:"detach devices"
             resize\:"take up a new size, or set offset and limit"
             rescan\:"bring the partitions in step with the table"
-            list\:"list all loop devices"
+            list\:"list all loop devices, or one"
             show\:"tell all about a device"
             set\:"change a device"
             open\:"run a command that has the device open"
@@ -84,9 +86,12 @@ _loopctl() {
                 '(-O --output)'{-O,--output=}'[columns]:columns:_loopctl_columns' \
                 '--output-all[all columns]' \
                 '(-n --noheadings)'{-n,--noheadings}'[no line of headings]' \
-                '--bytes[sizes in bytes]'
+                '(-o --offset)'{-o,--offset=}'[those that start there]:size' \
+                '--bytes[sizes in bytes]' '--raw[one space between columns]' \
+                '1:device:_loopctl_targets'
             ;;
-        rescan | show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
+        rescan) _arguments -s -S $all $settle '1:device:_loopctl_targets' ;;
+        show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
         set)
             _arguments -s -S $all \
                 '--direct-io=-[go past the page cache]::switch:(on off)' \
@@ -97,7 +102,7 @@ _loopctl() {
                 '1:device:_loopctl_targets'
             ;;
         open)
-            _arguments -s $all '(-w --read-write)'{-w,--read-write}'[for writing, too]' \
+            _arguments -s $all $settle '(-w --read-write)'{-w,--read-write}'[for writing, too]' \
                 '--partition=[this partition, not the whole]:number' \
                 '1:device:_loopctl_targets' '*::command:_normal'
             ;;
