@@ -8,7 +8,7 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-from loopd import kernel, records, registry, threads, wire
+from loopd import kernel, records, registry, tasks, threads, wire
 
 counts = Counter()
 
@@ -35,6 +35,7 @@ counted(registry, "_sight", lambda *_: "look at sysfs")
 counted(registry.Registry, "heard", lambda *_: "events of a device that are taken up")
 counted(threads.Threads, "_submit", pool_name)
 counted(threads.Threads, "turn", lambda _, uid, work, *__: f"turn of {uid}: {work.name}")
+counted(tasks.Tasks, "start", lambda *_: "task")
 counted(kernel, "statx", lambda *_, **__: "look at a file")
 counted(wire.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}")
 counted(

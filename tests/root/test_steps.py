@@ -20,6 +20,7 @@ MOST = {
     "turn: LOOK": 0,  # a file of a local filesystem is looked at on the event loop
     "turn: OPERATION": 2,  # the latter finds whether the device is mounted
     "turn: ENDING": 1,
+    "task": 4,  # for each call, for what goes on without the caller, and for the end of the device
     # The file when it is examined, when its size is asked for, and a user's just before it is
     # bound; each node of the device that is opened.
     "look at a file": 6,
