@@ -123,7 +123,7 @@ install-files: | $(if $(DESTDIR),,install-deps)
 		$(dbusdir)/interfaces $(dbusdir)/system-services $(buspolicydir) $(polkitdir)/actions $(polkitdir)/rules.d \
 		$(mandir) $(bashdir) $(fishdir) $(zshdir))
 	install -m 644 dbus/org.example.Loop1.xml $(DESTDIR)$(packagedir)/loopd
-	umask 022; for package in loopd loopd/client loopd/cli; do \
+	umask 022; for package in $$(find loopd -name __init__.py -printf '%h\n'); do \
 		install -m 644 -D -t $(DESTDIR)$(packagedir)/$$package $$package/*.py; done
 	install -m 644 loopd/py.typed $(DESTDIR)$(packagedir)/loopd
 	$(call launcher,__main__,$(sbindir)/loopd)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from bench.results import Result, dumped
-from loopd import codec
+from loopd.bus import codec
 
 MODULES = (
     "pairs",

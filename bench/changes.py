@@ -16,8 +16,8 @@ from typing import Any
 from bench import raw, rig
 from bench.flood import as_victim, list_devices
 from bench.results import Result, alone, median, percentile
-from loopd import kernel
 from loopd.client import blocking
+from loopd.loop import kernel
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import LIBRARIES
 

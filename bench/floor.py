@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from bench import raw, rig
 from bench.pairs import library_pair, losetup_pair
 from bench.results import Result, alone, median, percentile
-from loopd.threads import Threads
+from loopd.daemon.threads import Threads
 from tests.harness import wire
 from tests.harness.bus import POLKIT
 from tests.harness.caller import MANAGER_PATH
@@ -23,7 +23,7 @@ ROUNDS = 5
 CALLS = 40
 CLIENTS = 16
 MANY = 1000
-RAW, LIBRARY, LOSETUP = "raw ioctls, a pair", "loopd.loopdev, a pair", "losetup, a pair"
+RAW, LIBRARY, LOSETUP = "raw ioctls, a pair", "loopd.loop, a pair", "losetup, a pair"
 CALL, QUESTION = "the bus, a call", "polkit, a question"
 HANDOVER = "a thread, there and back"
 HANDOVERS = 4

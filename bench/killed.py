@@ -19,16 +19,16 @@ from pathlib import Path
 from bench import raw, rig
 from bench.raw import Bound
 from bench.results import Result, Target, alone
-from loopd import attachment, backing, loopdev
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop import attach, backing_file, loop_device
+from loopd.loop.request import AttachRequest
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import LIBRARIES
 
 ROUNDS = 3
 DEVICES = 256
 RAW, SYNCED = "raw ioctls", "raw ioctls and fsync"
-LIBRARY = "loopd.loopdev"
+LIBRARY = "loopd.loop"
 
 
 def measure() -> Result:
@@ -67,12 +67,12 @@ def by_itself(image: Path) -> tuple[float, float]:
     devices = []
     for _ in range(DEVICES):
         with OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC)) as file:
-            examined = backing.examine(file.fileno())
-            devices.append(attachment.attach(file, examined, AttachRequest()))
+            examined = backing_file.examine(file.fileno())
+            devices.append(attach.attach(file, examined, AttachRequest()))
     bound = [Bound.now(each.number) for each in devices]
     begun = time.perf_counter()
     for each in devices:
-        if not loopdev.detach(each):
+        if not loop_device.detach(each):
             each.close()  # udev looks at it
     raw.wait_unbound(bound)
     unbound = time.perf_counter() - begun

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from bench import raw, rig
 from bench.results import Result, Target, alone, median, percentile
-from loopd import attachment, backing, loopdev
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop import attach as loop_attach
+from loopd.loop import backing_file, loop_device
+from loopd.loop.request import AttachRequest
 from tests.harness import udisks
 from tests.harness.bus import OUR_POLICY, POLKIT_POLICY, PrivateBus
 from tests.harness.daemon import LIBRARIES
@@ -50,7 +51,7 @@ def measure() -> Result:
 def contenders(image: Path) -> Iterator[tuple[str, Contender]]:
     """Each way to get a loop device, ready to be timed until the next one is asked for."""
     yield RAW, lambda count: [raw.pair(image) for _ in range(count)]
-    yield "loopd.loopdev", lambda count: [library_pair(image) for _ in range(count)]
+    yield "loopd.loop", lambda count: [library_pair(image) for _ in range(count)]
     yield LOSETUP, lambda count: [losetup_pair(image) for _ in range(count)]
     if udisks.UDISKSD.exists():
         with ExitStack() as stack:
@@ -73,10 +74,10 @@ def library_pair(image: Path) -> tuple[float, float]:
     """What loopd does to the kernel, without the bus."""
     with OwnedFd(os.open(image, os.O_RDWR | os.O_CLOEXEC)) as file:
         begun = time.perf_counter()
-        examined = backing.examine(file.fileno())
-        device = attachment.attach(file, examined, AttachRequest())
+        examined = backing_file.examine(file.fileno())
+        device = loop_attach.attach(file, examined, AttachRequest())
         attached = time.perf_counter()
-        if not loopdev.detach(device):
+        if not loop_device.detach(device):
             device.close()  # udev looks at it
         return attached - begun, time.perf_counter() - attached
 

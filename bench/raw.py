@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopd import kernel, uapi
 from loopd.fd import OwnedFd
+from loopd.loop import kernel, uapi
 
 REMOVERS = 16
 _PATIENCE = 60.0

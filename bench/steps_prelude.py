@@ -8,7 +8,10 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-from loopd import kernel, records, registry, tasks, threads, wire
+from loopd.bus import transport
+from loopd.daemon import tasks, threads
+from loopd.daemon.devices import records, registry
+from loopd.loop import kernel
 
 counts = Counter()
 
@@ -37,9 +40,11 @@ counted(threads.Threads, "_submit", pool_name)
 counted(threads.Threads, "turn", lambda _, uid, work, *__: f"turn of {uid}: {work.name}")
 counted(tasks.Tasks, "start", lambda *_: "task")
 counted(kernel, "statx", lambda *_, **__: "look at a file")
-counted(wire.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}")
 counted(
-    wire.Connection,
+    transport.Connection, "emit", lambda _, path, interface, member, *__, **___: f"signal: {member}"
+)
+counted(
+    transport.Connection,
     "call",
     lambda _, to, path, interface, member, *__, **___: f"question: {member}",
 )

@@ -11,7 +11,7 @@ from types import ModuleType
 sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # asyncio does without it then
 sys.modules.setdefault("dbus_next.glib", ModuleType("dbus_next.glib"))
 
-from .daemon import main  # noqa: E402  after the above
+from loopd.daemon.main import main  # noqa: E402  after the above
 
 if __name__ == "__main__":
     main()

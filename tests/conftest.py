@@ -21,7 +21,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from loopd import mounts
+from loopd.loop import mounts
 from tests.harness import broker, company, leaks, process, requirement
 from tests.harness.area import area as make_area
 from tests.harness.broker import BUSES

@@ -13,7 +13,8 @@ import termios
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from ..fd import OwnedFd
+from loopd.fd import OwnedFd
+
 from .stream import in_foreground
 
 # It ends with us, whatever ends us.

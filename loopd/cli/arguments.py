@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from .. import __version__
+from loopd import __version__
+
 from . import losetup
 from .columns import COLUMNS, DEFAULT
 from .outcome import MEANINGS, SIGNALLED, ExitCode, RunExitCode

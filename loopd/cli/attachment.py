@@ -12,14 +12,15 @@ import os
 import sys
 import time
 
-from .. import errors
-from ..client import Client, Device, Lifetime
-from ..client.image import open_file
-from ..client.properties import Properties
-from ..client.watch import Ended
-from ..errors import LoopError, NotSupported
-from ..fd import OwnedFd
-from ..uapi import MAX_REFERENCE
+from loopd import errors
+from loopd.client import Client, Device, Lifetime
+from loopd.client.image import open_file
+from loopd.client.properties import Properties
+from loopd.client.watch import Ended
+from loopd.errors import LoopError, NotSupported
+from loopd.fd import OwnedFd
+from loopd.loop.uapi import MAX_REFERENCE
+
 from . import notices, output
 from .agent import agent
 from .child import run_command, why

@@ -10,9 +10,10 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..client import Device
-from ..client.watch import Ended
-from ..fd import OwnedFd
+from loopd.client import Device
+from loopd.client.watch import Ended
+from loopd.fd import OwnedFd
+
 from . import output
 from .outcome import SIGNALLED, RunExitCode
 from .signals import Signals

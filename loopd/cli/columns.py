@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..client.properties import FOREIGN, Properties
+from loopd.client.properties import FOREIGN, Properties
+
 from . import output
 
 

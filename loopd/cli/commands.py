@@ -6,10 +6,11 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from ..client import Client, Device
-from ..client.image import name_file
-from ..client.properties import Properties
-from ..errors import LoopError
+from loopd.client import Client, Device
+from loopd.client.image import name_file
+from loopd.client.properties import Properties
+from loopd.errors import LoopError
+
 from . import columns, notices, output
 from .connection import associated, connected, find, find_disk, find_partition
 from .outcome import ExitCode, about, exit_code

@@ -6,11 +6,12 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
-from .. import errors
-from ..client import Client, Device, Named
-from ..client.image import name_file
-from ..client.properties import Partition, Properties
-from ..errors import InvalidArgs, NoSuchDevice
+from loopd import errors
+from loopd.client import Client, Device, Named
+from loopd.client.image import name_file
+from loopd.client.properties import Partition, Properties
+from loopd.errors import InvalidArgs, NoSuchDevice
+
 from .agent import agent
 from .output import printable
 from .stream import complain

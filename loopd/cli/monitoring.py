@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from ..client import Change, Device
+from loopd.client import Change, Device
+
 from . import output
 from .connection import connected
 from .outcome import ExitCode

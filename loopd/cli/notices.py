@@ -11,11 +11,12 @@ import stat
 import threading
 from contextlib import suppress
 
-from ..blockdev import beginning, sector_size_of
-from ..client.image import direct_io_alignment, sector_size
-from ..client.properties import NO_NUMBER, Properties, is_node
-from ..errors import LoopError
-from ..fd import OwnedFd
+from loopd.client.image import direct_io_alignment, sector_size
+from loopd.client.properties import NO_NUMBER, Properties, is_node
+from loopd.errors import LoopError
+from loopd.fd import OwnedFd
+from loopd.loop.block_device import beginning, sector_size_of
+
 from . import output
 from .formats import recognized
 from .stream import say

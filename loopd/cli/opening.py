@@ -5,8 +5,9 @@ import argparse
 import asyncio
 import os
 
-from ..errors import InvalidArgs
-from ..fd import OwnedFd
+from loopd.errors import InvalidArgs
+from loopd.fd import OwnedFd
+
 from .agent import agent
 from .child import run_command
 from .connection import connect, find

@@ -8,8 +8,9 @@ import errno
 import os
 from enum import IntEnum
 
-from .. import errors
-from ..errors import BusError
+from loopd import errors
+from loopd.errors import BusError
+
 from .output import name, printable
 
 

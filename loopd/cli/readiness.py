@@ -6,9 +6,10 @@ Without systemd, nothing is told to it.
 
 import argparse
 
-from .. import supervisor
-from ..client import Device
-from ..client.device import SETTLING
+from loopd import notify
+from loopd.client import Device
+from loopd.client.device import SETTLING
+
 from .stream import say
 
 
@@ -23,9 +24,9 @@ async def settle(found: argparse.Namespace, device: Device) -> None:
 
 def tell_ready(description: str) -> None:
     """Tell systemd that the device is there."""
-    supervisor.tell("READY=1\nSTATUS=" + description.rstrip(","))
+    notify.tell("READY=1\nSTATUS=" + description.rstrip(","))
 
 
 def tell_stopping() -> None:
     """Tell systemd that the device is about to go."""
-    supervisor.tell("STOPPING=1")
+    notify.tell("STOPPING=1")

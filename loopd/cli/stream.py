@@ -5,7 +5,8 @@ import contextlib
 import os
 import sys
 
-from ..fd import OwnedFd
+from loopd.fd import OwnedFd
+
 from .style import Style
 
 

@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from .. import errors, wire
+from loopd import errors
+from loopd.bus import transport
+
 from .watch import NAME
 
 _SYSTEMD = "org.freedesktop.systemd1"
@@ -30,7 +32,7 @@ class Unavailable(errors.BusError):
 
 
 @contextlib.asynccontextmanager
-async def noticed(connection: wire.Connection) -> AsyncIterator[None]:
+async def noticed(connection: transport.Connection) -> AsyncIterator[None]:
     """Do what waits for an answer of loopd, for as long as there is a loopd or may be one soon.
 
     Raises Unavailable, with the reason.
@@ -57,14 +59,14 @@ async def noticed(connection: wire.Connection) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def reason(connection: wire.Connection) -> str:
+async def reason(connection: transport.Connection) -> str:
     """Why systemd does not start loopd; empty if it does not say."""
     with contextlib.suppress(errors.LoopError, errors.BusError):
         return _sentence(await _look(connection))
     return ""
 
 
-async def _failure(connection: wire.Connection) -> str:
+async def _failure(connection: transport.Connection) -> str:
     """Wait until it is certain that loopd does not start, and say why.
 
     Empty as soon as it is there, or where nobody can tell.
@@ -82,7 +84,7 @@ async def _failure(connection: wire.Connection) -> str:
     return ""
 
 
-async def _is_there(connection: wire.Connection) -> bool:
+async def _is_there(connection: transport.Connection) -> bool:
     try:
         await connection.call_bus("GetNameOwner", "s", [NAME])
     except errors.PeerError:
@@ -90,7 +92,7 @@ async def _is_there(connection: wire.Connection) -> bool:
     return True
 
 
-async def _look(connection: wire.Connection) -> dict[str, Any]:
+async def _look(connection: transport.Connection) -> dict[str, Any]:
     """What systemd knows of loopd's unit. Raises LoopError, BusError."""
     wanted = {
         "Unit": ("LoadState", "ActiveState", "Job"),

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Self, Unpack
 
-from .. import client
-from ..fd import OwnedFd
-from . import AttachOptions, Daemon, File, Lifetime, Lock, Named, Reconnected, SupportsFileno
+from loopd import client
+from loopd.fd import OwnedFd
+
 from .changes import Change
-from .device import SETTLING
-from .properties import Properties
+from .client import AttachOptions, File, Named, Reconnected, SupportsFileno
+from .device import SETTLING, Lifetime, Lock
+from .properties import Daemon, Properties
 from .watch import Ended
 
 

@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .. import errors, kernel
-from ..fd import OwnedFd
+from loopd import errors
+from loopd.fd import OwnedFd
+from loopd.loop import kernel
+
 from . import settling
 from .absence import Unavailable
 from .link import Link, Options, Unanswered, checked, is_a, make_options

@@ -8,9 +8,9 @@ import re
 import stat
 import time
 
-from .. import kernel
-from ..fd import OwnedFd
-from ..uapi import STATX_BASIC_STATS, STATX_DIOALIGN
+from loopd.fd import OwnedFd
+from loopd.loop import kernel
+from loopd.loop.uapi import STATX_BASIC_STATS, STATX_DIOALIGN
 
 _LEASE_PAUSE = 0.05
 

@@ -10,8 +10,10 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
-from .. import codec, dial, errors, wire
-from ..fd import OwnedFd
+from loopd import errors
+from loopd.bus import codec, dial, transport
+from loopd.fd import OwnedFd
+
 from . import absence
 from .absence import Unavailable
 from .watch import NAME, PROPERTIES, Ended, Watch
@@ -49,7 +51,12 @@ class Link:
     """One connection at a time, over which anything can be asked of loopd."""
 
     def __init__(
-        self, connection: wire.Connection, watch: Watch, interactive: bool, *, address: str = ""
+        self,
+        connection: transport.Connection,
+        watch: Watch,
+        interactive: bool,
+        *,
+        address: str = "",
     ) -> None:
         self._connection = connection
         self.watch = watch
@@ -275,11 +282,11 @@ def checked(key: str, kind: str, value: Any) -> Any:
     return value
 
 
-async def _opened(address: str) -> tuple[wire.Connection, Watch, str]:
+async def _opened(address: str) -> tuple[transport.Connection, Watch, str]:
     """A connection that has said hello, what it hears, and its name."""
     sock = await _connected(address)
     watch = Watch()
-    connection = wire.Connection(
+    connection = transport.Connection(
         sock,
         max_message=_MAX_MESSAGE,
         on_call=None,  # nobody has anything to ask of a client

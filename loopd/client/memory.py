@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from .. import errors, kernel
-from ..fd import OwnedFd
+from loopd import errors
+from loopd.fd import OwnedFd
+from loopd.loop import kernel
 
 _T = TypeVar("_T")
 

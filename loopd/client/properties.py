@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
-from ..codec import Variant
-from ..errors import Failed
+from loopd.bus.codec import Variant
+from loopd.errors import Failed
 
 FOREIGN = 0xFFFFFFFF
 """The owner of a device that loopd did not attach."""

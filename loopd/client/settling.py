@@ -9,7 +9,9 @@ import asyncio
 import time
 from pathlib import Path
 
-from .. import errors, kernel
+from loopd import errors
+from loopd.loop import kernel
+
 from .link import Link
 
 _UDEV = Path("/run/udev")

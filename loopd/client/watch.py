@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .. import codec, errors, frame, wire
+from loopd import errors
+from loopd.bus import codec, frame, transport
 
 NAME = "org.example.Loop1"
 PATH = "/org/example/Loop1"
@@ -19,7 +20,7 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 
 _RULES = (
-    f"type='signal',sender='{wire.BUS_NAME}',member='NameOwnerChanged',arg0='{NAME}'",
+    f"type='signal',sender='{transport.BUS_NAME}',member='NameOwnerChanged',arg0='{NAME}'",
     f"type='signal',sender='{NAME}',interface='{OBJECT_MANAGER}'",
     f"type='signal',sender='{NAME}',interface='{PROPERTIES}',member='PropertiesChanged'",
 )
@@ -84,7 +85,7 @@ class Watch:
         finally:
             self._listeners.remove(listener)
 
-    async def subscribe(self, connection: wire.Connection) -> None:
+    async def subscribe(self, connection: transport.Connection) -> None:
         """Ask the bus for the signals; what came before has to be asked for.
 
         Raises errors.BusError, TimedOut.
@@ -101,13 +102,13 @@ class Watch:
     def on_signal(self, signal: frame.Frame) -> None:
         """Take a signal; it may come from anybody, since a match does not keep off direct ones."""
         header = signal.header
-        if header is None or header.sender not in (self._owner, wire.BUS_NAME):
+        if header is None or header.sender not in (self._owner, transport.BUS_NAME):
             return
         try:
             body = codec.parse(signal.data).body
         except codec.MalformedMessage:
             return
-        match header.sender == wire.BUS_NAME, header.member, body:
+        match header.sender == transport.BUS_NAME, header.member, body:
             case True, "NameOwnerChanged", [name, _, str(owner)] if name == NAME:
                 if self._owner:
                     self.end_all(Ended.DAEMON_LEFT)

@@ -21,7 +21,7 @@ OPENED = 100
 BEARS = 64 << 10
 """Bytes that it bears in the test of signals; 127 MB by default."""
 PRELUDE = f"""
-from loopd import backlog
+from loopd.daemon.server import backlog
 backlog._SIGNALS = {BEARS // 2}
 backlog._BETWEEN = {BEARS // 64}
 """

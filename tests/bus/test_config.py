@@ -229,7 +229,7 @@ def test_polkit_has_as_long_as_its_deadline_says(
 
 GATED = """
 import fcntl
-from loopd import kernel
+from loopd.loop import kernel
 def gated(function):
     def wait_and_call(*arguments):
         with open({gate!r}) as gate:

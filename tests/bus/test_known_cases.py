@@ -162,7 +162,7 @@ def test_root_is_asked_for_nothing_with_any_options(world: World, kind: str) -> 
 
 
 FAILS_ONCE_BOUND = """
-from loopd import loopinfo
+from loopd.loop import query as loopinfo
 def failing(*_):
     raise OSError(5, "Input/output error")
 loopinfo.diskseq = failing
@@ -412,7 +412,7 @@ def test_no_line_of_the_log_is_a_clients(new_world: Callable[..., World]) -> Non
 # --- what an older kernel makes of an fd ---------------------------------------------------------
 
 BEFORE_6_11 = """
-from loopd import blockdev
+from loopd.loop import block_device as blockdev
 blockdev.unbinds_while_open = lambda: True
 """
 

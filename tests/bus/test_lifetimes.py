@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness import loops
 from tests.harness.caller import DEVICE, MANAGER, Attached, Caller
 from tests.harness.deadline import Deadline

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from loopd.bus.codec import Variant as Told
 from loopd.client import Client, errors
-from loopd.codec import Variant as Told
 from loopd.fd import OwnedFd
 from tests.harness.area import area
 from tests.harness.bus import PrivateBus

@@ -568,7 +568,7 @@ def test_of_many_calls_on_one_connection_exactly_one_gets_the_file(
 
 OFFERS_A_STRANGERS_DEVICE = """
 import errno, os
-from loopd import kernel
+from loopd.loop import kernel
 add, get_status = kernel.loop_ctl_add, kernel.loop_get_status64
 offered = False
 def offers(control_fd, wanted):

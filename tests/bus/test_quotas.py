@@ -334,7 +334,7 @@ def test_a_refused_call_leaves_no_fd_and_takes_no_place(new_world: Callable[...,
 
 GATED_FSYNC = """
 import fcntl
-from loopd import kernel
+from loopd.loop import kernel
 fsync = kernel.fsync
 def gated(fd):
     with open({gate!r}) as gate:
@@ -423,7 +423,7 @@ def test_the_questions_of_a_client_that_died_do_not_count(new_world: Callable[..
 # Uevents
 
 EVENTS = """
-from loopd import uevents
+from loopd.daemon.host import uevent_budget as uevents
 uevents._BURST, uevents._RATE = 30, 1
 """
 

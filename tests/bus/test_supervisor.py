@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import errors, supervisor
+from loopd import errors
+from loopd.daemon.host import systemd as systemd_peer
 from tests.harness.area import area
 from tests.harness.bus import PrivateBus
 from tests.harness.daemon import Daemon
@@ -116,7 +117,7 @@ def test_what_else_is_to_be_looked_after_does_not_wait_for_the_bus() -> None:
         told.append(state)
 
     with pytest.raises(EnoughError):
-        asyncio.run(asyncio.wait_for(supervisor.stay_alive(0.001, ask, look, tell), 20))
+        asyncio.run(asyncio.wait_for(systemd_peer.stay_alive(0.001, ask, look, tell), 20))
     assert (looked, told) == (3, [])
 
 
@@ -138,4 +139,4 @@ def test_the_interval_is_the_environments(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert supervisor.watchdog_interval() == interval
+    assert systemd_peer.watchdog_interval() == interval

@@ -113,7 +113,7 @@ def test_200_answers_that_nobody_reads_cost_nobody_the_bus(new_world: Callable[.
 
 
 OFTEN = """
-from loopd import bus
+from loopd.daemon.server import dispatcher as bus
 emit = bus.Bus.emit
 def often(self, *what, **how):
     for _ in range(500):
@@ -362,7 +362,7 @@ def test_little_of_loopds_is_where_nothing_can_go_before_it(library: str) -> Non
 # --- 6: handlers ---------------------------------------------------------------------------------
 
 FAILING = """
-from loopd import service
+from loopd.daemon.server import interface as service
 async def failing(self, caller, target, *arguments):
     raise RuntimeError("the secret of /root/file")
 service.Service._get_device = service.Service._list_devices = failing
@@ -465,7 +465,7 @@ def test_fds_in_an_answer_do_not_reach_loopd(new_world: Callable[..., World]) ->
 # --- 15: every connection ------------------------------------------------------------------------
 
 TELLS_WHAT_IT_READS = """
-from loopd import frame
+from loopd.bus import frame
 read_header = frame.read_header
 def telling(*arguments):
     header = read_header(*arguments)

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from loopd import blockdev, codec, frame, kernel, options, table
+from loopd.bus import codec, frame
+from loopd.daemon.server import options
 from loopd.errors import Failed, InvalidArgs, LoopError
+from loopd.loop import block_device, kernel, partition_table
 from tests.fuzz.validity import is_valid
 
 # --- the byte stream from the bus ---------------------------------------------------------------
@@ -268,7 +270,7 @@ def gpt(data: bytes) -> None:
         with mock.patch.object(kernel, "preadv", preadv):
             wanted = _gpt_sizes(content[start:])
             try:
-                found = blockdev.probe_sector_size(fd, start)
+                found = block_device.probe_sector_size(fd, start)
             except InvalidArgs:
                 assert len(wanted) > 1, "refused for no reason"
             else:
@@ -303,7 +305,7 @@ def partitions(data: bytes) -> None:
     """The check of the child's answer: the sector size, the size of the device, the answer."""
     sector_size, size = 512 << _first(data) % 4, int.from_bytes(data[1:7], "little")
     try:
-        found = table.check(data[7:], size=size, sector_size=sector_size)
+        found = partition_table.check(data[7:], size=size, sector_size=sector_size)
     except Failed:
         return
     assert list(found) == sorted(found), "they are in no order"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What loopdev, loopops and what is below them do, as tests of any kernel there is.
+"""What loopd.loop does, as tests of any kernel there is.
 
 tests/unit/test_scripted_kernel.py runs them on the scripted kernel, tests/root/test_real_kernel.py
 on the real one, each with a `lab` of its own.  A docstring names the behaviour of systemd's
@@ -18,11 +18,20 @@ from typing import Any
 
 import pytest
 
-from loopd import attachment, backing, blockdev, kernel, loopdev, loopinfo, loopops, partition
-from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, LoopError, NoSuchDevice, UnsupportedFile
 from loopd.fd import OwnedFd
-from loopd.kernel import PartitionExtent
+from loopd.loop import (
+    attach,
+    backing_file,
+    block_device,
+    change,
+    kernel,
+    loop_device,
+    partitions,
+    query,
+)
+from loopd.loop.block_device import Lock
+from loopd.loop.kernel import PartitionExtent
 from tests.harness import images
 from tests.harness.images import MIB
 from tests.harness.lab import Lab
@@ -31,15 +40,15 @@ GPT = [PartitionExtent(1, MIB, MIB), PartitionExtent(2, 2 * MIB, MIB)]
 """The partitions that Lab.gpt() makes."""
 
 
-def status(device: loopdev.LoopDevice) -> loopinfo.Status:
+def status(device: loop_device.LoopDevice) -> query.Status:
     """How a device is set up, which sysfs and the device itself have to agree about."""
-    told = loopinfo.status(device.number)
+    told = query.status(device.number)
     assert status_by_fd(device) == told
     return told
 
 
-def status_by_fd(device: loopdev.LoopDevice) -> loopinfo.Status:
-    return loopinfo.status_by_fd(device.fd.fileno(), device.number, device.binding, device.diskseq)
+def status_by_fd(device: loop_device.LoopDevice) -> query.Status:
+    return query.status_by_fd(device.fd.fileno(), device.number, device.binding, device.diskseq)
 
 
 def strays(number: int) -> list[PartitionExtent]:
@@ -66,10 +75,10 @@ def test_a_file_is_attached_and_described(lab: Lab) -> None:
     told = status(device)
     assert told.backing_file == os.fsencode(path)
     assert (told.size, told.offset, told.size_limit) == (MIB, 0, 0)
-    assert loopops.sector_size(device) == 512
+    assert change.sector_size(device) == 512
     assert (told.autoclear, told.read_only, told.partition_scan) == (True, False, False)
     file = path.stat()
-    asked = loopinfo.binding(device.number, device.binding)
+    asked = query.binding(device.number, device.binding)
     assert (asked.file.device, asked.file.inode) == (file.st_dev, file.st_ino)
     assert asked.file.block is None
 
@@ -97,8 +106,8 @@ def test_offset_limit_reference_and_sector_size_are_set(lab: Lab) -> None:
     )
     told = status(device)
     assert (told.offset, told.size_limit, told.size) == (8192, 65536, 65536)
-    assert loopops.sector_size(device) == 4096
-    assert loopinfo.binding(device.number, device.binding).reference == b"name"
+    assert change.sector_size(device) == 4096
+    assert query.binding(device.number, device.binding).reference == b"name"
 
 
 def test_a_device_begins_at_any_byte_and_does_without_direct_io_then(lab: Lab) -> None:
@@ -146,7 +155,7 @@ def test_bound_or_not(lab: Lab) -> None:
     """A2: what is not bound says ENXIO, and sysfs says it without asking the file."""
     device = lab.attach(lab.image())
     assert kernel.loop_bound(device.number)
-    with blockdev.opened(kernel.open_loop_control()) as control:
+    with block_device.opened(kernel.open_loop_control()) as control:
         number = kernel.loop_ctl_add(control.fileno(), -1)
         try:
             with lab.open(number) as fd, pytest.raises(OSError, match="No such device") as unbound:
@@ -154,9 +163,9 @@ def test_bound_or_not(lab: Lab) -> None:
             assert unbound.value.errno == errno.ENXIO
             assert not kernel.loop_bound(number)
             with pytest.raises(NoSuchDevice):
-                loopinfo.status(number)
+                query.status(number)
         finally:
-            assert loopdev.remove(number)
+            assert loop_device.remove(number)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +220,7 @@ def test_only_regular_files_and_block_devices_are_taken(lab: Lab, what: str) -> 
     else:
         fd = os.open("/dev/zero", os.O_RDWR)
     with OwnedFd(fd), pytest.raises(UnsupportedFile):
-        backing.examine(fd)
+        backing_file.examine(fd)
 
 
 # --- undoing ------------------------------------------------------------------------------------
@@ -271,7 +280,7 @@ def test_a_device_that_others_clear_at_once_is_not_ours(lab: Lab) -> None:
 
 def require_get_free() -> None:
     """Skip where no device is taken that is there: what happens to a new one is scripted."""
-    if blockdev.unbinds_while_open():
+    if block_device.unbinds_while_open():
         pytest.skip("before Linux 6.11 a device is made for each attach")
 
 
@@ -289,7 +298,7 @@ def test_a_device_that_someone_else_binds_in_between_is_left_to_them(lab: Lab) -
     device = lab.attach(lab.image())
     assert theirs
     assert theirs[0] != device.number
-    assert loopinfo.status(theirs[0]).backing_file == os.fsencode(others)
+    assert query.status(theirs[0]).backing_file == os.fsencode(others)
 
 
 @pytest.mark.alone
@@ -299,9 +308,9 @@ def test_a_device_that_vanishes_is_no_error(lab: Lab) -> None:
     removed: list[bool] = []
 
     def remove() -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             number = kernel.loop_ctl_get_free(control.fileno())
-            removed.append(loopdev.remove(number))
+            removed.append(loop_device.remove(number))
 
     lab.script.after("loop_ctl_get_free", remove)
     lab.attach(lab.image())
@@ -315,7 +324,7 @@ def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
     locked: list[int] = []
 
     def lock() -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             number = kernel.loop_ctl_get_free(control.fileno())
         fd = lab.open(number)
         assert try_flock(fd, fcntl.LOCK_EX)
@@ -331,14 +340,14 @@ def test_a_device_that_someone_keeps_locked_is_passed_over(lab: Lab) -> None:
 def test_the_64th_attempt_is_the_last(lab: Lab) -> None:
     """A8."""
     require_get_free()
-    lab.script.fail("loop_configure", errno.EBUSY, times=attachment.ATTEMPTS)
+    lab.script.fail("loop_configure", errno.EBUSY, times=attach.ATTEMPTS)
     pauses: list[float] = []
     lab.pauses = pauses
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockdev, "retry_pauses", lambda attempts: [0.0] * attempts)
+        patch.setattr(block_device, "retry_pauses", lambda attempts: [0.0] * attempts)
         with pytest.raises(DeviceBusy, match="64 attempts"):
             lab.attach(lab.image())
-        lab.script.fail("loop_configure", errno.EBUSY, times=attachment.ATTEMPTS - 1)
+        lab.script.fail("loop_configure", errno.EBUSY, times=attach.ATTEMPTS - 1)
         lab.attach(lab.image())
 
 
@@ -368,13 +377,13 @@ def stale_partition(lab: Lab) -> int:
 def test_what_a_former_daemon_left_on_an_unbound_device_is_removed(lab: Lab) -> None:
     """Old partitions, A9: at start."""
     number = stale_partition(lab)
-    loopdev.clean(number)
+    loop_device.clean(number)
     assert kernel.loop_partitions(number) == []
-    loopdev.clean(number)
+    loop_device.clean(number)
     device = lab.attach(lab.gpt(), partition_scan=True)
-    loopdev.clean(device.number)
+    loop_device.clean(device.number)
     assert kernel.loop_partitions(device.number) == GPT
-    loopdev.clean(0xFFFFF)
+    loop_device.clean(0xFFFFF)
 
 
 def test_a_partition_that_appears_just_before_binding_does_not_stay(lab: Lab) -> None:
@@ -393,7 +402,7 @@ def test_a_partition_that_appears_just_before_binding_does_not_stay(lab: Lab) ->
 
 @pytest.mark.alone
 def test_the_wanted_number_and_no_other(lab: Lab) -> None:
-    with blockdev.opened(kernel.open_loop_control()) as control:
+    with block_device.opened(kernel.open_loop_control()) as control:
         number = kernel.loop_ctl_add(control.fileno(), -1)
     device = lab.attach(lab.image(), number=number)
     assert device.number == number
@@ -411,7 +420,7 @@ def test_the_locks_are_taken_control_first_and_the_control_lock_is_not_kept(lab:
     held: list[bool] = []
 
     def look() -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             held.append(not try_flock(control, fcntl.LOCK_EX))
 
     lab.script.before("loop_configure", look)
@@ -447,15 +456,15 @@ def test_the_lock_is_kept_downgraded_or_dropped_as_asked(
 def test_a_lock_is_taken_changed_and_dropped_later(lab: Lab) -> None:
     """A25."""
     device = lab.attach(lab.image())
-    lock = device.lock = loopops.take_lock(device, Lock.EXCLUSIVE)
+    lock = device.lock = change.take_lock(device, Lock.EXCLUSIVE)
     with lab.open(device.number) as fd:
         assert not try_flock(fd, fcntl.LOCK_SH)
-        loopops.change_lock(device, lock, Lock.SHARED, held=Lock.EXCLUSIVE)
+        change.change_lock(device, lock, Lock.SHARED, held=Lock.EXCLUSIVE)
         assert try_flock(fd, fcntl.LOCK_SH)
         # Somebody else shares it now: no upgrade, and ours is still there.
         with pytest.raises(DeviceBusy, match="locked by someone else") as refused:
-            loopops.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
-        assert not isinstance(refused.value, loopops.LockLost)
+            change.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
+        assert not isinstance(refused.value, change.LockLost)
         kernel.flock(fd.fileno(), fcntl.LOCK_UN)
         assert not try_flock(fd, fcntl.LOCK_EX)
         lock.close()
@@ -465,7 +474,7 @@ def test_a_lock_is_taken_changed_and_dropped_later(lab: Lab) -> None:
 def test_a_lock_that_others_take_while_it_is_changed_is_said_to_be_lost(lab: Lab) -> None:
     """A25: flock(2) lets go of the one before it has the other."""
     device = lab.attach(lab.image())
-    lock = device.lock = loopops.take_lock(device, Lock.SHARED)
+    lock = device.lock = change.take_lock(device, Lock.SHARED)
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_SH)
 
@@ -474,8 +483,8 @@ def test_a_lock_that_others_take_while_it_is_changed_is_said_to_be_lost(lab: Lab
 
         # After our attempt to get it exclusively, which lost the shared one.
         lab.script.after_error("flock", take)
-        with pytest.raises(loopops.LockLost):
-            loopops.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
+        with pytest.raises(change.LockLost):
+            change.change_lock(device, lock, Lock.EXCLUSIVE, held=Lock.SHARED)
 
 
 def test_a_lock_of_somebody_else_is_not_waited_for(lab: Lab) -> None:
@@ -484,7 +493,7 @@ def test_a_lock_of_somebody_else_is_not_waited_for(lab: Lab) -> None:
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)
         with pytest.raises(DeviceBusy):
-            loopops.take_lock(device, Lock.SHARED)
+            change.take_lock(device, Lock.SHARED)
 
 
 # --- detach -------------------------------------------------------------------------------------
@@ -502,7 +511,7 @@ def test_detach_writes_back_locks_removes_partitions_clears_and_closes(lab: Lab)
     assert [calls.index(name) for name in order] == sorted(calls.index(name) for name in order)
     assert "open_loop_control" not in calls
     assert kernel.loop_partitions(device.number) == []
-    assert loopdev.remove(device.number)
+    assert loop_device.remove(device.number)
     with pytest.raises(OSError, match=r"No such|not exist"):
         kernel.open_loop(device.number, os.O_RDONLY)
 
@@ -511,7 +520,7 @@ def test_what_others_have_open_is_detached_at_their_last_close(lab: Lab) -> None
     """A20: lazily."""
     device = lab.attach(lab.image())
     with lab.open(device.number):
-        assert loopdev.detach(device) is True
+        assert loop_device.detach(device) is True
         assert kernel.loop_binding(device.number) == device.binding
     lab.wait_unbound(device)
     lab.forget(device)
@@ -522,8 +531,8 @@ def test_what_was_handed_out_is_kept_open_until_the_last_close(lab: Lab) -> None
     device = lab.attach(lab.image())
     device.handed_out = True
     with lab.open(device.number):
-        assert loopdev.detach(device) is False
-        assert loopdev.clear(device) is False
+        assert loop_device.detach(device) is False
+        assert loop_device.clear(device) is False
         assert kernel.loop_binding(device.number) == device.binding
     lab.end(device)
 
@@ -534,33 +543,33 @@ def test_a_device_that_others_lock_for_ever_is_cleared_without_the_lock(lab: Lab
     device.handed_out = True
     with lab.open(device.number) as fd:
         assert try_flock(fd, fcntl.LOCK_EX)
-        assert loopdev.detach(device) is False
+        assert loop_device.detach(device) is False
     lab.end(device)
 
 
 @pytest.mark.alone
 def test_a_device_that_is_gone_is_not_in_use(lab: Lab) -> None:
     device = lab.attach(lab.image())
-    assert not blockdev.in_use(device.number)
+    assert not block_device.in_use(device.number)
     with lab.open(device.number, os.O_RDONLY | os.O_EXCL):
-        assert blockdev.in_use(device.number)
+        assert block_device.in_use(device.number)
     lab.detach(device)
-    assert loopdev.remove(device.number)
+    assert loop_device.remove(device.number)
     with pytest.raises(NoSuchDevice):
-        blockdev.in_use(device.number)
+        block_device.in_use(device.number)
 
 
 def test_a_device_in_use_is_not_removed(lab: Lab) -> None:
     """A20: LOOP_CTL_REMOVE is tried while the device is free, and no longer."""
     device = lab.attach(lab.image())
-    assert loopdev.remove(device.number) is False
+    assert loop_device.remove(device.number) is False
     assert kernel.loop_binding(device.number) == device.binding
 
 
 def test_what_is_closed_and_not_detached_is_not_cleared_by_us(lab: Lab) -> None:
     """A21: foreign and relinquished devices; what was ours goes by autoclear."""
     number = lab.foreign(lab.image())
-    foreign = loopops.open_existing(number)
+    foreign = change.open_existing(number)
     assert not foreign.ours
     lab.script.calls.clear()
     foreign.close()
@@ -580,19 +589,19 @@ def test_what_is_closed_and_not_detached_is_not_cleared_by_us(lab: Lab) -> None:
 def test_an_existing_device_is_opened_by_number_fd_and_partition(lab: Lab) -> None:
     """A22."""
     device = lab.attach(lab.gpt(), partition_scan=True)
-    found = loopops.open_existing(device.number)
+    found = change.open_existing(device.number)
     assert (found.number, found.diskseq, found.binding) == (
         device.number,
         device.diskseq,
         device.binding,
     )
-    found.lock = loopops.take_lock(found, Lock.SHARED)
+    found.lock = change.take_lock(found, Lock.SHARED)
     with lab.open(device.number) as fd:
         assert not try_flock(fd, fcntl.LOCK_EX)
     found.close()
-    named = loopinfo.named_by(OwnedFd(kernel.open_loop(device.number, os.O_RDONLY), kernel.close))
+    named = query.named_by(OwnedFd(kernel.open_loop(device.number, os.O_RDONLY), kernel.close))
     assert (named.number, named.partition) == (device.number, None)
-    named = loopinfo.named_by(
+    named = query.named_by(
         OwnedFd(kernel.open_partition(device.number, 2, os.O_RDONLY), kernel.close)
     )
     assert (named.number, named.partition) == (device.number, 2)
@@ -607,20 +616,20 @@ def test_another_device_on_the_number_is_not_taken_for_it(lab: Lab) -> None:
     lab.clear(number)
     lab.wait_cleared(number, binding)
     with pytest.raises(NoSuchDevice):
-        loopops.open_existing(number, binding)
+        change.open_existing(number, binding)
     again = lab.attach(lab.image(), number=number)
     with pytest.raises(NoSuchDevice, match="another device"):
-        loopops.open_existing(again.number, binding)
+        change.open_existing(again.number, binding)
 
 
 def test_a_device_is_opened_for_a_client_and_never_with_more_rights(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), os.O_RDONLY, partition_scan=True)
     with pytest.raises(InvalidArgs, match="read-only"):
-        loopops.open_node(device, writable=True)
+        change.open_node(device, writable=True)
     for which in (None, 1):
-        loopops.open_node(device, writable=False, partition=which).close()
+        change.open_node(device, writable=False, partition=which).close()
     with pytest.raises(NoSuchDevice, match="no partition 7"):
-        loopops.open_node(device, writable=False, partition=7)
+        change.open_node(device, writable=False, partition=7)
 
 
 def test_autoclear_that_was_turned_off_is_on_again_before_an_fd_is_given(lab: Lab) -> None:
@@ -629,16 +638,16 @@ def test_autoclear_that_was_turned_off_is_on_again_before_an_fd_is_given(lab: La
     info.lo_flags = 0
     kernel.loop_set_status64(device.fd.fileno(), info)
     assert not status(device).autoclear
-    loopops.open_node(device, writable=False).close()
+    change.open_node(device, writable=False).close()
     assert status(device).autoclear
 
 
 # --- changing -----------------------------------------------------------------------------------
 
 
-def resize(device: loopdev.LoopDevice, **how: Any) -> int:
+def resize(device: loop_device.LoopDevice, **how: Any) -> int:
     given = {"offset": None, "size_limit": None, "force": False} | how
-    return loopops.resize(device, **given)
+    return change.resize(device, **given)
 
 
 def test_offset_and_limit_change_and_unchanged_means_no_call(lab: Lab) -> None:
@@ -673,66 +682,66 @@ def test_a_reference_is_set_and_cleared_and_may_be_63_bytes(lab: Lab) -> None:
     device = lab.attach(lab.image())
 
     def reference() -> bytes:
-        return loopinfo.binding(device.number, device.binding).reference
+        return query.binding(device.number, device.binding).reference
 
-    assert loopops.set_reference(device, b"x" * 63)
+    assert change.set_reference(device, b"x" * 63)
     assert reference() == b"x" * 63
     lab.script.calls.clear()
-    assert not loopops.set_reference(device, b"x" * 63)
+    assert not change.set_reference(device, b"x" * 63)
     assert "loop_set_status64" not in lab.script.calls
-    assert loopops.set_reference(device, b"")
+    assert change.set_reference(device, b"")
     assert reference() == b""
     with pytest.raises(InvalidArgs, match=r"^reference: "):
-        loopops.set_reference(device, b"x" * 64)
+        change.set_reference(device, b"x" * 64)
 
 
 def test_autoclear_is_set_and_cleared_and_says_whether_that_changed_it(lab: Lab) -> None:
     """A27."""
     number = lab.foreign(lab.image())
-    device = loopops.open_existing(number)
-    assert not loopops.set_autoclear(device, enable=False)
-    assert loopops.set_autoclear(device, enable=True)
-    assert loopinfo.status(number).autoclear
-    assert not loopops.set_autoclear(device, enable=True)
-    assert loopops.set_autoclear(device, enable=False)
-    assert not loopinfo.status(number).autoclear
+    device = change.open_existing(number)
+    assert not change.set_autoclear(device, enable=False)
+    assert change.set_autoclear(device, enable=True)
+    assert query.status(number).autoclear
+    assert not change.set_autoclear(device, enable=True)
+    assert change.set_autoclear(device, enable=False)
+    assert not query.status(number).autoclear
     device.close()
 
 
 def test_a_setting_does_not_undo_another(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), partition_scan=True, reference=b"one")
     resize(device, size_limit=3 * MIB)
-    loopops.set_reference(device, b"two")
+    change.set_reference(device, b"two")
     told = status(device)
     assert (told.size, told.partition_scan, told.autoclear) == (3 * MIB, True, True)
     assert list(told.partitions) == GPT
     resize(device, size_limit=0)
-    assert loopinfo.binding(device.number, device.binding).reference == b"two"
+    assert query.binding(device.number, device.binding).reference == b"two"
 
 
 def test_the_sector_size_changes_live(lab: Lab) -> None:
     device = lab.attach(lab.image(MIB))
-    assert loopops.set_sector_size(device, 4096) == 4096
-    assert loopops.sector_size(device) == 4096
-    assert loopops.set_sector_size(device, None) == 512
+    assert change.set_sector_size(device, 4096) == 4096
+    assert change.sector_size(device) == 4096
+    assert change.set_sector_size(device, None) == 512
     with lab.open(device.number, os.O_RDONLY | os.O_EXCL), pytest.raises(DeviceBusy):
-        loopops.set_sector_size(device, 1024)
+        change.set_sector_size(device, 1024)
     resize(device, size_limit=512 * 3)
     with pytest.raises(InvalidArgs, match=r"^sector-size: "):
-        loopops.set_sector_size(device, 1024)
+        change.set_sector_size(device, 1024)
     resize(device, size_limit=0)
     with pytest.raises(InvalidArgs, match=r"^sector-size: "):
-        loopops.set_sector_size(device, 64 * MIB)
-    assert loopops.sector_size(device) == 512
+        change.set_sector_size(device, 64 * MIB)
+    assert change.sector_size(device) == 512
 
 
 def test_a_device_is_synced_and_the_error_is_seen(lab: Lab) -> None:
     """A26."""
     device = lab.attach(lab.image())
-    loopops.sync(device)
+    change.sync(device)
     lab.script.fail("fsync", errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
-        loopops.sync(device)
+        change.sync(device)
 
 
 # --- sector sizes -------------------------------------------------------------------------------
@@ -744,7 +753,7 @@ def test_the_sector_size_is_found_from_the_table(lab: Lab, size: int) -> None:
     path = lab.path()
     path.write_bytes(bytes(size) + gpt_header() + bytes(MIB))
     device = lab.attach(path, sector_size=None)
-    assert loopops.sector_size(device) == size
+    assert change.sector_size(device) == size
 
 
 def gpt_header(*, revision: int = 0x10000, length: int = 92, sector: int = 1) -> bytes:
@@ -766,7 +775,7 @@ def test_what_is_no_table_means_512(lab: Lab, header: bytes) -> None:
     """A16."""
     path = lab.path()
     path.write_bytes(bytes(2048) + header + bytes(MIB))
-    assert loopops.sector_size(lab.attach(path, sector_size=None)) == 512
+    assert change.sector_size(lab.attach(path, sector_size=None)) == 512
 
 
 def test_tables_for_more_than_one_sector_size_are_refused(lab: Lab) -> None:
@@ -786,12 +795,12 @@ def test_the_table_is_looked_for_where_the_device_begins(
     path = lab.path()
     path.write_bytes(bytes(offset + 2048) + gpt_header() + bytes(MIB))
     device = lab.attach(path, os.O_RDWR | direct, sector_size=None, offset=offset, direct_io=False)
-    assert loopops.sector_size(device) == 2048
+    assert change.sector_size(device) == 2048
 
 
 def test_a_file_of_one_sector_has_no_table(lab: Lab) -> None:
     """A16."""
-    assert loopops.sector_size(lab.attach(lab.image(512), sector_size=None)) == 512
+    assert change.sector_size(lab.attach(lab.image(512), sector_size=None)) == 512
 
 
 # --- a tail of less than a sector ---------------------------------------------------------------
@@ -823,7 +832,7 @@ def test_a_device_has_whole_sectors_only(lab: Lab) -> None:
 def test_another_sector_size_changes_what_is_whole(lab: Lab) -> None:
     device = lab.attach(grow(lab.image(MIB), MIB + TAIL))
     for size, whole in ((4096, MIB), (1024, MIB + 1024), (2048, MIB), (512, MIB + 1024)):
-        loopops.set_sector_size(device, size)
+        change.set_sector_size(device, size)
         assert status(device).size == whole
     assert status(device).size_limit == 0
 
@@ -859,7 +868,7 @@ def test_the_kernels_parser_sees_nothing(lab: Lab) -> None:
     limits: list[int] = []
 
     def look() -> None:
-        limits.append(loopinfo.status(lab.claims[-1]).size)
+        limits.append(query.status(lab.claims[-1]).size)
 
     lab.script.after("loop_configure", look)
     device = lab.attach(lab.gpt(), partition_scan=True)
@@ -881,7 +890,7 @@ def test_a_rescan_follows_the_table_and_leaves_alone_what_is_as_it_says(lab: Lab
     device = lab.attach(path, partition_scan=True)
     with lab.open(device.number, partition=1):
         images.make_gpt(path, [(2048, 2048), (4096, 1024), (6144, 512)])
-        found = loopops.rescan_partitions(device)
+        found = change.rescan_partitions(device)
         assert found == [
             GPT[0],
             PartitionExtent(2, 2 * MIB, MIB // 2),
@@ -889,8 +898,8 @@ def test_a_rescan_follows_the_table_and_leaves_alone_what_is_as_it_says(lab: Lab
         ]
         images.make_gpt(path, [(2048, 1024)])
         with pytest.raises(DeviceBusy, match=f"loop{device.number}p1 is in use"):
-            loopops.rescan_partitions(device)
-    assert loopops.rescan_partitions(device) == [PartitionExtent(1, MIB, MIB // 2)]
+            change.rescan_partitions(device)
+    assert change.rescan_partitions(device) == [PartitionExtent(1, MIB, MIB // 2)]
 
 
 def test_a_rescan_grows_what_is_in_use_and_tells_what_the_table_has(lab: Lab) -> None:
@@ -899,7 +908,7 @@ def test_a_rescan_grows_what_is_in_use_and_tells_what_the_table_has(lab: Lab) ->
     assert device.table == (1, 2)
     with lab.open(device.number, os.O_RDONLY | os.O_EXCL, partition=1):
         images.make_gpt(path, [(2048, 2048), (3000, 100), (6144, 512)])
-        found = loopops.rescan_partitions(device)
+        found = change.rescan_partitions(device)
     assert found == [GPT[0], PartitionExtent(3, 3 * MIB, MIB // 4)]
     assert device.table == (1, 2, 3)
 
@@ -914,7 +923,7 @@ def test_partitions_do_not_reach_past_the_end_of_their_device(lab: Lab) -> None:
 def test_partitions_are_found_later_where_nobody_asked_for_them_at_first(lab: Lab) -> None:
     device = lab.attach(lab.gpt())
     assert status(device).partitions == ()
-    assert loopops.rescan_partitions(device) == GPT
+    assert change.rescan_partitions(device) == GPT
     assert status(device).partition_scan
 
 
@@ -923,7 +932,7 @@ def test_a_partition_is_resized(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), partition_scan=True)
 
     def to(size: int | None, number: int = 1) -> int:
-        return loopops.resize_partition(device, number, size=size)
+        return change.resize_partition(device, number, size=size)
 
     assert to(MIB // 2) == MIB // 2
     assert status(device).partitions[0] == PartitionExtent(1, MIB, MIB // 2)
@@ -948,9 +957,9 @@ def test_a_partition_in_use_stays_and_the_device_with_it(lab: Lab) -> None:
     device = lab.attach(lab.gpt(), partition_scan=True)
     device.handed_out = True
     with lab.open(device.number, partition=2):
-        assert partition.remove_all(device.fd.fileno(), device.number) == 2
+        assert partitions.remove_all(device.fd.fileno(), device.number) == 2
         assert kernel.loop_partitions(device.number) == GPT[1:]
-        assert loopdev.detach(device) is False
+        assert loop_device.detach(device) is False
     lab.end(device)
     assert strays(device.number) == []
 
@@ -963,11 +972,11 @@ def test_a_loop_device_can_be_over_a_block_device(lab: Lab) -> None:
     lower = lab.attach(lab.image(4 * MIB))
     kernel.set_loop_attribute(lower.number, "queue/discard_max_bytes", b"65536")
     fd = OwnedFd(kernel.open_loop(lower.number, os.O_RDWR), kernel.close)
-    examined = backing.examine(fd.fileno())
+    examined = backing_file.examine(fd.fileno())
     assert examined.identity.block
     assert examined.size == 4 * MIB
     upper = lab.attach_fd(fd, examined, offset=MIB, size_limit=MIB)
-    told = loopinfo.status(upper.number)
+    told = query.status(upper.number)
     assert (told.size, told.offset) == (MIB, MIB)
     limit = int(kernel.loop_attribute(upper.number, "queue/discard_max_bytes"))
     assert limit <= 65536
@@ -993,10 +1002,10 @@ def test_the_calls_before_loop_configure_come_to_the_same(lab: Lab, flags: int) 
         lab.driver.configures = configures
         device = lab.attach(lab.image(), flags, **request)
         found = status(device)
-        asked = loopinfo.binding(device.number, device.binding)
+        asked = query.binding(device.number, device.binding)
         told.append(
             (
-                *(found.offset, found.size_limit, found.size, loopops.sector_size(device)),
+                *(found.offset, found.size_limit, found.size, change.sector_size(device)),
                 *(found.read_only, found.direct_io, found.autoclear, found.partition_scan),
                 asked.reference,
             )

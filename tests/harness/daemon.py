@@ -3,7 +3,7 @@
 
 The library is chosen from outside: a module that is None in sys.modules cannot be imported.  In
 the same way a `prelude` of Python, run in the daemon's interpreter before the daemon, replaces
-functions of loopd.kernel by others.  Nothing in the product knows of the tests.
+functions of loopd.loop.kernel by others.  Nothing in the product knows of the tests.
 """
 
 import errno
@@ -259,7 +259,7 @@ class SameFds:
 def template_of(library: str | None) -> Template:
     """What such daemons are forked from, under the name in `templates.shared`."""
     hidden = [each for each in LIBRARIES if library and each != library]
-    return Template(["loopd.daemon"], hidden=hidden)
+    return Template(["loopd.daemon.main"], hidden=hidden)
 
 
 def _ping(call: Callable[..., Any], deadline: Deadline) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loopd.closes import _MAX_SLOW as MAX_SLOW
-from loopd.closes import _SLOW_AT_A_TIME as SLOW_AT_A_TIME
+from loopd.daemon.closes import _MAX_SLOW as MAX_SLOW
+from loopd.daemon.closes import _SLOW_AT_A_TIME as SLOW_AT_A_TIME
 from tests.harness import loops, wire
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached
 from tests.harness.deadline import Deadline

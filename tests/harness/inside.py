@@ -17,30 +17,34 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import closes, ending, registry, table
-from loopd.access import Caller, Client
-from loopd.attaching import Attaching
-from loopd.config import Config
-from loopd.device import Device
-from loopd.ending import Ending
+from loopd.daemon import closes
+from loopd.daemon.access import Caller, Client
+from loopd.daemon.actions import detach
+from loopd.daemon.actions.attach import Attaching
+from loopd.daemon.actions.change import Operations
+from loopd.daemon.actions.detach import Ending
+from loopd.daemon.actions.examine import AttachOptions
+from loopd.daemon.actions.guard import Manager
+from loopd.daemon.config import Config
+from loopd.daemon.devices import registry
+from loopd.daemon.devices.device import Device
+from loopd.daemon.devices.leases import Leases
+from loopd.daemon.devices.lifetimes import Lifetimes
+from loopd.daemon.devices.locks import Locks
+from loopd.daemon.devices.overlap import Claims
+from loopd.daemon.devices.records import Records
+from loopd.daemon.devices.registry import Listeners, Registry
+from loopd.daemon.devices.spare_numbers import Spares
+from loopd.daemon.host.fd_store import FdStore
+from loopd.daemon.host.logind import Logind
+from loopd.daemon.host.polkit import Authority
+from loopd.daemon.host.udev_marks import Markers
+from loopd.daemon.host.uevent_budget import Uevents
+from loopd.daemon.quota import Quota
+from loopd.daemon.threads import Threads, Work
 from loopd.errors import PeerError
 from loopd.fd import OwnedFd
-from loopd.fdstore import FdStore
-from loopd.leases import Leases, Quota
-from loopd.lifetimes import Lifetimes
-from loopd.locks import Locks
-from loopd.logind import Logind
-from loopd.manager import Manager
-from loopd.marker import Markers
-from loopd.operations import Operations
-from loopd.overlap import Claims
-from loopd.polkit import Authority
-from loopd.proposal import AttachOptions
-from loopd.records import Records
-from loopd.registry import Listeners, Registry
-from loopd.spares import Spares
-from loopd.threads import Threads, Work
-from loopd.uevents import Uevents
+from loopd.loop import partition_table
 from tests.harness import leaks
 from tests.harness.asynchronous import run_async
 from tests.harness.deadline import Deadline
@@ -268,9 +272,9 @@ def scripted_kernel(traits: Traits | None = None) -> Iterator[tuple[ScriptedKern
         for place, name, value in (
             (time, "sleep", lambda _: None),
             (registry, "_LOOK_AGAIN", 0),
-            (ending, "_CLEAR_PAUSES", (0.001,)),
+            (detach, "_CLEAR_PAUSES", (0.001,)),
             # A child of its own takes longer than all the rest.
-            (table, "_ask", lambda _: TABLE),
+            (partition_table, "_ask", lambda _: TABLE),
             # Clients' fds may be on devices of the script.
             (closes, "_close", scripted.close),
         ):

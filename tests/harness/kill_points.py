@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every point at which loopd changes something, and its end by SIGKILL right before one of them.
 
-Such a point is a call of a function of loopd.kernel, a message to the bus or to systemd, and what
-happens to a file in the runtime directory.  It is named after what is done, where in loopd, and for
-which time: `kernel.loop_configure@binding.py:96#1`.
+Such a point is a call of a function of loopd.loop.kernel, a message to the bus or to systemd, and
+what happens to a file in the runtime directory.  It is named after what is done, where in loopd,
+and for which time: `kernel.loop_configure@configure.py:96#1`.
 """
 
 import mmap
@@ -69,8 +69,8 @@ class KillPoints:
 
 
 def install(control: str, record: str, runtime_directory: str, functions: tuple[str, ...]) -> None:
-    """Take part, as loopd, with these functions of loopd.kernel."""
-    from loopd import kernel
+    """Take part, as loopd, with these functions of loopd.loop.kernel."""
+    from loopd.loop import kernel
 
     shared = _share(Path(control))
     log = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One kernel, scripted or real, and what a test does to it through loopdev and loopops.
+"""One kernel, scripted or real, and what a test does to it through loopd.loop.
 
 Whatever was opened or attached is let go of at the end, and then nothing may be bound, claimed or
 open that was not before.
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from loopd import attachment, backing, blockdev, kernel, loopdev
-from loopd.binding import Driver
 from loopd.fd import OwnedFd
-from loopd.loopdev import LoopDevice
-from loopd.request import AttachRequest
-from loopd.uapi import loop_config
+from loopd.loop import attach as loop_attach
+from loopd.loop import backing_file, block_device, kernel, loop_device
+from loopd.loop.configure import Driver
+from loopd.loop.loop_device import LoopDevice
+from loopd.loop.request import AttachRequest
+from loopd.loop.uapi import loop_config
 from tests.harness import images, loops
 from tests.harness.deadline import Deadline
 from tests.harness.script import Script
@@ -71,19 +72,19 @@ class Lab:
         if flags & os.O_ACCMODE == os.O_RDONLY:
             request.setdefault("read_only", True)
         with OwnedFd(os.open(path, flags | os.O_CLOEXEC)) as file:
-            examined = backing.examine(file.fileno())
+            examined = backing_file.examine(file.fileno())
             return self.attach_fd(file.move(), examined, **request)
 
     def attach_fd(
         self,
         file: OwnedFd,
-        examined: backing.BackingFile,
+        examined: backing_file.BackingFile,
         *,
-        numbers: attachment.Numbers = attachment.ANY,
+        numbers: loop_attach.Numbers = loop_attach.ANY,
         **request: Any,
     ) -> LoopDevice:
         """Attach what an fd is open on, and take the fd over."""
-        device = attachment.attach(
+        device = loop_attach.attach(
             file,
             examined,
             AttachRequest(**request),
@@ -101,7 +102,7 @@ class Lab:
 
     def detach(self, device: LoopDevice) -> None:
         """Detach a device that nobody but udev may have open, and wait until it is unbound."""
-        cleared = loopdev.detach(device)
+        cleared = loop_device.detach(device)
         if not cleared:
             device.close()
         self.wait_unbound(device)
@@ -110,7 +111,7 @@ class Lab:
     def clear_at_last(self, device: LoopDevice) -> None:
         """Detach a device that nobody has open any more, but for udev and its glances."""
         deadline = Deadline()
-        while not loopdev.detach(device):
+        while not loop_device.detach(device):
             assert deadline.remaining, f"{device.node} stays open"
         self.wait_unbound(device)
 
@@ -138,9 +139,9 @@ class Lab:
     def open(self, number: int, flags: int = os.O_RDONLY, partition: int | None = None) -> OwnedFd:
         """Be somebody else who has the device open."""
         if partition is None:
-            fd = blockdev.opened(kernel.open_loop(number, flags))
+            fd = block_device.opened(kernel.open_loop(number, flags))
         else:
-            fd = blockdev.opened(kernel.open_partition(number, partition, flags))
+            fd = block_device.opened(kernel.open_partition(number, partition, flags))
         self._opened.append(fd)
         return fd
 
@@ -150,12 +151,12 @@ class Lab:
         config.info.lo_offset = offset
         with (
             OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as file,
-            blockdev.opened(kernel.open_loop_control()) as control,
+            block_device.opened(kernel.open_loop_control()) as control,
         ):
             config.fd = file.fileno()
             while True:
                 number = kernel.loop_ctl_get_free(control.fileno())
-                with blockdev.opened(kernel.open_loop(number, os.O_RDWR)) as fd:
+                with block_device.opened(kernel.open_loop(number, os.O_RDWR)) as fd:
                     try:
                         kernel.loop_configure(fd.fileno(), config)
                     except OSError as exc:
@@ -169,7 +170,7 @@ class Lab:
 
     def clear(self, number: int) -> None:
         """Be `losetup -d`."""
-        with blockdev.opened(kernel.open_loop(number, os.O_RDONLY)) as fd:
+        with block_device.opened(kernel.open_loop(number, os.O_RDONLY)) as fd:
             kernel.loop_clr_fd(fd.fileno())
         if number in self._foreign:
             self._foreign.remove(number)

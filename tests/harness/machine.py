@@ -27,12 +27,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from loopd import blockdev, kernel, loopdev, loopinfo, loopops
-from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, LoopError
 from loopd.fd import OwnedFd
-from loopd.kernel import PartitionExtent
-from loopd.loopdev import LoopDevice
+from loopd.loop import block_device, change, kernel, loop_device, query
+from loopd.loop.block_device import Lock
+from loopd.loop.kernel import PartitionExtent
+from loopd.loop.loop_device import LoopDevice
 from tests.harness.area import area
 from tests.harness.images import MIB, make_gpt
 from tests.harness.lab import Lab, lab
@@ -223,7 +223,7 @@ class LoopMachine(RuleBasedStateMachine):
     @rule(expected=consumes(devices))
     def detach(self, expected: Expected) -> None:
         self.attached.remove(expected)
-        if loopdev.detach(expected.device):
+        if loop_device.detach(expected.device):
             assert not expected.openers
             self.lab.wait_unbound(expected.device)
             self.lab.forget(expected.device)
@@ -236,7 +236,7 @@ class LoopMachine(RuleBasedStateMachine):
             self.lab.end(expected.device)
             self.going.remove(expected)
         for expected in self.going:
-            assert loopdev.clear(expected.device) is False
+            assert loop_device.clear(expected.device) is False
 
     @rule(
         expected=devices,
@@ -258,7 +258,7 @@ class LoopMachine(RuleBasedStateMachine):
         moves = new_offset != expected.offset
         opened = {each.partition for each in expected.openers} - {None}
         try:
-            told = loopops.resize(expected.device, offset=offset, size_limit=limit, force=force)
+            told = change.resize(expected.device, offset=offset, size_limit=limit, force=force)
         except InvalidArgs:
             assert not fits
         except DeviceBusy:
@@ -281,7 +281,7 @@ class LoopMachine(RuleBasedStateMachine):
     @rule(expected=devices, reference=st.sampled_from([b"", b"name", b"x" * 63]))
     def set_reference(self, expected: Expected, reference: bytes) -> None:
         if expected in self.attached:
-            loopops.set_reference(expected.device, reference)
+            change.set_reference(expected.device, reference)
             expected.reference = reference
 
     @rule(expected=devices, size=st.sampled_from([512, 1024, 4096]))
@@ -291,7 +291,7 @@ class LoopMachine(RuleBasedStateMachine):
             return
         looks = expected.device.cut.limit or expected.size % size
         try:
-            loopops.set_sector_size(expected.device, size)
+            change.set_sector_size(expected.device, size)
         except InvalidArgs:
             assert expected.limit % size or expected.size < size
         except DeviceBusy:
@@ -305,8 +305,8 @@ class LoopMachine(RuleBasedStateMachine):
     @rule(expected=devices, enable=st.booleans())
     def set_direct_io(self, expected: Expected, enable: bool) -> None:
         if expected in self.attached:
-            told = loopops.set_direct_io(expected.device, enable)
-            assert told == loopinfo.status(expected.device.number).direct_io
+            told = change.set_direct_io(expected.device, enable)
+            assert told == query.status(expected.device.number).direct_io
 
     @rule(expected=devices, kind=st.sampled_from(Lock))
     def lock(self, expected: Expected, kind: Lock) -> None:
@@ -318,9 +318,9 @@ class LoopMachine(RuleBasedStateMachine):
                 device.lock.close()
                 device.lock = None
         elif device.lock:
-            loopops.change_lock(device, device.lock, kind, held=expected.lock)
+            change.change_lock(device, device.lock, kind, held=expected.lock)
         else:
-            device.lock = loopops.take_lock(device, kind)
+            device.lock = change.take_lock(device, kind)
         expected.lock = kind
 
     # --- partitions
@@ -345,7 +345,7 @@ class LoopMachine(RuleBasedStateMachine):
             if grown.get((each.number, each.start), 0) < each.size
         }
         try:
-            found = loopops.rescan_partitions(expected.device)
+            found = change.rescan_partitions(expected.device)
         except DeviceBusy:
             assert busy & changing
             expected.partitions = kernel.loop_partitions(expected.device.number)
@@ -360,7 +360,7 @@ class LoopMachine(RuleBasedStateMachine):
             return
         now = expected.partitions[index]
         try:
-            told = loopops.resize_partition(expected.device, now.number, size=size)
+            told = change.resize_partition(expected.device, now.number, size=size)
         except InvalidArgs:
             assert size
         except DeviceBusy:
@@ -426,7 +426,7 @@ class LoopMachine(RuleBasedStateMachine):
     @invariant()
     def all_is_as_it_should_be(self) -> None:
         for expected in self.attached:
-            told = loopinfo.status(expected.device.number)
+            told = query.status(expected.device.number)
             assert told.binding == expected.device.binding
             limit = expected.device.asked_limit(told.size_limit)
             assert (told.offset, limit, told.size) == (
@@ -434,7 +434,7 @@ class LoopMachine(RuleBasedStateMachine):
                 expected.limit,
                 expected.size,
             )
-            assert loopops.sector_size(expected.device) == expected.sector_size
+            assert change.sector_size(expected.device) == expected.sector_size
             assert told.read_only == expected.read_only
             assert told.autoclear
             assert told.partition_scan == expected.scanned
@@ -445,7 +445,7 @@ class LoopMachine(RuleBasedStateMachine):
 
     def _compare_lock(self, expected: Expected) -> None:
         with OwnedFd(kernel.open_loop(expected.device.number, os.O_RDONLY), kernel.close) as fd:
-            shared = blockdev.try_lock(fd.fileno(), fcntl.LOCK_SH)
+            shared = block_device.try_lock(fd.fileno(), fcntl.LOCK_SH)
             assert shared == (expected.lock is not Lock.EXCLUSIVE)
             with suppress(BlockingIOError):
                 kernel.flock(fd.fileno(), fcntl.LOCK_UN)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What happens around the calls of loopd.kernel: errors, what others do in between, and a record.
+"""What happens around the calls of loopd.loop.kernel: errors, what others do in between, and a
+record.
 
 It wraps whatever functions are in the module, the real ones or scripted ones.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness.scripted import FUNCTIONS
 
 

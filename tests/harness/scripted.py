@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A loop driver in memory, in the place of the functions of loopd.kernel: old kernels, and races.
+"""A loop driver in memory, in the place of the functions of loopd.loop.kernel: old kernels, and
+races.
 
 It models what the driver does with states, openers, lazy detaches, diskseqs, partitions and BSD
 locks.  tests/harness/behaviours.py is run against it and against the real kernel, so that it stays
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from loopd import kernel
-from loopd.kernel import PartitionExtent
-from loopd.uapi import (
+from loopd.loop import kernel
+from loopd.loop.kernel import PartitionExtent
+from loopd.loop.uapi import (
     AT_STATX_DONT_SYNC,
     DISK_MAX_PARTS,
     LO_FLAGS_AUTOCLEAR,
@@ -125,7 +126,7 @@ class _Loop:
 
 
 class ScriptedKernel:
-    """The model. `installed` puts it in the place of loopd.kernel's functions."""
+    """The model. `installed` puts it in the place of loopd.loop.kernel's functions."""
 
     def __init__(self, traits: Traits | None = None) -> None:
         self.traits = traits or Traits()

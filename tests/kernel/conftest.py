@@ -18,8 +18,9 @@ authorization = 120
 operation = 120
 """
 _PATIENCE = (
-    "sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' /usr/lib/loopd/loopd/tablereader.py\n"
-    "sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' /usr/lib/loopd/loopd/table.py"
+    "cd /usr/lib/loopd/loopd/loop\n"
+    "sed -i 's/^_CPU_SECONDS = .*/_CPU_SECONDS = 60/' partition_table_child.py\n"
+    "sed -i 's/^_TIMEOUT = .*/_TIMEOUT = 100.0/' partition_table.py"
 )
 
 

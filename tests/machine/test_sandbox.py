@@ -77,7 +77,7 @@ def test_systemd_finds_little_fault_with_it(machine: Machine) -> None:
 
 # Without memory
 
-READER = "/usr/lib/loopd/loopd/tablereader.py"
+READER = "/usr/lib/loopd/loopd/loop/partition_table_child.py"
 # It gives up its rights as ever, and then waits for a lock that it has.
 WAITING = """
 import runpy, sys, threading

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness import loops
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, PROPERTIES, Attached, Caller
 from tests.harness.deadline import Deadline

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from loopd import attachment, backing, loopdev
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop import attach as loop_attach
+from loopd.loop import backing_file, loop_device
+from loopd.loop.request import AttachRequest
 from tests.harness import loops
 from tests.harness.caller import (
     DEVICE,
@@ -790,21 +791,21 @@ def test_a_limit_of_discards_is_not_left_to_the_next_user_of_the_number(
     try:
         # Without a daemon, which removes the device in a moment if nobody probes it.
         with opened(disk.node) as fd:
-            upper = attachment.attach(
-                OwnedFd(os.dup(fd)), backing.examine(fd), AttachRequest(reference=b"limited")
+            upper = loop_attach.attach(
+                OwnedFd(os.dup(fd)), backing_file.examine(fd), AttachRequest(reference=b"limited")
             )
         assert queue(upper.number, "discard_max_bytes").read_text() == "65536\n"
-        assert loopdev.detach(upper) is True
+        assert loop_device.detach(upper) is True
         with opened(world.image()) as fd:
-            following = attachment.attach(
-                OwnedFd(os.dup(fd)), backing.examine(fd), AttachRequest(number=upper.number)
+            following = loop_attach.attach(
+                OwnedFd(os.dup(fd)), backing_file.examine(fd), AttachRequest(number=upper.number)
             )
         found, possible = (
             int(queue(following.number, name).read_text())
             for name in ("discard_max_bytes", "discard_max_hw_bytes")
         )
-        assert loopdev.detach(following) is True
-        loopdev.remove(upper.number)
+        assert loop_device.detach(following) is True
+        loop_device.remove(upper.number)
         # The kernel rounds the two in its own ways.
         assert found >= possible > 65536
     finally:

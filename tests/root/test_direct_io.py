@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import loopinfo, loopops
+from loopd.loop import change, query
 from tests.harness.area import area as make_area
 from tests.harness.images import MIB
 from tests.harness.lab import Lab
@@ -47,10 +47,10 @@ def test_direct_io_that_the_disk_below_does_not_allow_is_done_without(lab: Lab) 
         path = directory / "image"
         path.write_bytes(bytes(MIB))
         small = lab.attach(path, direct_io=True, sector_size=512)
-        assert not loopinfo.status(small.number).direct_io
+        assert not query.status(small.number).direct_io
         assert lab.script.calls.count("loop_configure") == 3  # the lower one's, and two attempts
-        assert not loopops.set_direct_io(small, enable=True)
+        assert not change.set_direct_io(small, enable=True)
         lab.detach(small)
         large = lab.attach(path, direct_io=True, sector_size=4096)
-        assert loopinfo.status(large.number).direct_io
+        assert query.status(large.number).direct_io
         lab.detach(large)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import config
+from loopd.daemon import config
 from tests.harness.area import CHECKOUT
 from tests.harness.documents import DOCUMENTS, Block, blocks, name, session
 from tests.harness.images import MIB, make_ext4

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
-from loopd.uapi import LO_FLAGS_AUTOCLEAR
+from loopd.loop import kernel
+from loopd.loop.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import DEVICE, Attached, Caller

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness import loops
 from tests.harness.caller import Caller
 from tests.harness.fuse import Fuse
@@ -254,7 +254,7 @@ def test_one_that_hangs_is_described_without_it_and_stops_nobody(world: World) -
 # Events that are lost
 
 
-SMALL_BUFFER = "from loopd import monitor; monitor._ROOM = 4096"
+SMALL_BUFFER = "from loopd.daemon.host import uevents as monitor; monitor._ROOM = 4096"
 
 
 @pytest.fixture

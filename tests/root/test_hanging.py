@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness import loops
 from tests.harness.caller import DEVICE, Attached, Call, Caller
 from tests.harness.deadline import Deadline
@@ -185,7 +185,7 @@ def test_a_number_whose_device_hangs_is_refused_without_a_touch(world: World) ->
         serves(world, victim)
 
 
-IMPATIENT = "from loopd import daemon; daemon._STOP_TIMEOUT = 0.5"
+IMPATIENT = "from loopd.daemon import main as daemon; daemon._STOP_TIMEOUT = 0.5"
 """A stop waits for 5 s otherwise, three times."""
 
 

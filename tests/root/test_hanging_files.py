@@ -48,7 +48,7 @@ AT_ONCE = 5.0
 SHORT = "[deadlines]\noperation = 2\n"
 TRUSTING = f'trusted_filesystems = ["fuse"]\n{SHORT}'
 # What waits for hanging calls at the end of a stop, which takes as many seconds for each.
-STOPS_SOON = "import loopd.daemon; loopd.daemon._STOP_TIMEOUT = 1.0"
+STOPS_SOON = "import loopd.daemon.main; loopd.daemon.main._STOP_TIMEOUT = 1.0"
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def test_a_file_is_refused_without_a_request_to_its_filesystem() -> None:
 
 # Closed off the event loop
 
-AT_ONCE_ALL = "from loopd import closes; closes._SLOW_AT_A_TIME = 64"
+AT_ONCE_ALL = "from loopd.daemon import closes; closes._SLOW_AT_A_TIME = 64"
 """As many closes of one user as are tried hang at a time, so that each is seen."""
 
 

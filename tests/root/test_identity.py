@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel, uapi
+from loopd.loop import kernel, uapi
 from tests.harness import loops
 from tests.harness.caller import Caller, File, RemoteFd
 from tests.harness.images import MIB

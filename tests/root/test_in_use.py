@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd.uapi import flock64
+from loopd.loop.uapi import flock64
 from tests.harness import loops
 from tests.harness.area import area as make_area
 from tests.harness.bus import LOOPD

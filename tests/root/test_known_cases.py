@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from loopd import table
+from loopd.loop import partition_table
 from tests.harness import loops
 from tests.harness.area import area as make_area
 from tests.harness.caller import MANAGER, MANAGER_PATH, Attached
@@ -104,7 +104,7 @@ def test_loopd_mounts_nothing_runs_nothing_and_opens_no_path_of_a_client(world: 
     assert [each for each in opened if str(world.files) in each] == []
     run = [arguments for name, arguments in calls if name.startswith("execve")]
     assert run  # of the table's reader
-    assert [each for each in run if str(table._READER) not in each] == []
+    assert [each for each in run if str(partition_table._READER) not in each] == []
     # Of the image no more than where partition tables are.
     results = [
         int(arguments.rpartition(" = ")[2])

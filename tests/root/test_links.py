@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import backing, kernel, udevlinks
+from loopd.daemon.host import udev_links
+from loopd.loop import backing_file, kernel
 from tests.harness import loops
 from tests.harness.area import CHECKOUT
 from tests.harness.caller import RemoteFd
@@ -307,9 +308,9 @@ def by_reference(name: str) -> str:
     return f"/dev/disk/by-loop-ref/{name}"
 
 
-def identify(path: Path) -> backing.FileIdentity:
+def identify(path: Path) -> backing_file.FileIdentity:
     found = path.stat()
-    return backing.FileIdentity(device=found.st_dev, inode=found.st_ino)
+    return backing_file.FileIdentity(device=found.st_dev, inode=found.st_ino)
 
 
 def lasting(links: set[str]) -> set[str]:
@@ -375,7 +376,7 @@ def test_what_was_written_down_is_of_one_attachment(world: World, udev: Udev) ->
         assert loop
         for diskseq, found in ((loop.diskseq - 1, False), (loop.diskseq, True)):
             written = RUNTIME / "links" / f"loop{loop.number}_{diskseq}"
-            written.write_text(udevlinks.describe(identify(world.image()), b"former"))
+            written.write_text(udev_links.describe(identify(world.image()), b"former"))
             try:
                 look_again(udev, node)
                 assert (by_reference("former") in udev.links(node)) is found

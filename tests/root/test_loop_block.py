@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from loopd import attachment, backing, kernel, loopdev, loopinfo, loopops
-from loopd.blockdev import Lock
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop import attach as loop_attach
+from loopd.loop import backing_file, change, kernel, loop_device, query
+from loopd.loop.block_device import Lock
+from loopd.loop.request import AttachRequest
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.caller import MANAGER, Attached, Caller
@@ -47,17 +48,17 @@ def image(area: Path) -> Path:
     return make_gpt(area / "image", PARTS, SIZE, sparse=True)
 
 
-def attach(file_fd: int, **request: object) -> loopdev.LoopDevice:
+def attach(file_fd: int, **request: object) -> loop_device.LoopDevice:
     """Attach as the library does, from a copy of an fd."""
     file = OwnedFd(os.dup(file_fd))
-    examined = backing.examine(file.fileno())
-    device = attachment.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
+    examined = backing_file.examine(file.fileno())
+    device = loop_attach.attach(file, examined, AttachRequest(**request))  # type: ignore[arg-type]
     loops.used_numbers.add(device.number)
     return device
 
 
-def detach(device: loopdev.LoopDevice) -> None:
-    while not loopdev.detach(device):
+def detach(device: loop_device.LoopDevice) -> None:
+    while not loop_device.detach(device):
         pass  # udev has it open for its probe
     loops.wait_unbound(device.number, device.diskseq)
 
@@ -147,11 +148,11 @@ def test_five_threads_attach_what_is_mounted_from_one_fd(image: Path) -> None:
     file = os.open(image, os.O_RDWR | os.O_CLOEXEC)
     try:
         device = attach(file, partition_scan=True, lock=Lock.EXCLUSIVE)
-        told = loopinfo.status(device.number)
+        told = query.status(device.number)
         assert [each.number for each in told.partitions] == [*FILESYSTEMS]
         make_filesystems(device.node)
         assert device.lock
-        loopops.change_lock(device, device.lock, Lock.SHARED, held=Lock.EXCLUSIVE)
+        change.change_lock(device, device.lock, Lock.SHARED, held=Lock.EXCLUSIVE)
         with mounted(device.node):
             # Whatever is mounted cannot be scanned away any more.
             device.lock.close()

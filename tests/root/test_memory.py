@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import table
+from loopd.loop import partition_table
 from tests.harness.area import TOKEN
 from tests.harness.images import MIB, make_gpt
 from tests.harness.wire import CallError
@@ -26,7 +26,7 @@ taken = [b"x" * (1 << 20) for _ in range(220)]
 # kernel would take it.
 PRELUDE = """
 from pathlib import Path
-from loopd import table
+from loopd.loop import partition_table as table
 table._READER = Path({reader!r})
 table.ballast = b"x" * (150 << 20)
 """
@@ -67,7 +67,7 @@ def group() -> Iterator[Group]:
 @pytest.fixture
 def world(group: Group, tmp_path: Path) -> Iterator[World]:
     reader = tmp_path / "reader.py"
-    reader.write_text(GREEDY.format(original=str(table._READER)))
+    reader.write_text(GREEDY.format(original=str(partition_table._READER)))
     with make_world(prelude=PRELUDE.format(reader=str(reader))) as made:
         (group.path / "cgroup.procs").write_text(str(made.daemon.pid))
         with made.test() as testing:

@@ -29,7 +29,7 @@ SIZE = 16 * MIB
 PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from loopd import kernel, mounts
+from loopd.loop import kernel, mounts
 
 reads = []
 whole = mounts._whole

@@ -14,7 +14,7 @@ from tests.harness.wire import CallError
 
 NO_THREADS = """
 from pathlib import Path
-from loopd import errors, threads
+from loopd import errors; from loopd.daemon import threads
 
 def _submit(self, pool, function, *, gives_up=False, _is=threads.Threads._submit):
     if gives_up and Path({flag!r}).exists() and {which!r} in str(function):

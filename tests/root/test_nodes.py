@@ -12,11 +12,11 @@ from tests.harness.images import MIB, make_plain
 
 PROGRAM = """
 import os, subprocess, sys
-from loopd import attachment, backing, kernel, loopdev
-from loopd.attachment import Numbers, Driver
+from loopd.loop import attach as attachment, backing_file as backing, kernel, loop_device as loopdev
+from loopd.loop.attach import Numbers, Driver
 from loopd.errors import LoopError
 from loopd.fd import OwnedFd
-from loopd.request import AttachRequest
+from loopd.loop.request import AttachRequest
 
 how, image = sys.argv[1:]
 tries, made = [], []

@@ -39,7 +39,7 @@ INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
 
 MANAGING = "mail"
 """A user who may manage what is others'."""
-TABLE_READER = CHECKOUT / "loopd" / "tablereader.py"
+TABLE_READER = CHECKOUT / "loopd" / "loop" / "partition_table_child.py"
 
 BLKPG = 0x1269
 ADD_PARTITION = 1
@@ -1126,7 +1126,7 @@ def delete_partition(node: str, number: int) -> None:
 
 
 WATCHED_CLEAN = """
-from loopd import kernel, loopdev
+from loopd.loop import kernel, loop_device as loopdev
 clean = loopdev.clean
 def watched(number):
     for when, do in (("Before", lambda _: None), ("After", clean)):
@@ -1182,7 +1182,7 @@ def reader() -> Iterator[Path]:
 def shared_bent(reader: Path) -> Iterator[World]:
     prelude = (
         "from pathlib import Path\n"
-        "from loopd import table\n"
+        "from loopd.loop import partition_table as table\n"
         f"table._READER, table._TIMEOUT, table._GRACE = Path({str(reader)!r}), 1.0, 0.25\n"
     )
     with make_world(authority=RULES_ALLOW_ALL, prelude=prelude) as made:
@@ -1391,7 +1391,10 @@ def test_the_child_that_reads_a_table_ends_with_loopd(area: Path) -> None:
         "module.lock_in([], seccomp=False)\n"
         "signal.pause()\n"
     )
-    prelude = f"from pathlib import Path; from loopd import table; table._READER = Path('{hangs}')"
+    prelude = (
+        "from pathlib import Path; from loopd.loop import partition_table; "
+        f"partition_table._READER = Path('{hangs}')"
+    )
     with make_world(authority=RULES_ALLOW_ALL, prelude=prelude) as killed, killed.test():
         image = gpt(killed, (2048, 2048))
         with loops.Uevents() as events:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopdev on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
+"""loopd.loop on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel
-from loopd.uapi import LO_FLAGS_AUTOCLEAR
+from loopd.loop import kernel
+from loopd.loop.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.area import small_tmpfs
 from tests.harness.bus import LOOPD
@@ -195,7 +195,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 # A restart of either kind is seen by nobody
 
 
-IMPATIENT = "from loopd import daemon; daemon._STOP_TIMEOUT = 0.5"
+IMPATIENT = "from loopd.daemon import main as daemon; daemon._STOP_TIMEOUT = 0.5"
 """A stop waits for 5 s otherwise for what is mounted."""
 
 
@@ -398,7 +398,7 @@ def test_what_a_client_had_that_died_meanwhile_goes(unit: Service) -> None:
 
 SLOW = """
 import threading
-from loopd import loopops, manager
+from loopd.loop import change as loopops; from loopd.daemon.actions import guard as manager
 
 _left = threading.Event()
 
@@ -447,7 +447,7 @@ def test_the_lock_of_a_client_that_dies_while_it_is_taken_back_goes(
 
 
 LATE = """
-from loopd import loopops, restoring
+from loopd.loop import change as loopops; from loopd.daemon.actions import restore as restoring
 
 restoring._TIMEOUT = 0.1
 
@@ -480,7 +480,7 @@ def test_the_number_of_a_device_that_answered_too_late_is_free_again(
 
 SLOW_KERNEL = """
 import time
-from loopd import loopops, restoring
+from loopd.loop import change as loopops; from loopd.daemon.actions import restore as restoring
 
 restoring._TIMEOUT = 0.1
 
@@ -923,7 +923,7 @@ def test_holds_that_systemd_does_not_read_of_are_in_nobodys_way(unit: Service) -
 
 HOLDS_SLOWLY = """
 import threading
-from loopd import fdstore, manager
+from loopd.daemon.host import fd_store as fdstore; from loopd.daemon.actions import guard as manager
 
 _left = threading.Event()
 
@@ -973,7 +973,7 @@ def test_a_hold_of_nobody_is_counted_until_it_is_out_of_the_store(
 
 TAKES_OUT_SLOWLY = """
 import threading
-from loopd import fdstore
+from loopd.daemon.host import fd_store as fdstore
 
 _kept = threading.Event()
 
@@ -1139,7 +1139,7 @@ def test_a_medium_that_is_changed_meanwhile_is_nobodys(unit: Service) -> None:
 
 
 UNREADABLE = """
-from loopd import backing
+from loopd.loop import backing_file as backing
 
 def _block(major, minor):
     raise OSError(19, "the disk is just being removed")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loopd import uapi
+from loopd.loop import uapi
 from tests.harness import loops
 from tests.harness.caller import DEVICE, MANAGER, MANAGER_PATH, Attached, Call, Caller, Variant
 from tests.harness.images import MIB, make_gpt, memfd, pattern

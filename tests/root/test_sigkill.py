@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from loopd import kernel
-from loopd.uapi import LO_FLAGS_AUTOCLEAR
+from loopd.loop import kernel
+from loopd.loop.uapi import LO_FLAGS_AUTOCLEAR
 from tests.harness import loops
 from tests.harness.area import area
 from tests.harness.bus import LOOPD

@@ -9,7 +9,7 @@ from tests.harness.world import real_world
 CLIENTS = 32
 IDLE = 0.3
 PRELUDE = f"""
-from loopd import pool
+from loopd.daemon import pool
 pool._IDLE = {IDLE}
 """
 """Nobody waits for the 10 seconds that it is otherwise."""

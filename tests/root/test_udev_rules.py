@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import pyudev
 
-from loopd import kernel
+from loopd.loop import kernel
 from tests.harness.area import CHECKOUT
 from tests.harness.area import area as make_area
 from tests.harness.images import make_ext4, make_gpt, make_sparse

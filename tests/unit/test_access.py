@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from loopd.access import (
+from loopd.daemon.access import (
     NOBODY,
     Action,
     Client,
@@ -18,6 +18,8 @@ from loopd.access import (
     require_may_write,
     strongest,
 )
+from loopd.daemon.devices.leases import Lease, Leases
+from loopd.daemon.quota import Quota
 from loopd.errors import (
     AccessDenied,
     LimitsExceeded,
@@ -25,7 +27,6 @@ from loopd.errors import (
     NotSupported,
     UnsupportedFile,
 )
-from loopd.leases import Lease, Leases, Quota
 
 MANAGE = {Action.MANAGE_OTHERS}
 OPEN_OTHERS = {Action.OPEN_OTHERS_DEVICE}

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from loopd.announcer import DEVICE, PATH, Announcer
-from loopd.config import Limits
-from loopd.device import DETACHING, Device
-from loopd.loopinfo import Status
+from loopd.daemon.config import Limits
+from loopd.daemon.devices.device import DETACHING, Device
+from loopd.daemon.server.announcer import DEVICE, PATH, Announcer
+from loopd.loop.query import Status
 from tests.harness.asynchronous import run_async
 
 STATUS = Status(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from loopd import backing, kernel
 from loopd.errors import UnsupportedFile
-from loopd.uapi import STATX_MNT_ID, flock64
+from loopd.loop import backing_file, kernel
+from loopd.loop.uapi import STATX_MNT_ID, flock64
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_ordinary_ways_to_open_are_accepted(
     image: Path, opened: list[int], access: int, flags: int
 ) -> None:
     opened.append(os.open(image, access | flags))
-    file = backing.examine(opened[0])
+    file = backing_file.examine(opened[0])
     assert file.writable is (access == os.O_RDWR)
     status = image.stat()
     assert (file.identity.device, file.identity.inode) == (status.st_dev, status.st_ino)
@@ -61,7 +61,7 @@ def test_ordinary_ways_to_open_are_accepted(
 
 def test_a_temporary_file_without_a_name_is_accepted(tmp_path: Path, opened: list[int]) -> None:
     opened.append(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
-    assert backing.examine(opened[0]).writable
+    assert backing_file.examine(opened[0]).writable
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_way_to_open_that_would_give_more_rights_is_refused(
     """Rights of an fd."""
     opened.append(os.open(image, flags))
     with pytest.raises(UnsupportedFile, match=words):
-        backing.examine(opened[0])
+        backing_file.examine(opened[0])
 
 
 def test_a_flag_that_nobody_thought_of_is_refused(
@@ -87,9 +87,9 @@ def test_a_flag_that_nobody_thought_of_is_refused(
 ) -> None:
     """Rights of an fd."""
     opened.append(os.open(image, os.O_RDWR | os.O_NOATIME))
-    monkeypatch.setattr(backing, "_ALLOWED_FLAGS", backing._ALLOWED_FLAGS & ~os.O_NOATIME)
+    monkeypatch.setattr(backing_file, "_ALLOWED_FLAGS", backing_file._ALLOWED_FLAGS & ~os.O_NOATIME)
     with pytest.raises(UnsupportedFile, match="not allowed"):
-        backing.examine(opened[0])
+        backing_file.examine(opened[0])
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path, opened: list[int]) -> None:
@@ -106,19 +106,19 @@ def test_what_is_no_file_is_refused(tmp_path: Path, opened: list[int]) -> None:
     ]
     for fd in opened:
         with pytest.raises(UnsupportedFile):
-            backing.examine(fd)
+            backing_file.examine(fd)
 
 
 @pytest.mark.parametrize("path", ["/proc/self/maps", "/proc/cpuinfo", "/sys/kernel/uevent_seqnum"])
 def test_files_of_the_kernels_own_making_are_refused(path: str, opened: list[int]) -> None:
     opened.append(os.open(path, os.O_RDONLY))
     with pytest.raises(UnsupportedFile, match=r"files on (proc|sysfs) cannot"):
-        backing.examine(opened[0])
+        backing_file.examine(opened[0])
 
 
 def test_a_memfd_is_on_tmpfs_although_no_mount_shows_it(opened: list[int]) -> None:
     opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
-    file = backing.examine(opened[0])
+    file = backing_file.examine(opened[0])
     assert (file.filesystem, file.writable, file.sealed) == ("tmpfs", True, False)
 
 
@@ -159,7 +159,7 @@ def test_memory_that_cannot_be_read_and_written_is_refused(
     """Odd memfds: although they are regular files."""
     opened.append(make())
     with pytest.raises(UnsupportedFile, match=words):
-        backing.examine(opened[0])
+        backing_file.examine(opened[0])
 
 
 # Locks of others
@@ -169,7 +169,7 @@ def locked(fd: int, kind: int, start: int, length: int, command: int = fcntl.F_O
     fcntl.fcntl(fd, command, bytes(flock64(l_type=kind, l_start=start, l_len=length)))
 
 
-NONE, READER, WRITER = backing.Lock.NONE, backing.Lock.READER, backing.Lock.WRITER
+NONE, READER, WRITER = backing_file.Lock.NONE, backing_file.Lock.READER, backing_file.Lock.WRITER
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ NONE, READER, WRITER = backing.Lock.NONE, backing.Lock.READER, backing.Lock.WRIT
     ],
 )
 def test_a_lock_of_a_writer_is_seen(
-    image: Path, opened: list[int], locks: list[tuple[int, int, int]], found: backing.Lock
+    image: Path, opened: list[int], locks: list[tuple[int, int, int]], found: backing_file.Lock
 ) -> None:
     """Locked by others."""
     opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
@@ -197,25 +197,25 @@ def test_a_lock_of_a_writer_is_seen(
         # A shared lock is a writer's where every user who can read the file can write it.
         certain = mode in (0o600, 0o660, 0o666)
         expected = WRITER if found is READER and certain else found
-        assert backing.examine(opened[0]).lock is expected, oct(mode)
-        assert backing.lock_of(opened[0]) is expected, oct(mode)
+        assert backing_file.examine(opened[0]).lock is expected, oct(mode)
+        assert backing_file.lock_of(opened[0]) is expected, oct(mode)
 
 
 def test_a_lock_of_ones_own_is_in_nobodys_way(image: Path, opened: list[int]) -> None:
     opened += [os.open(image, os.O_RDWR), os.open(image, os.O_RDWR)]
     locked(opened[0], fcntl.F_WRLCK, 0, 0)
-    assert backing.examine(opened[0]).lock is NONE
+    assert backing_file.examine(opened[0]).lock is NONE
     locked(opened[0], fcntl.F_UNLCK, 0, 0)
     locked(opened[1], fcntl.F_WRLCK, 0, 0, fcntl.F_SETLK)  # of the process, whatever the fd
-    assert backing.examine(opened[0]).lock is NONE
+    assert backing_file.examine(opened[0]).lock is NONE
 
 
-@pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing.F_SEAL_FUTURE_WRITE])
+@pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, backing_file.F_SEAL_FUTURE_WRITE])
 def test_a_memfd_sealed_against_writing_is_not_writable(seal: int, opened: list[int]) -> None:
     """Rights of an fd."""
     opened.append(os.memfd_create("x", os.MFD_ALLOW_SEALING))
     fcntl.fcntl(opened[0], fcntl.F_ADD_SEALS, seal)
-    file = backing.examine(opened[0])
+    file = backing_file.examine(opened[0])
     assert (file.writable, file.sealed) == (False, True)
 
 
@@ -224,14 +224,14 @@ def test_the_filesystem_is_the_one_that_findmnt_names(image: Path, opened: list[
     said = subprocess.run(
         ["findmnt", "-n", "-o", "FSTYPE", "-T", image], capture_output=True, text=True, check=True
     )
-    assert backing.examine(opened[0]).filesystem == said.stdout.strip()
+    assert backing_file.examine(opened[0]).filesystem == said.stdout.strip()
 
 
 def test_before_linux_5_8_the_fd_tells_its_mount(
     image: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened.append(os.open(image, os.O_RDONLY))
-    told = backing.examine(opened[0])
+    told = backing_file.examine(opened[0])
     statx = kernel.statx
 
     def older(*args: Any) -> Any:
@@ -243,15 +243,16 @@ def test_before_linux_5_8_the_fd_tells_its_mount(
 
     monkeypatch.setattr(kernel, "statx", older)
     # Not by the device number, which is what is left otherwise.
-    monkeypatch.setattr(backing.os, "minor", lambda _: 0xFFFFF)
-    assert backing.examine(opened[0]) == told
+    monkeypatch.setattr(backing_file.os, "minor", lambda _: 0xFFFFF)
+    assert backing_file.examine(opened[0]) == told
 
 
 def test_a_file_is_looked_at_without_a_call_that_may_hang(image: Path) -> None:
     """Hanging files."""
     program = (
-        "import os, sys; from loopd import backing; fd = os.open(sys.argv[1], os.O_RDWR); "
-        "os.write(2, b'MARK'); backing.examine(fd); os.write(2, b'MARK')"
+        "import os, sys; from loopd.loop import backing_file; "
+        "fd = os.open(sys.argv[1], os.O_RDWR); "
+        "os.write(2, b'MARK'); backing_file.examine(fd); os.write(2, b'MARK')"
     )
     traced = subprocess.run(
         ["strace", "-y", sys.executable, "-c", program, image],
@@ -288,14 +289,14 @@ def test_a_file_with_set_id_bits_is_guarded(
     """Guarded files."""
     image.chmod(mode)
     opened.append(os.open(image, os.O_RDONLY))
-    assert backing.examine(opened[0]).guarded_by == backing.guarded_by(opened[0]) == guard
+    assert backing_file.examine(opened[0]).guarded_by == backing_file.guarded_by(opened[0]) == guard
     image.chmod(0o644)
-    assert backing.guarded_by(opened[0]) == ""
+    assert backing_file.guarded_by(opened[0]) == ""
 
 
 def test_only_local_files_are_sure_to_close_at_once(image: Path, opened: list[int]) -> None:
     opened += [os.open(image, os.O_RDONLY), os.memfd_create("x")]
-    assert all(backing.closes_quickly(fd) for fd in opened)
+    assert all(backing_file.closes_quickly(fd) for fd in opened)
     others = [
         socket.socket().detach(),
         *os.pipe(),
@@ -303,4 +304,4 @@ def test_only_local_files_are_sure_to_close_at_once(image: Path, opened: list[in
         os.open("/proc/self/maps", os.O_RDONLY),
     ]
     opened += others
-    assert not any(backing.closes_quickly(fd) for fd in others)
+    assert not any(backing_file.closes_quickly(fd) for fd in others)

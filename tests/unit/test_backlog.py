@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from loopd import backlog
-from loopd.backlog import Backlog, Unread
+from loopd.daemon.server import backlog
+from loopd.daemon.server.backlog import Backlog, Unread
+from loopd.daemon.server.fair_queue import Account, Turns
+from loopd.daemon.tasks import Tasks
 from loopd.errors import LoopError, UnknownMethod
-from loopd.tasks import Tasks
-from loopd.turns import Account, Turns
 from tests.harness.asynchronous import run_async
 
 USER, OTHER = 1000, 1001

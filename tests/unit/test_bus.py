@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from loopd import bus as bus_module
-from loopd import closes, codec, frame
-from loopd import session as session_module
-from loopd.bus import Bus
-from loopd.call import Authorization, Method
-from loopd.config import Limits
+from loopd.bus import codec, frame
+from loopd.daemon import closes
+from loopd.daemon.config import Limits
+from loopd.daemon.server import caller_state as session_module
+from loopd.daemon.server import dispatcher as bus_module
+from loopd.daemon.server.call import Authorization, Method
+from loopd.daemon.server.caller_state import Session
+from loopd.daemon.server.dispatcher import Bus
+from loopd.daemon.threads import Threads
 from loopd.errors import BusError
-from loopd.session import Session
-from loopd.threads import Threads
 
 ROOT = 0
 USER = 1000

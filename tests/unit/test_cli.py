@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from loopd import __version__, cli, errors
-from loopd.cli import columns, output
+from loopd import __version__, errors
+from loopd.bus.transport import BusError
+from loopd.cli import app, columns, output
 from loopd.cli.arguments import parse
 from loopd.cli.outcome import MEANINGS, ExitCode, RunExitCode, exit_code, sentence
 from loopd.cli.signals import Interrupted, Signals
 from loopd.cli.values import node_of, parse_size
 from loopd.client.absence import Unavailable
 from loopd.client.properties import FOREIGN, Partition, Properties
-from loopd.wire import BusError
 from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async
 
@@ -183,7 +183,7 @@ def test_columns_are_named_as_by_losetup_or_added_to_the_usual_ones() -> None:
 def test_wrong_usage_is_one_sentence(
     capsys: pytest.CaptureFixture[str], arguments: str, code: int
 ) -> None:
-    assert cli.main(arguments.split()) == code
+    assert app.main(arguments.split()) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("loopctl: ")
@@ -192,9 +192,9 @@ def test_wrong_usage_is_one_sentence(
 
 
 def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
+    assert app.main(["--version"]) == 0
     assert capsys.readouterr() == (f"loopctl {__version__}\n", "")
-    assert cli.main(["--help"]) == 0
+    assert app.main(["--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     for code in ExitCode:
@@ -427,20 +427,20 @@ def test_without_a_bus_it_says_so(
         *("list", "list -j /", "show loop3", "detach loop3", "detach --all", "resize loop3"),
         *("set --direct-io loop3", "monitor"),
     ):
-        assert cli.main(arguments.split()) == ExitCode.UNAVAILABLE
+        assert app.main(arguments.split()) == ExitCode.UNAVAILABLE
         out, err = capsys.readouterr()
         assert out == ""
         assert err.startswith("loopctl: cannot connect to the bus at ")
         assert err.count("\n") == 1
     for arguments in (f"run {image} -- true", "open loop3 -- true"):
-        assert cli.main(arguments.split()) == RunExitCode.FAILED
+        assert app.main(arguments.split()) == RunExitCode.FAILED
 
 
 def test_the_file_comes_before_the_bus(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
-    assert cli.main(["attach", f"{tmp_path}/image"]) == ExitCode.FILE
+    assert app.main(["attach", f"{tmp_path}/image"]) == ExitCode.FILE
     assert "image" in capsys.readouterr().err
 
 
@@ -519,8 +519,8 @@ def test_ctrl_c_is_told_by_the_exit_status(
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._COMMANDS, "list", interrupt)
-    assert cli.main(["list"]) == 128 + signal.SIGINT
+    monkeypatch.setitem(app._COMMANDS, "list", interrupt)
+    assert app.main(["list"]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "")
 
 
@@ -531,8 +531,8 @@ def test_letters_that_the_locale_does_not_have_are_escaped(monkeypatch: pytest.M
 
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setitem(cli._COMMANDS, "list", show)
-    assert cli.main(["list"]) == 0
+    monkeypatch.setitem(app._COMMANDS, "list", show)
+    assert app.main(["list"]) == 0
     assert written.getvalue() == b"gr\\xf6\\xdfe\n"
 
 

@@ -14,16 +14,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loopd import codec, errors, frame, kernel
+from loopd import errors
+from loopd.bus import codec, frame
+from loopd.bus.codec import Variant
+from loopd.bus.transport import BUS_NAME, BusError
 from loopd.client import Client, image
 from loopd.client import device as device_module
 from loopd.client.absence import Unavailable
 from loopd.client.link import Link, make_options
 from loopd.client.properties import Partition, Properties
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
-from loopd.codec import Variant
 from loopd.fd import OwnedFd
-from loopd.wire import BUS_NAME, BusError
+from loopd.loop import kernel
 from tests.harness.area import CHECKOUT
 from tests.harness.asynchronous import run_async
 

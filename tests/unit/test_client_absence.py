@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from loopd import errors
+from loopd.bus.codec import Variant
 from loopd.client import Unavailable, absence
-from loopd.codec import Variant
 from tests.harness.asynchronous import run_async
 from tests.unit.test_client import LOOPD, Bus, client_of, raising
 

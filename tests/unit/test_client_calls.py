@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from loopd import client, errors
+from loopd.bus.codec import Variant
 from loopd.client import blocking, link
 from loopd.client.watch import PATH
-from loopd.codec import Variant
 from loopd.fd import OwnedFd
 from tests.harness.asynchronous import run_async
 from tests.unit.test_client import OBJECT, Bus, client_of

@@ -9,11 +9,11 @@ from typing import Any, get_type_hints
 import pytest
 
 from loopd import client, errors
+from loopd.bus.codec import Variant
 from loopd.client import blocking, changes, link
 from loopd.client.changes import Changes
 from loopd.client.link import Link
 from loopd.client.watch import DEVICE, NAME, OBJECT_MANAGER, PROPERTIES, Ended, Watch
-from loopd.codec import Variant
 from tests.harness.asynchronous import run_async
 from tests.unit.test_client import (
     COME,
@@ -416,7 +416,7 @@ def test_loopd_tells_of_itself() -> None:
 
 def test_every_method_of_the_interface_can_be_called() -> None:
     sources = "".join(
-        inspect.getsource(module) for module in (client, client.device, client.changes)
+        inspect.getsource(module) for module in (client.client, client.device, client.changes)
     )
     methods = {member for interface, member in IN_SIGNATURES if interface.startswith(NAME)}
     missing = {member for member in methods if f'"{member}"' not in sources}

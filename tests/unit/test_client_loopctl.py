@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 
-from loopd import cli
-from loopd.cli import attachment, notices, progress, readiness
+from loopd.bus.codec import Variant
+from loopd.cli import app, attachment, notices, progress, readiness
 from loopd.cli.outcome import ExitCode
 from loopd.client import Client, Daemon, Device
 from loopd.client.link import Link
 from loopd.client.watch import Watch
-from loopd.codec import Variant
 from loopd.fd import OwnedFd
 from tests.harness.images import MIB, make_plain
 from tests.unit.test_client import OBJECT, Bus, properties
@@ -100,7 +99,7 @@ def options_of(bus: Bus) -> dict[str, Any]:
     ],
 )
 def test_an_option_is_passed_on(bus: Bus, file: Path, given: str, sent: dict[str, Any]) -> None:
-    assert cli.main(["run", *given.split(), str(file), "--", "true"]) == 0
+    assert app.main(["run", *given.split(), str(file), "--", "true"]) == 0
     assert options_of(bus) == sent
     assert bus.passed[0].st_ino == file.stat().st_ino
 
@@ -119,7 +118,7 @@ def test_the_file_is_opened_for_direct_io(
         return really(path, how, *more, **others)
 
     monkeypatch.setattr(os, "open", open_)
-    assert cli.main(["run", *given.split(), str(file), "--", "true"]) == 0
+    assert app.main(["run", *given.split(), str(file), "--", "true"]) == 0
     assert bool(flags[0] & os.O_DIRECT) is direct
     assert flags[0] & os.O_ACCMODE == os.O_RDWR
 
@@ -137,7 +136,7 @@ def test_a_copy_in_memory_is_passed_in_place_of_the_file(
 ) -> None:
     """A19"""
     file.chmod(0o444)
-    assert cli.main(["run", "--in-memory", *given.split(), str(file), "--", "true"]) == 0
+    assert app.main(["run", "--in-memory", *given.split(), str(file), "--", "true"]) == 0
     assert options_of(bus) == sent
     assert bus.passed_names == ["/memfd:disk.img (deleted)"]
 
@@ -146,7 +145,7 @@ def test_a_directory_cannot_be_copied(
     bus: Bus, area: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A19"""
-    assert cli.main(["attach", "--in-memory", str(area)]) == ExitCode.FILE
+    assert app.main(["attach", "--in-memory", str(area)]) == ExitCode.FILE
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"loopctl: {area}: the file is neither a regular one nor a block device\n"
@@ -157,7 +156,7 @@ def attached(bus: Bus, *arguments: str) -> int:
     """Run `loopctl hold` on a device that somebody detaches as soon as it is there."""
     told = [bus.answers["GetAll"], lambda: [properties(State=Variant("s", "detaching"))]]
     bus.answers["GetAll"] = lambda: told.pop(0)()
-    return cli.main(["hold", *arguments])
+    return app.main(["hold", *arguments])
 
 
 def test_attach_tells_of_the_partitions(
@@ -196,7 +195,7 @@ def events(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Device, "settled", settled)
     monkeypatch.setattr(attachment, "_announce", announce)
-    monkeypatch.setattr(readiness.supervisor, "tell", seen.append)
+    monkeypatch.setattr(readiness.notify, "tell", seen.append)
     return seen
 
 
@@ -212,7 +211,7 @@ def test_udev_is_waited_for_before_anybody_hears_of_the_device(
     else:
         name, *options = command.split()
         arguments = [name, *options, *option.split(), str(file)]
-        assert cli.main([*arguments, *(["--", "true"] if name == "run" else [])]) == 0
+        assert app.main([*arguments, *(["--", "true"] if name == "run" else [])]) == 0
     assert events == ["settled", "announced"][1 if option else 0 :]
 
 
@@ -231,7 +230,7 @@ def test_a_udev_that_does_nothing_is_not_waited_for_for_ever(
         return False
 
     monkeypatch.setattr(Device, "settled", settled)
-    assert cli.main(["run", str(file), "--", "true"]) == 0
+    assert app.main(["run", str(file), "--", "true"]) == 0
     assert capsys.readouterr().err == (
         "loopctl: udev has not made the links to /dev/loop3 within 30 s; going on (--no-settle "
         "does not wait)\n"
@@ -250,7 +249,7 @@ def test_a_device_that_is_given_up_while_udev_is_waited_for_is_detached(
 
     monkeypatch.setattr(Device, "settled", settled)
     given = ["attach", "--lifetime=user", str(file)]
-    assert cli.main(given) == 128 + signal.SIGTERM
+    assert app.main(given) == 128 + signal.SIGTERM
     assert [member for _, member in bus.calls] == ["Attach", "Detach"]
 
 
@@ -260,7 +259,7 @@ def test_a_device_that_is_given_up_while_udev_is_waited_for_is_detached(
 def told(bus: Bus, capsys: pytest.CaptureFixture[str], *arguments: str, **of: Variant) -> str:
     """Run a command on a device; what loopctl says."""
     bus.answers["GetAll"] = lambda: [properties(**{"Partitions": Variant("a(ustt)", []), **of})]
-    assert cli.main(["run", *arguments, "--", "true"]) == 0
+    assert app.main(["run", *arguments, "--", "true"]) == 0
     return capsys.readouterr().err
 
 
@@ -368,7 +367,7 @@ def test_partitions_are_told_as_json(
     if command == "attach":
         attached(bus, "-P", "--json", str(file))
     else:
-        cli.main(["run", "-P", "--json", str(file), "--", "true"])
+        app.main(["run", "-P", "--json", str(file), "--", "true"])
     told = json.loads(capsys.readouterr().out)
     assert told == {
         "object": OBJECT,
@@ -549,5 +548,5 @@ def test_rich_is_imported_only_for_a_bar(file: Path, bus: Bus) -> None:
     """A19: it would take as long as many a command"""
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         del sys.modules[name]
-    assert cli.main(["run", "--in-memory", str(file), "--", "true"]) == 0
+    assert app.main(["run", "--in-memory", str(file), "--", "true"]) == 0
     assert "rich" not in sys.modules

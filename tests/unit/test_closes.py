@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loopd import closes, errors, threads
+from loopd import errors
+from loopd.daemon import closes, threads
 
 SLOW, QUICK = closes._SLOW_AT_A_TIME, closes._QUICK_AT_A_TIME
 HOG, VICTIM = 1000, 1001

@@ -12,7 +12,7 @@ LIBRARIES = ("dbus_next", "dbus_fast")
 def under(library: str, body: str) -> str:
     """Run Python where only this library can be imported, and return what it prints."""
     hidden = next(name for name in LIBRARIES if name != library)
-    program = f"import sys; sys.modules['{hidden}'] = None\nfrom loopd import codec\n{body}"
+    program = f"import sys; sys.modules['{hidden}'] = None\nfrom loopd.bus import codec\n{body}"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
@@ -31,7 +31,7 @@ def test_the_library_that_is_there_is_used(library: str) -> None:
 
 def test_the_faster_one_is_preferred() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from loopd import codec; print(codec.LIBRARY)"],
+        [sys.executable, "-c", "from loopd.bus import codec; print(codec.LIBRARY)"],
         capture_output=True,
         text=True,
         check=True,
@@ -44,7 +44,7 @@ def test_an_old_dbus_fast_is_treated_as_absent() -> None:
         "import sys, types\n"
         "import dbus_fast.__version__ as version\n"
         "version.__version__ = '1.84.2'\n"
-        "from loopd import codec; print(codec.LIBRARY)"
+        "from loopd.bus import codec; print(codec.LIBRARY)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loopd.config import Config, Deadlines, Limits, limited, load
+from loopd.daemon.config import Config, Deadlines, Limits, limited, load
 from tests.harness.area import CHECKOUT, area
 
 NUMBERS = [

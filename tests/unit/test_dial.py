@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import dial, errors
+from loopd import errors
+from loopd.bus import dial
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import pytest
 
 from tests.harness.area import CHECKOUT
 from tests.harness.documents import DOCUMENTS, KINDS, blocks, name, outside
-from tests.unit.test_layers import RANK
 
 DEMANDS = CHECKOUT / "docs" / "demands.md"
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
@@ -82,16 +81,22 @@ def test_what_is_run_by_python_is_there() -> None:
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
-def test_the_architecture_has_every_module_and_imports_go_down_in_it() -> None:
+def test_the_architecture_has_every_package_and_module() -> None:
     text = (CHECKOUT / "docs" / "architecture.md").read_text()
-    (diagram,) = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    rows = [re.split(r" {2,}", line)[0].split(", ") for line in diagram.splitlines()]
-    told = [module for row in rows for module in row]
+    (tree,) = re.findall(r"^```text\n(loopd/\n.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    told, package = [], ""
+    for line in tree.splitlines():
+        assert re.fullmatch(r" {2}\w+ {2,}\S.*|[\w/]+/( {2,}\S.*)?", line), line
+        name = line.split()[0]
+        if name.endswith("/"):
+            package = name
+        else:
+            told.append(f"{package}{name}.py")
     assert sorted(told) == sorted(
-        path.stem for path in (CHECKOUT / "loopd").glob("*.py") if path.stem[0] != "_"
+        str(path.relative_to(CHECKOUT))
+        for path in (CHECKOUT / "loopd").rglob("*.py")
+        if not path.stem.startswith("__")
     )
-    ranks = [RANK[module] for module in told]
-    assert ranks == sorted(ranks, reverse=True)
 
 
 def test_each_demand_has_tests() -> None:

@@ -21,15 +21,16 @@ from unittest import mock
 
 import pytest
 
-from loopd import kernel, manager
-from loopd.access import Caller
-from loopd.blockdev import Lock
-from loopd.device import Device
+from loopd.daemon.access import Caller
+from loopd.daemon.actions import guard
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.actions.examine import AttachOptions
+from loopd.daemon.devices.device import Device
+from loopd.daemon.devices.leases import CONNECTION, SYSTEM
 from loopd.errors import BusError, Failed, LoopError, TimedOut
 from loopd.fd import OwnedFd
-from loopd.leases import CONNECTION, SYSTEM
-from loopd.operations import ResizeOptions
-from loopd.proposal import AttachOptions
+from loopd.loop import kernel
+from loopd.loop.block_device import Lock
 from tests.harness.images import MIB, make_gpt
 from tests.harness.inside import Inside, run_inside
 from tests.harness.script import Script
@@ -258,7 +259,7 @@ def play(
         with ExitStack() as meanwhile:
             if scenario.opened:
                 # The answer is that it will go at the last close.
-                meanwhile.enter_context(mock.patch.object(manager, "_DETACH_WAIT", 0.01))
+                meanwhile.enter_context(mock.patch.object(guard, "_DETACH_WAIT", 0.01))
             meanwhile.enter_context(fault(stage, script))
             script.calls.clear()
             task = asyncio.ensure_future(scenario.act(stage))

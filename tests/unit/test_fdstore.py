@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from loopd import supervisor
+from loopd import notify
+from loopd.daemon.host import systemd
+from loopd.daemon.host.fd_store import FdStore
 from loopd.fd import OwnedFd
-from loopd.fdstore import FdStore
 
 
 @pytest.mark.parametrize("takes_it", [True, False])
@@ -22,7 +23,7 @@ def test_what_could_not_be_sent_does_not_count(
         # Whoever waits at a barrier waits until its fd is closed, which it is here.
         return takes_it
 
-    monkeypatch.setattr(supervisor, "tell", tell)
+    monkeypatch.setattr(notify, "tell", tell)
     store = FdStore()
     store.room = 2
     fd = store.keep("loop3_7", OwnedFd(os.memfd_create("device")))
@@ -43,7 +44,7 @@ def kept(store: FdStore, *names: str) -> None:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> FdStore:
     """One that a systemd takes everything for."""
-    monkeypatch.setattr(supervisor, "tell", lambda *_: True)
+    monkeypatch.setattr(notify, "tell", lambda *_: True)
     made = FdStore()
     made.room = 10
     return made
@@ -68,7 +69,7 @@ def test_what_systemd_has_lost_is_told_when_it_is_still_missing(
 
 def test_without_a_store_nothing_is_sent_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(supervisor, "tell", lambda state, _fds=(): told.append(state))
+    monkeypatch.setattr(notify, "tell", lambda state, _fds=(): told.append(state))
     store = FdStore()
     kept(store, "loop1_1")
     assert (store.count, store.keeps("loop1_1"), told) == (0, False, [])
@@ -78,7 +79,7 @@ def test_a_new_name_is_newer_than_all_that_were_kept(monkeypatch: pytest.MonkeyP
     """Of two locks of one device the newer one counts."""
     fds = [os.memfd_create("kept") for _ in range(5)]
     passed = {"loop1_1": fds[:1], "loop1_1.hold7": fds[1:4], "loop1_1.lock12": fds[4:]}
-    monkeypatch.setattr(supervisor, "passed_fds", lambda: passed)
+    monkeypatch.setattr(systemd, "passed_fds", lambda: passed)
     store = FdStore()
     found = store.passed()
     assert {name: fd.fileno() for name, fd in found.items()} == {

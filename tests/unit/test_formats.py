@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from loopd import blockdev
 from loopd.cli.formats import recognized
+from loopd.loop import block_device
 from tests.harness.images import MIB, make_ext4, make_gpt, make_mbr, make_plain, make_sparse
 
 
 def beginning(path: Path) -> bytes:
     with path.open("rb") as file:
-        return blockdev.beginning(file.fileno())
+        return block_device.beginning(file.fileno())
 
 
 def run(*command: str | Path) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopd import codec, frame
+from loopd.bus import codec, frame
 
 CAP = 4096
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from loopd.idle import Idle
+from loopd.daemon.idle import Idle
 
 TIMEOUT = 300
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import instance
+from loopd.daemon.host import instance_lock
 from loopd.errors import Failed
 
 PATIENCE = 20.0
@@ -19,7 +19,7 @@ PATIENCE = 20.0
 OWNER = """
 import sys
 from pathlib import Path
-from loopd import instance
+from loopd.daemon.host import instance_lock as instance
 fd = instance.claim(Path(sys.argv[1]), 0)
 print("mine", flush=True)
 sys.stdin.read()
@@ -42,16 +42,16 @@ def owner(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_the_first_one_has_it_and_the_pid_tells_who(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "loopd"
-    with instance.claim(directory, 0):
+    with instance_lock.claim(directory, 0):
         assert (directory / "lock").read_text() == str(os.getpid())
-    with instance.claim(directory, 0):
+    with instance_lock.claim(directory, 0):
         pass
 
 
 def test_another_one_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
     with owner(tmp_path) as process:
         with pytest.raises(Failed, match=rf"another loopd \(process {process.pid}\) uses"):
-            instance.claim(tmp_path, 0.05)
+            instance_lock.claim(tmp_path, 0.05)
 
 
 def test_another_one_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_another_one_waits_for_the_end_of_the_first(tmp_path: Path) -> None:
         got = threading.Event()
 
         def wait() -> None:
-            with instance.claim(tmp_path, PATIENCE):
+            with instance_lock.claim(tmp_path, PATIENCE):
                 got.set()
 
         waiting = threading.Thread(target=wait)
@@ -82,10 +82,10 @@ def test_one_that_is_dead_but_for_what_hangs_in_the_kernel_is_not_waited_for(
         try:
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
-            with instance.claim(tmp_path, 0):
+            with instance_lock.claim(tmp_path, 0):
                 assert (tmp_path / "lock").read_text() == str(os.getpid())
                 with pytest.raises(Failed):
-                    instance.claim(tmp_path, 0)
+                    instance_lock.claim(tmp_path, 0)
         finally:
             os.close(ours)
 

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from loopd import announcer, introspection, service
-from loopd.call import Authorization, Method
+from loopd.daemon.server import announcer, introspection
+from loopd.daemon.server import interface as server_interface
+from loopd.daemon.server.call import Authorization, Method
 
 TREE = ElementTree.fromstring(introspection.description())
 INTERFACES = {each.get("name"): each for each in TREE.iter("interface")}
 
 
-def make_service() -> service.Service:
-    async def make() -> service.Service:
-        return service.Service(registry=None, announcer=None)  # type: ignore[arg-type]
+def make_service() -> server_interface.Service:
+    async def make() -> server_interface.Service:
+        return server_interface.Service(registry=None, announcer=None)  # type: ignore[arg-type]
 
     return asyncio.run(make())
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopd import journal
+from loopd.daemon.host import journal
 
 USER, OTHER = 1000, 1001
 

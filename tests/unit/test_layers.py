@@ -1,89 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Imports go down only, and what may be in one place only is in that place."""
+"""Imports between packages go down only, there are no cycles, and some things have one place."""
 
 import ast
-import re
 import subprocess
 import sys
-from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "loopd"
 
-# A module may import those of the rows below its own, and none beside it. A package is its
-# __init__.
-LAYERS = (
-    ("__main__",),
-    ("daemon", "cli"),
-    ("cli.attachment", "cli.commands", "cli.monitoring", "cli.opening", "client.blocking"),
-    ("cli.child", "cli.connection", "cli.notices", "cli.readiness"),
-    ("cli.arguments", "service", "client"),
-    ("cli.columns", "cli.losetup", "cli.outcome", "cli.values", "client.changes", "client.device"),
-    ("client.settling",),
-    ("cli.output", "options", "bus", "introspection", "client.link"),
-    ("operations", "attaching", "announcer", "client.absence"),
-    ("manager", "passthrough", "cli.signals", "client.properties", "client.watch", "client.image"),
-    ("ending", "proposal", "restoring"),
-    ("lifetimes", "questions"),
-    (
-        "registry",
-        "locks",
-        "monitor",
-        "polkit",
-        "logind",
-        "wire",
-        "dial",
-        "session",
-        "backlog",
-        "records",
-        "spares",
-        "listing",
-    ),
-    (
-        "device",
-        "threads",
-        "tasks",
-        "config",
-        "client.memory",
-        "turns",
-        "call",
-        "outbox",
-        "idle",
-        "fdstore",
-        "cli.agent",
-        "uevents",
-    ),
-    (
-        "budget",
-        "pool",
-        "leases",
-        "loopops",
-        "overlap",
-        "marker",
-        "supervisor",
-        "cli.progress",
-        "cli.stream",
-    ),
-    ("attachment", "closes", "cli.formats", "cli.style"),
-    ("loopdev",),
-    ("binding", "partition"),
-    ("loopinfo", "request", "table", "udevlinks"),
-    ("access", "blockdev", "backing", "codec", "instance"),
-    ("namespaces",),
-    ("kernel", "mounts", "errors", "fd", "frame"),
-    ("vfs",),
-    ("uapi", "storage", "tablereader", "journal"),
-    ("",),  # the package itself, which holds the version
-)
-RANK = {name: -row for row, names in enumerate(LAYERS) for name in names}
-
-
-def file_of(module: str) -> Path:
-    """Where a module's source is."""
-    path = PACKAGE.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+# The packages that the modules of a package may import from, beside their own. `loopd` has the
+# modules that all others may use.
+BASE = {"loopd"}
+DAEMON = BASE | {"loop", "bus", "daemon"}
+RULES = {
+    "loopd": set(),
+    "loop": BASE,
+    "bus": BASE,
+    "daemon": BASE | {"loop", "bus"},
+    "daemon.host": DAEMON,
+    "daemon.devices": DAEMON | {"daemon.host"},
+    "daemon.actions": DAEMON | {"daemon.host", "daemon.devices"},
+    "daemon.server": DAEMON | {"daemon.host", "daemon.devices", "daemon.actions"},
+    "client": BASE | {"loop", "bus"},
+    "cli": BASE | {"loop", "client"},
+}
+# What puts the daemon together is above all of it, and __main__ above that.
+TOP = {"daemon.main", "daemon.assembly", "daemon.lifecycle", "__main__"}
 
 
 def name_of(path: Path) -> str:
@@ -92,102 +37,135 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in FILES if FILES[name].name != "__init__.py"]
 
 
-@cache
+def package_of(module: str) -> str:
+    """The package of a module; a package is in itself."""
+    if FILES[module].name == "__init__.py":
+        return module or "loopd"
+    return module.rpartition(".")[0] or "loopd"
+
+
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """The modules of ours that a module imports, and the top-level names of others."""
     ours, others = set(), set()
-    path = file_of(module)
-    package = path.relative_to(PACKAGE).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    package = FILES[module].relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("loopd") for alias in node.names), module
             others |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            others.add((node.module or "").partition(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1]
-            base += tuple(node.module.split(".")) if node.module else ()
+            where = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                where = (*package[: len(package) - node.level + 1], *where)
+            elif where[0] == "loopd":
+                where = where[1:]
+            else:
+                others.add(where[0])
+                continue
             for alias in node.names:
-                inner = ".".join((*base, alias.name))
-                ours.add(inner if inner in RANK else ".".join(base))
+                inner = ".".join((*where, alias.name))
+                ours.add(inner if inner in FILES else ".".join(where))
     return ours, others
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_only(module: str) -> None:
-    assert module in RANK, "a new module wants a place in the layers"
-    ours, _ = imports_of(module)
-    upwards = {name for name in ours if RANK[name] >= RANK[module]}
+def test_each_package_has_a_rule() -> None:
+    assert {package_of(module) for module in FILES} == {*RULES}
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_imports_between_packages_go_down_only(package: str) -> None:
+    upwards = [
+        f"{module} imports {other}"
+        for module in FILES
+        if package_of(module) == package and module not in TOP
+        for other in imports_of(module)[0]
+        # The package itself is its version.
+        if other and package_of(other) not in {package, *RULES[package]}
+    ]
     assert not upwards
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *(
-            "uapi",
-            "vfs",
-            "kernel",
-            "namespaces",
-            "blockdev",
-            "backing",
-            "loopinfo",
-            "table",
-            "tablereader",
-        ),
-        *("partition", "binding", "loopdev", "attachment", "loopops", "marker", "udevlinks"),
-    ],
-)
-def test_what_is_synchronous_knows_no_event_loop_and_no_bus(module: str) -> None:
-    ours, others = imports_of(module)
-    assert "asyncio" not in others
-    assert not ours & {"codec", "wire", "bus", "threads", "tasks"}
+def test_only_the_program_imports_what_puts_the_daemon_together() -> None:
+    users = {module for module in FILES if imports_of(module)[0] & TOP}
+    assert users <= TOP
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_no_modules_of_a_package_import_each_other(package: str) -> None:
+    graph = {
+        module: {other for other in imports_of(module)[0] if package_of(other) == package}
+        for module in MODULES
+        if package_of(module) == package
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        pytest.fail(" imports ".join(exc.args[1]))
+
+
+def test_the_kernel_library_is_synchronous_and_knows_no_bus() -> None:
+    for module in FILES:
+        if package_of(module) == "loop":
+            assert not imports_of(module)[1] & {"asyncio", "dbus_next", "dbus_fast"}, module
+
+
+@pytest.mark.parametrize("package", ["loopd.loop", "loopd.bus", "loopd.client", "loopd.cli"])
+def test_what_is_not_the_daemon_loads_none_of_it(package: str) -> None:
+    program = (
+        "import importlib, pkgutil, sys\n"
+        f"package = importlib.import_module({package!r})\n"
+        "for each in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "    if not each.name.endswith('_child'):\n"  # a program, not to be imported
+        "        importlib.import_module(each.name)\n"
+        "print(*[name for name in sys.modules if name.startswith('loopd.daemon')])\n"
+        f"print({package!r} == 'loopd.loop' and 'asyncio' in sys.modules)"
+    )
+    assert run(program) == ["False"]
 
 
 @pytest.mark.parametrize(
-    ("library", "module"),
+    ("library", "modules"),
     [
-        ("dbus_next", "codec"),
-        ("dbus_fast", "codec"),
-        ("pyudev", "monitor"),
+        ("dbus_next", {"bus.codec"}),
+        ("dbus_fast", {"bus.codec"}),
+        ("pyudev", {"daemon.host.uevents"}),
+        ("concurrent", {"daemon.pool", "daemon.threads"}),
     ],
 )
-def test_one_module_knows_a_library(library: str, module: str) -> None:
-    assert [name for name in MODULES if library in imports_of(name)[1]] == [module]
-
-
-def test_threads_of_the_daemon_start_in_a_pool_and_work_in_one_place() -> None:
-    users = [name for name in MODULES if "concurrent" in imports_of(name)[1]]
-    assert users == ["pool", "threads"]
-    starting = [name for name in MODULES if re.search(r"\bThread\(", file_of(name).read_text())]
-    assert starting == ["cli.notices", "client.memory", "pool"]
-    users = [name for name in MODULES if "pool" in imports_of(name)[0]]
-    assert users == ["threads"]
+def test_a_library_is_known_in_one_place(library: str, modules: set[str]) -> None:
+    users = {name for name in FILES if library in imports_of(name)[1]}
+    assert users == modules & {*FILES}
 
 
 def test_two_modules_know_systemd() -> None:
-    """One tells it how we are, the other what happens."""
-    users = [name for name in MODULES if "systemd" in imports_of(name)[1]]
-    assert users == ["journal", "supervisor"]
+    """One takes what it has kept for us, the other tells it what happens."""
+    users = [name for name in FILES if "systemd" in imports_of(name)[1]]
+    assert users == ["daemon.host.journal", "daemon.host.systemd"]
 
 
-def test_two_modules_issue_ioctls() -> None:
-    users = [
+def test_only_the_modules_for_kernel_calls_issue_ioctls() -> None:
+    users = {
         module
-        for module in MODULES
+        for module in FILES
         if any(
             isinstance(node, ast.Attribute) and node.attr == "ioctl"
-            for node in ast.walk(ast.parse(file_of(module).read_text()))
+            for node in ast.walk(ast.parse(FILES[module].read_text()))
         )
-    ]
-    assert users == ["kernel", "vfs"]
+    }
+    assert users == {"loop.kernel", "loop.vfs"} & {*FILES}
 
 
 def test_loopd_does_not_load_what_it_does_not_need() -> None:
     """It would start later for it, and be larger for as long as it runs."""
     program = "import sys, loopd.__main__; print(*{'gi', '_ssl', 'asyncio'} & {*sys.modules})"
+    assert run(program) == ["asyncio"]
+
+
+def run(program: str) -> list[str]:
+    """Run a program where loopd can be imported; return the words that it prints."""
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
-    assert done.stdout.split() == ["asyncio"]
+    return done.stdout.split()

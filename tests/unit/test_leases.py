@@ -3,8 +3,9 @@
 
 import pytest
 
+from loopd.daemon.devices.leases import CONNECTION, USER, Lease, Leases
+from loopd.daemon.quota import Quota
 from loopd.errors import LimitsExceeded
-from loopd.leases import CONNECTION, USER, Lease, Leases, Quota
 
 HOLDER = ":1.5"
 

@@ -5,8 +5,9 @@ import asyncio
 from typing import Any
 from unittest import mock
 
-from loopd import codec, listing
-from loopd.listing import Listing
+from loopd.bus import codec
+from loopd.daemon.server import listing
+from loopd.daemon.server.listing import Listing
 from tests.harness.asynchronous import run_async
 
 SIGNATURE = "a(st)"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from loopd import locks as module
-from loopd.access import ROOT, Caller
-from loopd.blockdev import Lock
-from loopd.device import Device
+from loopd.daemon.access import ROOT, Caller
+from loopd.daemon.devices import locks as module
+from loopd.daemon.devices.device import Device
 from loopd.errors import DeviceBusy
+from loopd.loop.block_device import Lock
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside, run_inside
 from tests.harness.script import Script

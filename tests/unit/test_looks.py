@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from loopd.access import Caller, Client
-from loopd.config import Config, Deadlines
+from loopd.daemon.access import Caller, Client
+from loopd.daemon.actions.examine import AttachOptions, Proposals
+from loopd.daemon.actions.guard import Manager
+from loopd.daemon.config import Config, Deadlines
+from loopd.daemon.threads import Threads, Work
 from loopd.errors import LimitsExceeded, TimedOut
 from loopd.fd import OwnedFd
-from loopd.manager import Manager
-from loopd.proposal import AttachOptions, Proposals
-from loopd.threads import Threads, Work
 from tests.unit.test_threads import NoThread
 
 USER = 1000

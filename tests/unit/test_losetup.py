@@ -3,8 +3,7 @@
 
 import pytest
 
-from loopd import cli
-from loopd.cli import columns
+from loopd.cli import app, columns
 from loopd.cli.arguments import parse
 from loopd.cli.outcome import ExitCode
 
@@ -92,7 +91,7 @@ def test_what_losetup_takes_means_the_same(losetup: str, loopctl: str) -> None:
 def test_what_loopctl_does_otherwise_is_one_sentence(
     capsys: pytest.CaptureFixture[str], line: str, spelling: str
 ) -> None:
-    assert cli.main(line.split()) == ExitCode.USAGE
+    assert app.main(line.split()) == ExitCode.USAGE
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("loopctl: ")

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from loopd import access, config, daemon, errors, options
+from loopd import errors
 from loopd.cli import arguments
 from loopd.cli.columns import COLUMNS
 from loopd.cli.outcome import MEANINGS
+from loopd.daemon import access, config, main
+from loopd.daemon.server import options
 from tests.harness.area import CHECKOUT
 
 SOURCES = CHECKOUT / "docs" / "man"
@@ -96,7 +98,7 @@ def test_there_is_every_page_and_each_knows_only_pages_that_are(pages: dict[str,
 
 @pytest.mark.parametrize(
     ("page", "parser"),
-    [("loopctl.1", arguments.parser()), ("loopd.8", daemon._parser())],
+    [("loopctl.1", arguments.parser()), ("loopd.8", main._parser())],
     ids=["loopctl", "loopd"],
 )
 def test_all_options_are_told_and_no_others(

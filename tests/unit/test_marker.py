@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
-from loopd.marker import Markers
+from loopd.daemon.host.udev_marks import Markers
+from loopd.loop import kernel
 
 
 @pytest.fixture(autouse=True)

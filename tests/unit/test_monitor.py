@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
-from loopd import monitor as module
-from loopd.monitor import Monitor, listen, loop_numbers
+from loopd.daemon.host import uevents as module
+from loopd.daemon.host.uevents import Monitor, listen, loop_numbers
 
 DISK, PARTITION = "/devices/virtual/block/loop3", "/devices/virtual/block/loop3/loop3p1"
 SDA = "/devices/pci0000:00/0000:00:01.1/ata1/block/sda"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loopd import mounts
-from loopd.mounts import LoopFile
+from loopd.loop import mounts
+from loopd.loop.mounts import LoopFile
 from tests.harness.sysfs import Sysfs
 
 MOUNTINFO = (

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import pytest
 
-from loopd import backing, kernel, mounts, namespaces, vfs
-from loopd.uapi import (
+from loopd.loop import backing_file, kernel, mounts, namespaces, vfs
+from loopd.loop.uapi import (
     FILEID_BTRFS,
     NS_MNT_GET_NEXT,
     NS_MNT_GET_PREV,
@@ -166,6 +166,6 @@ def test_a_file_is_on_what_its_mount_is_of(
     monkeypatch.setattr(vfs, "btrfs_fsid", lambda _: FSID)
     try:
         buf = statx_buf(stx_mask=0x1000, stx_mnt_id=1234, stx_dev_minor=77)
-        assert backing._filesystem(-1, buf) == filesystem
+        assert backing_file._filesystem(-1, buf) == filesystem
     finally:
         table.close()

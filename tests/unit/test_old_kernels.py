@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from loopd import attachment, blockdev, kernel, loopdev, loopinfo, loopops, uapi
-from loopd.blockdev import Lock
 from loopd.errors import DeviceBusy, InvalidArgs, NotSupported
-from loopd.kernel import PartitionExtent
+from loopd.loop import attach, block_device, change, kernel, loop_device, query, uapi
+from loopd.loop.block_device import Lock
+from loopd.loop.kernel import PartitionExtent
 from tests.harness.behaviours import GPT, status
 from tests.harness.images import MIB
 from tests.harness.lab import Lab
@@ -63,12 +63,12 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def is_everything(device: loopdev.LoopDevice) -> bool:
+def is_everything(device: loop_device.LoopDevice) -> bool:
     told = status(device)
-    asked = loopinfo.binding(device.number, device.binding)
+    asked = query.binding(device.number, device.binding)
     return (
         (told.offset, told.size_limit, told.size) == (4096, 64 * 1024, 64 * 1024)
-        and loopops.sector_size(device) == 4096
+        and change.sector_size(device) == 4096
         and (told.direct_io, told.autoclear, told.read_only) == (True, True, False)
         and asked.reference == b"name"
     )
@@ -123,7 +123,7 @@ def test_what_loop_configure_forgets_is_seen_and_it_is_not_asked_again(
     device = lab.attach(lab.gpt(), **request_)
     told = status(device)
     assert told.size == request_.get("size_limit", 4 * MIB)
-    assert loopops.sector_size(device) == request_.get("sector_size", 512)
+    assert change.sector_size(device) == request_.get("sector_size", 512)
     assert list(told.partitions) == (GPT if request_.get("partition_scan") else [])
     assert not lab.driver.configures
     assert counted(lab, "loop_ctl_add") == 2
@@ -167,8 +167,8 @@ def test_the_control_lock_is_not_kept_while_a_device_is_asked_again(on: MakeLab)
     lab = on(NO_CONFIGURE)
 
     def look() -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
-            assert blockdev.try_lock(control.fileno(), Lock.EXCLUSIVE.operation)
+        with block_device.opened(kernel.open_loop_control()) as control:
+            assert block_device.try_lock(control.fileno(), Lock.EXCLUSIVE.operation)
 
     lab.script.before("loop_set_status64", look)
     lab.attach(lab.image())
@@ -235,9 +235,7 @@ def test_a_device_that_somebody_binds_first_is_theirs(on: MakeLab) -> None:
 def test_partitions_are_made_without_loop_configure_too(on: MakeLab) -> None:
     lab = on(NO_CONFIGURE)
     sizes: list[int] = []
-    lab.script.after(
-        "loop_set_status64", lambda: sizes.append(loopinfo.status(lab.claims[-1]).size)
-    )
+    lab.script.after("loop_set_status64", lambda: sizes.append(query.status(lab.claims[-1]).size))
     device = lab.attach(lab.gpt(), partition_scan=True)
     assert list(status(device).partitions) == GPT
     assert sizes == [0]
@@ -255,7 +253,7 @@ def test_direct_io_that_does_not_take_is_done_without(on: MakeLab, configure: bo
     binding = "loop_configure" if configure else "loop_set_fd"
     assert counted(lab, "loop_clr_fd") == 1
     assert counted(lab, binding) == 2
-    assert not loopops.set_direct_io(device, enable=True)
+    assert not change.set_direct_io(device, enable=True)
 
 
 def test_udev_at_what_was_half_made_does_not_make_a_wanted_number_busy(on: MakeLab) -> None:
@@ -265,7 +263,7 @@ def test_udev_at_what_was_half_made_does_not_make_a_wanted_number_busy(on: MakeL
     def look() -> None:
         looking.append(lab.open(number))
 
-    with blockdev.opened(kernel.open_loop_control()) as control:
+    with block_device.opened(kernel.open_loop_control()) as control:
         number = kernel.loop_ctl_add(control.fileno(), -1)
     lab.script.after("loop_configure", look)
     lab.script.before("loop_ctl_add", lambda: looking.pop().close(), skip=3)
@@ -290,7 +288,7 @@ def test_without_diskseqs_each_attachment_still_has_a_number_of_its_own(on: Make
     for _ in range(3):
         device = lab.attach(lab.image())
         assert status(device).diskseq == device.diskseq
-        found = loopops.open_existing(device.number)
+        found = change.open_existing(device.number)
         assert found.diskseq == device.diskseq
         found.close()
         seen.add(device.diskseq)
@@ -307,7 +305,7 @@ UNBINDS_WHILE_OPEN = Traits(release=(6, 1), says_partscan=False)
 def test_the_only_opener_unbinds_at_once(on: MakeLab) -> None:
     lab = on(UNBINDS_WHILE_OPEN)
     device = lab.attach(lab.image())
-    assert loopdev.detach(device) is True
+    assert loop_device.detach(device) is True
     assert lab.bound() == []
     lab.forget(device)
 
@@ -319,11 +317,11 @@ def test_a_client_is_never_the_only_opener_of_what_is_bound(on: MakeLab) -> None
     device.handed_out = True
     with lab.open(device.number) as fd:
         for _ in range(3):
-            assert loopdev.clear(device) is False
+            assert loop_device.clear(device) is False
             # Whatever the client does with its fd, it is not alone.
             kernel.loop_clr_fd(fd.fileno())
             assert kernel.loop_binding(device.number) == device.binding
-    assert loopdev.clear(device) is True
+    assert loop_device.clear(device) is True
     assert lab.bound() == []
     lab.forget(device)
 
@@ -335,7 +333,7 @@ def test_a_number_that_somebody_may_have_open_is_not_used(on: MakeLab) -> None:
     number = first.number
     lab.detach(first)
     with lab.open(number):
-        assert loopdev.remove(number) is False
+        assert loop_device.remove(number) is False
         second = lab.attach(lab.image())
         assert second.number != number
         with pytest.raises(DeviceBusy, match=f"/dev/loop{number} did not come free"):
@@ -361,7 +359,7 @@ def test_whoever_opens_each_new_device_leaves_few_behind(
     on: MakeLab, holds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Devices made in vain: udev is faster than we are, or somebody keeps them."""
-    monkeypatch.setattr(attachment, "_NEW_DEVICE_LOCK_TIMEOUT", 0)
+    monkeypatch.setattr(attach, "_NEW_DEVICE_LOCK_TIMEOUT", 0)
     lab = on(UNBINDS_WHILE_OPEN)
     assert lab.scripted
     theirs = ExitStack()
@@ -376,7 +374,7 @@ def test_whoever_opens_each_new_device_leaves_few_behind(
     lab.script.after("loop_ctl_add", open_it, times=1000)
     strays: list[int] = []
     with pytest.raises(DeviceBusy):
-        lab.attach(lab.image(), numbers=attachment.Numbers(stays=strays.append))
+        lab.attach(lab.image(), numbers=attach.Numbers(stays=strays.append))
     assert len(lab.scripted.numbers()) <= 2
     assert strays == lab.scripted.numbers()
 
@@ -400,7 +398,7 @@ def test_a_glance_at_a_new_device_is_waited_for(on: MakeLab) -> None:
 def test_what_was_there_before_is_not_taken_for_new(on: MakeLab) -> None:
     """Devices of the module: others name them."""
     lab = on(UNBINDS_WHILE_OPEN)
-    with blockdev.opened(kernel.open_loop_control()) as control:
+    with block_device.opened(kernel.open_loop_control()) as control:
         kernel.loop_ctl_add(control.fileno(), 3)
     device = lab.attach(lab.image(), number=3)
     assert (device.number, device.is_new) == (3, False)
@@ -413,7 +411,7 @@ def test_partitions_found_later_end_with_their_device(on: MakeLab) -> None:
     lab = on(UNBINDS_WHILE_OPEN)
     device = lab.attach(lab.gpt())
     assert status(device).partition_scan is False
-    assert loopops.rescan_partitions(device) == GPT
+    assert change.rescan_partitions(device) == GPT
     assert kernel.loop_attribute(device.number, "loop/partscan") == b"1"
     assert status(device).partition_scan is True
     device.close()  # as when loopd is killed
@@ -428,14 +426,14 @@ def test_another_opener_that_goes_at_the_last_moment_loses_nobody_a_device(on: M
     device = lab.attach(lab.image())
     theirs = lab.open(device.number)
     lab.script.before("loop_clr_fd", theirs.close, skip=1)
-    assert loopdev.detach(device) is True
+    assert loop_device.detach(device) is True
     lab.forget(device)
     assert lab.bound() == []
     # And whatever somebody has bound to the number by now is theirs.
     device = lab.attach(lab.image())
     lab.scripted.let_go(device.number)
     lab.scripted.bind_by_others(device.number, lab.image())
-    assert loopdev.clear(device) is True
+    assert loop_device.clear(device) is True
     assert lab.bound() == [device.number]
     lab.forget(device)
     lab.clear(device.number)
@@ -450,10 +448,10 @@ def test_a_mounted_device_that_cannot_be_changed_is_busy(on: MakeLab) -> None:
     device = lab.attach(lab.image())
     with lab.open(device.number, os.O_RDONLY | os.O_EXCL):
         with pytest.raises(DeviceBusy):
-            loopops.set_reference(device, b"name")
+            change.set_reference(device, b"name")
         with pytest.raises(DeviceBusy):
-            loopops.resize(device, offset=None, size_limit=4096, force=True)
-    assert loopops.set_reference(device, b"name")
+            change.resize(device, offset=None, size_limit=4096, force=True)
+    assert change.set_reference(device, b"name")
 
 
 def test_a_kernel_with_a_parser_finds_nothing_before_we_have_looked(on: MakeLab) -> None:
@@ -470,7 +468,7 @@ def test_a_kernel_with_a_parser_finds_nothing_before_we_have_looked(on: MakeLab)
 def test_what_sysfs_does_not_let_us_write_is_left_as_it_is(on: MakeLab) -> None:
     lab = on(Traits(writable_sysfs=False))
     lower = lab.attach(lab.image())
-    blockdev.mirror_discard_limit(lower.number, os.makedev(7, lower.number))
+    block_device.mirror_discard_limit(lower.number, os.makedev(7, lower.number))
     assert counted(lab, "set_loop_attribute") == 1
 
 
@@ -487,8 +485,8 @@ def test_a_device_is_removed_in_39_attempts_at_most(on: MakeLab) -> None:
     device = lab.attach(lab.image())
     lab.detach(device)
     with lab.open(device.number):
-        assert loopdev.remove(device.number) is False
+        assert loop_device.remove(device.number) is False
         assert counted(lab, "loop_ctl_remove") == 39
         assert sum(lab.pauses) == pytest.approx(5.73)
-    assert loopdev.remove(device.number) is True
-    assert loopdev.remove(device.number) is True
+    assert loop_device.remove(device.number) is True
+    assert loop_device.remove(device.number) is True

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopd.blockdev import Lock
+from loopd.bus.codec import Variant
 from loopd.cli.arguments import parse
-from loopd.codec import Variant
-from loopd.errors import InvalidArgs, LoopError
-from loopd.operations import ResizeOptions
-from loopd.options import (
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.actions.examine import AttachOptions
+from loopd.daemon.server.options import (
     Options,
     attach_options,
     detach_options,
@@ -26,7 +25,8 @@ from loopd.options import (
     resize_options,
     sector_size,
 )
-from loopd.proposal import AttachOptions
+from loopd.errors import InvalidArgs, LoopError
+from loopd.loop.block_device import Lock
 from tests.harness.area import CHECKOUT
 
 TYPES = {
@@ -220,7 +220,8 @@ def advised(path: Path) -> Iterator[str]:
 
 
 def test_there_is_no_advice_but_what_is_tested() -> None:
-    modules = (CHECKOUT / "loopd").glob("*.py")
+    daemon = (CHECKOUT / "loopd" / "daemon").rglob("*.py")
+    modules = [*(CHECKOUT / "loopd" / "loop").glob("*.py"), *daemon]
     assert {option for path in modules for option in advised(path)} == {*ADVISED}
 
 

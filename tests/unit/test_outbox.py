@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 
-from loopd.outbox import Outbox
+from loopd.bus.outbox import Outbox
 from tests.harness.asynchronous import run_async
 
 SIZE = 1000

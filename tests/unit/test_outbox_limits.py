@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loopd import outbox
-from loopd.outbox import Outbox
+from loopd.bus import outbox
+from loopd.bus.outbox import Outbox
 
 SHARE, ALL = 1000, 2500
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopd.access import NOBODY, ROOT
-from loopd.backing import FileIdentity
-from loopd.config import Config, Deadlines
+from loopd.daemon.access import NOBODY, ROOT
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.config import Config, Deadlines
+from loopd.daemon.devices.overlap import Mapping
+from loopd.daemon.threads import Work
 from loopd.errors import Overlap, TimedOut
-from loopd.operations import ResizeOptions
-from loopd.overlap import Mapping
-from loopd.threads import Work
+from loopd.loop.backing_file import FileIdentity
 from tests.harness.asynchronous import run_async
 from tests.harness.deadline import Deadline
 from tests.harness.images import MIB, make_plain

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from loopd import pool
-from loopd.pool import Pool
+from loopd.daemon import pool
+from loopd.daemon.pool import Pool
 from tests.harness.deadline import Deadline
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from loopd.access import NOBODY
-from loopd.device import Device
-from loopd.leases import CONNECTION, USER, Lease
-from loopd.records import Record, Records
+from loopd.daemon.access import NOBODY
+from loopd.daemon.devices.device import Device
+from loopd.daemon.devices.leases import CONNECTION, USER, Lease
+from loopd.daemon.devices.records import Record, Records
 from tests.unit.test_announcer import STATUS
 
 GOOD: dict[str, Any] = {

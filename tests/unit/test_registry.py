@@ -14,16 +14,17 @@ from unittest import mock
 
 import pytest
 
-from loopd import blockdev, kernel, loopdev, loopinfo, loopops, registry
-from loopd import ending as module
-from loopd.blockdev import Lock
-from loopd.config import Config, Limits
-from loopd.device import DETACHING, Device
+from loopd.daemon.actions import detach as module
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.config import Config, Limits
+from loopd.daemon.devices import registry
+from loopd.daemon.devices.device import DETACHING, Device
+from loopd.daemon.devices.records import Record, Records
 from loopd.errors import DeviceBusy, LimitsExceeded, NoSuchDevice, Overlap
 from loopd.fd import OwnedFd
-from loopd.loopdev import LoopDevice
-from loopd.operations import ResizeOptions
-from loopd.records import Record, Records
+from loopd.loop import block_device, change, kernel, loop_device, query
+from loopd.loop.block_device import Lock
+from loopd.loop.loop_device import LoopDevice
 from tests.harness.asynchronous import run_async
 from tests.harness.images import MIB, make_plain
 from tests.harness.inside import Inside
@@ -185,8 +186,8 @@ def test_a_lock_that_is_dropped_is_dropped_whoever_has_a_copy_of_its_fd(
         assert device.loop.lock
         with OwnedFd(kernel.dup(device.loop.lock.fileno()), kernel.close):
             parts.locks.drop(device)
-            with blockdev.opened(kernel.open_loop(device.loop.number, os.O_RDONLY)) as other:
-                assert blockdev.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
+            with block_device.opened(kernel.open_loop(device.loop.number, os.O_RDONLY)) as other:
+                assert block_device.try_lock(other.fileno(), Lock.EXCLUSIVE.operation)
         assert device.lock is Lock.NONE
         # What comes after an unlock works as before.
         await parts.operations.sync(parts.one, device)
@@ -201,9 +202,9 @@ def test_a_lock_that_is_lost_while_it_is_changed_is_no_longer_told(with_parts: W
         device = await parts.attach_image(lock=Lock.SHARED)
 
         def lose(*_: Any, **__: Any) -> None:
-            raise loopops.LockLost("gone")
+            raise change.LockLost("gone")
 
-        with mock.patch.object(loopops, "change_lock", lose), pytest.raises(DeviceBusy):
+        with mock.patch.object(change, "change_lock", lose), pytest.raises(DeviceBusy):
             await parts.operations.lock(parts.one, device, Lock.EXCLUSIVE)
         assert device.lock is Lock.NONE
         assert parts.locks.holder(device) is None
@@ -215,7 +216,7 @@ def test_a_device_that_has_gone_unnoticed_is_in_nobodys_way(with_parts: WithPart
     """By then a new file may have the inode of the one that it had."""
 
     async def story(parts: Parts) -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             number = kernel.loop_ctl_add(control.fileno(), -1)
         parts.scripted.bind_by_others(number, parts.image)
         await parts.registry._look(number)
@@ -268,7 +269,7 @@ def test_a_name_that_was_set_later_is_the_one_that_is_told(with_parts: WithParts
             *(parts.operations.set_reference(parts.one, device, name) for name in names)
         )
         assert device.number is not None
-        told = loopinfo.binding(device.number, device.status.binding).reference
+        told = query.binding(device.number, device.status.binding).reference
         assert device.reference == told
 
     with_parts(story)
@@ -346,9 +347,9 @@ def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
         heard: list[tuple[int, int]] = []
         parts.scripted.uevent = lambda number, seqnum: heard.append((number, seqnum))
         loop = asyncio.get_running_loop()
-        status = loopinfo.status_by_fd
+        status = query.status_by_fd
 
-        def late(fd: int, number: int, *how: int) -> loopinfo.Status:
+        def late(fd: int, number: int, *how: int) -> query.Status:
             told = status(fd, number, *how)
             os.truncate(parts.image, 2 * MIB)
             parts.scripted.take_up_size(number)
@@ -356,7 +357,7 @@ def test_an_event_that_came_while_a_device_was_attached_is_not_forgotten(
             loop.call_soon_threadsafe(parts.registry.heard, *event)
             return told
 
-        with mock.patch.object(loopinfo, "status_by_fd", late):
+        with mock.patch.object(query, "status_by_fd", late):
             device = await parts.attach_image()
         await parts.registry._tasks.finish(10)
         assert device.status.size == 2 * MIB
@@ -384,8 +385,8 @@ def test_of_two_looks_without_an_event_the_one_that_began_later_counts(
     async def story(parts: Parts) -> None:
         device = await parts.attach_image()
         number = device.number or 0
-        older = loopinfo.status(number)
-        newer = dataclasses.replace(loopinfo.status(number), direct_io=not older.direct_io)
+        older = query.status(number)
+        newer = dataclasses.replace(query.status(number), direct_io=not older.direct_io)
         assert older.seqnum == newer.seqnum
         parts.registry._update(device, newer)
         parts.registry._update(device, older)
@@ -403,12 +404,12 @@ def test_a_device_that_is_asked_about_over_and_over_is_looked_at_a_few_times(
         device = await parts.attach_image()
         looks = 0
 
-        def look(number: int, known: Any, _is: Any = loopinfo.is_as_it_was) -> Any:
+        def look(number: int, known: Any, _is: Any = query.is_as_it_was) -> Any:
             nonlocal looks
             looks += 1
             return _is(number, known)
 
-        with mock.patch.object(loopinfo, "is_as_it_was", look):
+        with mock.patch.object(query, "is_as_it_was", look):
             began = time.monotonic()
             for _ in range(200):
                 await parts.registry.look_for_asker([device])
@@ -430,7 +431,7 @@ def test_where_there_is_no_thread_those_who_ask_are_told_what_is_known(
         go_on = threading.Event()
         look = mock.Mock(side_effect=lambda *_: go_on.wait(20))
         with (
-            mock.patch.object(loopinfo, "is_as_it_was", look),
+            mock.patch.object(query, "is_as_it_was", look),
             mock.patch.object(registry, "_PATIENCE", 0.01),
         ):
             await parts.registry.look_for_asker([device])
@@ -447,7 +448,7 @@ def test_others_whose_sector_sizes_hang_keep_one_thread_and_nobody_waits_twice(
     """Hanging files: below queue/ a change that waits for a file has those who read wait."""
 
     async def story(parts: Parts) -> None:
-        with blockdev.opened(kernel.open_loop_control()) as control:
+        with block_device.opened(kernel.open_loop_control()) as control:
             number = kernel.loop_ctl_add(control.fileno(), -1)
         parts.scripted.bind_by_others(number, parts.image)
         await parts.registry._look(number)
@@ -509,11 +510,11 @@ def test_a_device_that_is_left_alone_is_looked_at_afterwards_and_its_successor_a
 def detaching(meanwhile: Callable[[LoopDevice], object]) -> Iterator[None]:
     """Have something done in the thread that is about to detach a device."""
 
-    def detach(loop: LoopDevice, _is: Any = loopdev.detach) -> Any:
+    def detach(loop: LoopDevice, _is: Any = loop_device.detach) -> Any:
         meanwhile(loop)
         return _is(loop)
 
-    with mock.patch.object(loopdev, "detach", detach):
+    with mock.patch.object(loop_device, "detach", detach):
         yield
 
 
@@ -628,7 +629,7 @@ def test_that_a_device_is_being_detached_is_told_only_if_it_takes_a_while(
         assert not parts.changes.is_set()
         held = await parts.attach_image()
         parts.changes.clear()
-        with blockdev.opened(kernel.open_loop(held.number or 0, os.O_RDONLY)):
+        with block_device.opened(kernel.open_loop(held.number or 0, os.O_RDONLY)):
             parts.ending.let_go(held)
             await asyncio.wait_for(parts.changes.wait(), 10)
             assert (held.state, held.gone.is_set()) == (DETACHING, False)

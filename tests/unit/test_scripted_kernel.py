@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""loopdev on the scripted kernel; tests/root/test_real_kernel.py has the other one."""
+"""loopd.loop on the scripted kernel; tests/root/test_real_kernel.py has the other one."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,8 @@ import asyncio
 
 import pytest
 
-from loopd.session import Session
-from loopd.turns import Account
+from loopd.daemon.server.caller_state import Session
+from loopd.daemon.server.fair_queue import Account
 from tests.harness.asynchronous import run_async
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loopd import errors
 from loopd.client import settling
-from loopd.kernel import PartitionExtent
+from loopd.loop.kernel import PartitionExtent
 from tests.harness.asynchronous import run_async
 
 OURS = ["E:LOOPD_DISKSEQ=41"]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from loopd import kernel
-from loopd import spares as module
-from loopd.access import NOBODY, ROOT
-from loopd.config import Config, Limits
-from loopd.spares import Spares
-from loopd.threads import Threads
+from loopd.daemon.access import NOBODY, ROOT
+from loopd.daemon.config import Config, Limits
+from loopd.daemon.devices import spare_numbers as module
+from loopd.daemon.devices.spare_numbers import Spares
+from loopd.daemon.threads import Threads
+from loopd.loop import kernel
 from tests.harness.asynchronous import run_async
 from tests.harness.deadline import Deadline
 from tests.harness.images import MIB, make_plain

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loopd import storage
+from loopd.loop import storage
 from tests.harness.sysfs import Sysfs
 
 NUMBERS = (8, 0)

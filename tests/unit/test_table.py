@@ -5,7 +5,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from loopd import table
+from loopd.loop import partition_table
 
 
 def steps(answer: bytes) -> int:
@@ -19,7 +19,7 @@ def steps(answer: bytes) -> int:
 
     sys.settrace(step)
     try:
-        table.check(answer, size=1 << 40, sector_size=512)
+        partition_table.check(answer, size=1 << 40, sector_size=512)
     finally:
         sys.settrace(None)
     return count

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from loopd import tasks as tasks_module
-from loopd.tasks import Tasks, charging, metered
+from loopd.daemon import tasks as tasks_module
+from loopd.daemon.tasks import Tasks, charging, metered
 from tests.harness.asynchronous import run_async
 
 

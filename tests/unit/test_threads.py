@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from loopd import closes
+from loopd.daemon import closes
+from loopd.daemon.threads import Threads, Work
 from loopd.errors import LimitsExceeded, TimedOut
-from loopd.threads import Threads, Work
 
 OPERATION = Work.OPERATION
 USER, OTHER = 1000, 1001

@@ -4,7 +4,7 @@
 import asyncio
 import socket
 
-from loopd import codec, frame, wire
+from loopd.bus import codec, frame, transport
 from tests.harness.asynchronous import run_async
 from tests.unit.test_frame import with_sender
 
@@ -31,7 +31,7 @@ def test_a_sender_that_never_pauses_leaves_others_their_turn() -> None:
             if count < ENDLESS:
                 theirs.send(message)
 
-        connection = wire.Connection(
+        connection = transport.Connection(
             ours, max_message=1 << 16, on_call=take, on_signal=take, on_lost=print
         )
         theirs.send(message)

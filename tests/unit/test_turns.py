@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 
-from loopd import budget, turns
-from loopd.turns import Account, Turns
+from loopd.daemon import budget
+from loopd.daemon.server import fair_queue
+from loopd.daemon.server.fair_queue import Account, Turns
 
 ROOT, USER, OTHER = 0, 1000, 1001
 
@@ -26,7 +27,7 @@ class Clock:
 def clock() -> Iterator[Clock]:
     clock = Clock()
     fake = SimpleNamespace(monotonic=lambda: clock.now)
-    with mock.patch.object(turns, "time", fake), mock.patch.object(budget, "time", fake):
+    with mock.patch.object(fair_queue, "time", fake), mock.patch.object(budget, "time", fake):
         yield clock
 
 
@@ -156,7 +157,7 @@ def test_of_many_users_each_has_a_call_begun_in_a_turn() -> None:
         assert sorted(begun) == [*range(1000, 1017)]
         await settle(begun, 51)
 
-    with mock.patch.object(turns, "_TURN", 60.0):
+    with mock.patch.object(fair_queue, "_TURN", 60.0):
         story(body)
 
 
@@ -166,7 +167,7 @@ def test_calls_are_begun_for_a_while_only_before_what_comes_in_is_read(clock: Cl
 
         def begin(uid: int) -> None:
             begun.append(uid)
-            clock.now += turns._TURN * 0.6
+            clock.now += fair_queue._TURN * 0.6
 
         for uid in range(1000, 1017):
             queue.add(queue.account(uid), lambda uid=uid: begin(uid))
@@ -292,9 +293,9 @@ def test_users_who_do_nothing_are_forgotten_when_there_are_many(clock: Clock) ->
     async def body(queue: Turns) -> None:
         flooder = queue.account(USER)
         flooder.flood()
-        for uid in range(2000, 2000 + turns._MANY * 2):
+        for uid in range(2000, 2000 + fair_queue._MANY * 2):
             queue.account(uid)
-        assert len(queue._accounts) <= turns._MANY
+        assert len(queue._accounts) <= fair_queue._MANY
         assert queue.account(USER) is flooder
 
     story(body)
@@ -309,7 +310,7 @@ def test_a_user_who_is_connected_keeps_its_account_however_many_others_there_are
         account = queue.account(USER)
         account.sessions += 1
         clock.now += 100
-        for uid in range(2000, 2000 + turns._MANY * 2):
+        for uid in range(2000, 2000 + fair_queue._MANY * 2):
             queue.account(uid)
         assert queue.account(USER) is account
 

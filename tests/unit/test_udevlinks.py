@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from loopd.backing import FileIdentity
-from loopd.udevlinks import describe, encode, renamed
+from loopd.daemon.host.udev_links import describe, encode, renamed
+from loopd.loop.backing_file import FileIdentity
 
 FILE = FileIdentity(device=os.makedev(254, 1), inode=1234)
 WITHOUT_A_NAME = "LOOPD_LINKS=1\nID_LOOP_BACKING_DEVICE=254:1\nID_LOOP_BACKING_INODE=1234\n"

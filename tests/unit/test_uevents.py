@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 
-from loopd import budget, uevents
+from loopd.daemon import budget
+from loopd.daemon.host import uevent_budget
+from loopd.daemon.host.uevent_budget import DISK, PARTITION, Uevents
 from loopd.errors import TimedOut
-from loopd.uevents import DISK, PARTITION, Uevents
 from tests.harness.asynchronous import run_async
 
 ROOT, USER, OTHER = 0, 1000, 1001
@@ -35,7 +36,7 @@ def clock() -> Iterator[Clock]:
     fake_asyncio = SimpleNamespace(sleep=clock.sleep, timeout=asyncio.timeout)
     with (
         mock.patch.object(budget, "time", fake_time),
-        mock.patch.object(uevents, "asyncio", fake_asyncio),
+        mock.patch.object(uevent_budget, "asyncio", fake_asyncio),
     ):
         yield clock
 
@@ -95,9 +96,9 @@ def test_users_who_have_nothing_to_wait_for_are_forgotten_when_there_are_many() 
     async def body() -> None:
         allowed = Uevents()
         allowed.count(USER, 500)
-        for uid in range(2000, 2000 + uevents._MANY * 2):
+        for uid in range(2000, 2000 + uevent_budget._MANY * 2):
             allowed.count(uid, 0)
-        assert len(allowed._buckets) <= uevents._MANY + 1
+        assert len(allowed._buckets) <= uevent_budget._MANY + 1
         assert not allowed._buckets[USER].full
 
     run_async(body())

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from loopd import codec, dial, errors, frame, wire
+from loopd import errors
+from loopd.bus import codec, dial, frame, transport
 
 
 class Peer:
@@ -54,7 +55,7 @@ class Harness:
         self.trusted: set[str] = set()
         self.unknown: asyncio.Future[None] | None = None
         self.asked: list[str] = []
-        self.connection = wire.Connection(
+        self.connection = transport.Connection(
             ours,
             max_message=1 << 16,
             on_call=self.calls.append,

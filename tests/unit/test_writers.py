@@ -10,15 +10,15 @@ from unittest import mock
 
 import pytest
 
-from loopd.access import ROOT
-from loopd.blockdev import Lock
-from loopd.config import Config, Deadlines
-from loopd.device import Device
+from loopd.daemon.access import ROOT
+from loopd.daemon.actions.change import ResizeOptions
+from loopd.daemon.config import Config, Deadlines
+from loopd.daemon.devices.device import Device
+from loopd.daemon.devices.leases import SYSTEM, Lease
+from loopd.daemon.devices.spare_numbers import Spares
 from loopd.errors import TimedOut
-from loopd.leases import SYSTEM, Lease
-from loopd.loopdev import LoopDevice
-from loopd.operations import ResizeOptions
-from loopd.spares import Spares
+from loopd.loop.block_device import Lock
+from loopd.loop.loop_device import LoopDevice
 from tests.harness.images import MIB, make_gpt
 from tests.harness.inside import Inside, run_inside
 from tests.harness.script import Script
