@@ -361,7 +361,8 @@ def test_an_fd_that_finds_no_room_is_refused_and_loopd_goes_on(
     """CVE-2014-3532, CVE-2020-12049, Transport rule 2 (reader)."""
     pid = world.daemon.pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(world.idle_fds) + 1, limits[1]))
+    lowest_free = min(set(range(len(world.idle_fds) + 1)) - set(world.idle_fds))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
         for member, (signature, rest) in TAKES_ONE.items():
             serial = client.send(MANAGER_PATH, MANAGER, member, signature, [0, *rest], fds=[fd])
