@@ -4,6 +4,7 @@
 #   make demo     the main job on a private bus, with real loop devices and polkit
 #   make check    all tests and linters
 #   make kernels  the same package under Debian 12's and Debian 13's own kernels, emulated
+#   make kernels-smoke  the most telling of these tests, under Debian 12's
 #   make bench    what it costs, beside losetup and udisks2
 #   make install  onto this system, or below DESTDIR
 #   make man      the manual pages, in build/man
@@ -35,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := .venv/bin/python -m pip install --retries 1 --no-build-isolation >.venv/pip.log 2>&1
 CHECK_EXTRAS := [fast,check]
 
-.PHONY: all demo check lint kernels bench install install-files uninstall man picture deb clean \
+.PHONY: all demo check lint kernels kernels-smoke bench install install-files uninstall man picture deb clean \
         deps run-deps install-deps demo-deps deb-deps check-deps kernels-deps bench-deps
 
 all: .venv/run
@@ -52,6 +53,9 @@ lint: .venv/check
 # One machine at a time.
 kernels: .venv/check | kernels-deps
 	$(SUDO) .venv/bin/python -m pytest tests/kernel
+
+kernels-smoke: .venv/check | kernels-deps
+	$(SUDO) .venv/bin/python -m pytest tests/kernel -m smoke -k bookworm
 
 # In the end: .venv/bin/python -m bench.document build/bench.json
 bench: .venv/check | bench-deps

@@ -5,7 +5,8 @@
 them with the test.  `authority` is what `daemon` asks: in tests/root the real polkitd with rules
 that allow everything, elsewhere a double that does.  A module or directory says how its daemons are
 started by a fixture `daemon_options` of its own.  In tests/bus what asks for `library`, and so for
-a daemon, runs once under each D-Bus library; elsewhere the mark `both_libraries` does it.
+a daemon, runs once under each D-Bus library, unless it has the mark `one_library`; elsewhere the
+mark `both_libraries` does it.
 """
 
 import gc
@@ -51,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
             # Not for us either; but what is handled is at its default in a child.
             signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "both_libraries: runs under each D-Bus library")
+    config.addinivalue_line("markers", "one_library: is above what the D-Bus library does")
     config.addinivalue_line("markers", "both_buses: runs on dbus-daemon and on dbus-broker")
     leaks.adopt_orphans()
     mounts.prepare()  # they stay open, and are no leak of the first test that looks at a file
@@ -76,6 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what asks for a D-Bus library or a bus on each of them, where that is wanted.
 
     One library on the second bus is enough, as what depends on the bus lies below the library.
+    Above the reading and writing of messages one is enough as well: tests/root has the other one.
     """
     wanted = requirement.category_of(metafunc.definition.path) == "bus"
     wanted = wanted or metafunc.definition.get_closest_marker("both_libraries") is not None
@@ -89,7 +92,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs += [(LIBRARIES[-1], "dbus-broker")]
         metafunc.parametrize(("library", "bus_type"), pairs, indirect=True)
     elif wanted and "library" in metafunc.fixturenames:
-        metafunc.parametrize("library", LIBRARIES, indirect=True)
+        one = metafunc.definition.get_closest_marker("one_library")
+        enough = one is not None and one.args != (False,)
+        metafunc.parametrize("library", LIBRARIES[:1] if enough else LIBRARIES, indirect=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

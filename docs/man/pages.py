@@ -133,7 +133,7 @@ def actions() -> Iterator[str]:
         implied = action.findtext(f"annotate[@key='{_IMPLY}']")
         yield f"**{action.get('id')}**"
         yield f"  {escaped(action.findtext('description') or '')}. By default: {answers}."
-        yield f"  Whoever has it has **{implied}**, too.\n" if implied else ""
+        yield f"  A yes to it is also a yes to **{implied}**.\n" if implied else ""
 
 
 def annotation(element: Element, name: str) -> str:

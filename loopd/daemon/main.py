@@ -39,12 +39,12 @@ from loopd.daemon.host.logind import HINTS, Logind
 from loopd.daemon.host.polkit import Authority
 from loopd.daemon.host.udev_marks import Markers
 from loopd.daemon.host.uevent_budget import Uevents
-from loopd.daemon.host.uevents import Monitor, listen, loop_numbers
+from loopd.daemon.host.uevents import Monitor, listen
 from loopd.daemon.server.announcer import NAME, Announcer
 from loopd.daemon.server.dispatcher import Bus
 from loopd.daemon.server.interface import Service
 from loopd.errors import BusError, LoopError
-from loopd.loop import loop_device, mounts
+from loopd.loop import kernel, loop_device, mounts
 
 from .config import DEFAULT_PATH, Config, limited, load
 from .idle import Idle
@@ -228,7 +228,7 @@ async def _run(
             idle.touch()
 
     listeners = Listeners(added=added, changed=changed, removed=removed)
-    registry = Registry(threads, markers, listeners, loop_numbers)
+    registry = Registry(threads, markers, listeners, kernel.loop_numbers)
     mounts.ask_for_loops(registry.file_behind)
     announcer = Announcer(
         registry,

@@ -285,6 +285,12 @@ def loop_binding(number: int) -> int | None:
         return None
 
 
+def loop_numbers() -> list[int]:
+    """The numbers of all loop devices that exist, bound or not."""
+    names = (name.removeprefix("loop") for name in os.listdir("/sys/block") if name[:4] == "loop")
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def loop_exists(number: int) -> bool:
     """Whether there is a device of this number, bound or not."""
     return os.path.exists(f"{_SYS_BLOCK}/loop{number}")

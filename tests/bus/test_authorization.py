@@ -23,6 +23,9 @@ from tests.harness.raw import BUS
 from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World
 
+# What is asked and decided is above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
+
 PREFIX = "org.example.loop1."
 ATTACH = f"{PREFIX}attach"
 UNTRUSTED = f"{PREFIX}attach-untrusted-filesystem"

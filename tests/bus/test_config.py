@@ -22,6 +22,9 @@ from tests.harness.service import service
 from tests.harness.wire import CallError
 from tests.harness.world import World
 
+# Settings are read, and hold, above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
+
 SIZE = 64 * 1024
 
 
@@ -38,16 +41,9 @@ def refused(call: Callable[..., Any], *args: Any, **named: Any) -> tuple[str, st
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
+        # tests/unit has all others.
         ("unknown = 1", "unknown", "there is no such setting"),
-        ("[limits]\nunknown = 1", "limits: unknown", "there is no such setting"),
-        ("[limits]\ndevices = 'many'", "limits: devices", "has to be a whole number"),
         ("[limits]\ndevices = 0", "limits: devices", "has to be from 1 to 65536"),
-        ("[limits]\ncalls = -1", "limits: calls", "has to be from 1 to 65536"),
-        ("limits = []", "limits", "has to be a table"),
-        ("direct_io = 'no'", "direct_io", "has to be true or false"),
-        ("trusted_filesystems = 'nfs4'", "trusted_filesystems", "has to be a list of strings"),
-        ("[deadlines]\noperation = 0", "deadlines: operation", "has to be from 1 to 86400"),
-        ("[deadlines]\noperation = 1.5", "deadlines: operation", "has to be a whole number"),
     ],
 )
 def test_a_mistake_stops_the_start_with_file_key_and_reason(
@@ -61,7 +57,7 @@ def test_a_mistake_stops_the_start_with_file_key_and_reason(
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("content", [b"direct_io", b"\xff\xfe", b"a = 1\na = 2\n", b"[limits\n"])
+@pytest.mark.parametrize("content", [b"direct_io", b"\xff\xfe"])
 def test_a_file_that_is_no_toml_stops_the_start(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "loopd.toml"
     path.write_bytes(content)

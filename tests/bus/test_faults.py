@@ -17,11 +17,14 @@ import pytest
 from tests.harness import loops, wire
 from tests.harness.bus import LOOPD, POLKIT, PrivateBus
 from tests.harness.caller import DEVICE, Attached, Call, Caller, options
-from tests.harness.images import MIB, make_gpt
+from tests.harness.images import MIB, make_gpt, memfd
 from tests.harness.polkit import Answer
-from tests.harness.raw import BUS, RawClient
+from tests.harness.raw import BUS, DisconnectedError, RawClient
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World
+
+# What fails here does so above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
 
 DENIED = f"{BUS}.Error.AccessDenied"
 LIMITS = f"{BUS}.Error.LimitsExceeded"
@@ -141,20 +144,26 @@ def test_a_polkit_that_stops_for_a_while_denies_and_then_serves(
 def test_the_end_of_the_bus_ends_calls_under_way_and_binds_nothing(
     new_world: Callable[..., World], end: Callable[[PrivateBus], Any]
 ) -> None:
+    """Transport rule 12 (losing the bus): also a device that nobody works at ends."""
     world = new_world(authority=Answer.HANG)
     with world.bus.connect(None) as root, world.bus.connect(USER) as client:
         path = world.image()
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             attach = ("/org/example/Loop1", LOOPD, "Attach", "ha{sv}", [0, {}])
-            attached = Attached(*root.call(*attach, fds=[fd]).body)
-            loops.used_numbers.add(attached.number)
+            with memfd() as other:
+                devices = [Attached(*root.call(*attach, fds=[each]).body) for each in (fd, other)]
+            loops.used_numbers.update(each.number for each in devices)
             client.send(*attach, fds=[fd])
             world.polkit.wait_question()
-            root.send(attached.path, DEVICE, "Resize", "a{sv}", [{}])
+            root.send(devices[0].path, DEVICE, "Resize", "a{sv}", [{}])
+            # The polkit double notices by itself.
             end(world.bus)
             assert world.daemon.wait() > 0
-            loops.wait_unbound(attached.number, attached.diskseq)
+            for each in devices:
+                loops.wait_unbound(each.number, each.diskseq)
+            with pytest.raises(DisconnectedError):
+                root.call_bus("GetId")
         finally:
             os.close(fd)
     assert bound_files(world) == []

@@ -30,6 +30,9 @@ from tests.harness.stall import stopped
 from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World
 
+# Most of it is above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
+
 PREFIX = "org.example.loop1."
 ATTACH = f"{PREFIX}attach"
 BLOCK = f"{PREFIX}attach-block-device"
@@ -195,6 +198,7 @@ ARGUMENTS = {"enable", "fd", "file", "lifetime", "lock", "mode", "node", "option
 ARGUMENTS |= {"size"}
 
 
+@pytest.mark.one_library(False)
 def test_nothing_that_a_client_says_names_it(world: World) -> None:
     """CVE-2018-1116: there is no argument and no option for a user, a process or a path."""
     caller = world.caller()
@@ -224,6 +228,7 @@ HIGH = 4_000_000_000
 """Above the largest of signed numbers."""
 
 
+@pytest.mark.one_library(False)
 def test_a_uid_above_the_signed_numbers_is_a_user_like_any_other(
     new_world: Callable[..., World],
 ) -> None:
@@ -254,6 +259,7 @@ def test_a_uid_above_the_signed_numbers_is_a_user_like_any_other(
     assert owner.get(others.path, "State") == "attached"
 
 
+@pytest.mark.one_library(False)
 def test_a_caller_whom_the_bus_does_not_know_gets_nothing(library: str) -> None:
     """CVE-2021-3560: an error in place of the uid is a no, and not uid 0."""
     with FakeBus() as bus, Daemon(bus, library=library) as daemon, memfd() as fd:
@@ -353,6 +359,7 @@ def a_path_of(length: int, directory: Path, last: bytes = b"") -> bytes:
     return path + last
 
 
+@pytest.mark.one_library(False)
 @pytest.mark.parametrize("length", [4000, 4094, 4095])
 def test_a_path_as_long_as_there_can_be_does_no_harm(world: World, length: int) -> None:
     """CVE-2014-0004: a path is shown as it is, or not at all where the kernel has no room."""
@@ -377,6 +384,7 @@ def test_a_path_as_long_as_there_can_be_does_no_harm(world: World, length: int) 
 FORGED = "\x1b[2J\rloopd: forged\n"
 
 
+@pytest.mark.one_library(False)
 def test_no_line_of_the_log_is_a_clients(new_world: Callable[..., World]) -> None:
     """Forged log lines: no line and no control character is a client's, not even with --debug."""
     world = new_world(arguments=["--debug"])

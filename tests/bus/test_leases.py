@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness import loops, wire
 from tests.harness.area import area
-from tests.harness.bus import LOOPD, PrivateBus
+from tests.harness.bus import LOOPD
 from tests.harness.caller import (
     DEVICE,
     MANAGER,
@@ -27,9 +27,12 @@ from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
 from tests.harness.images import memfd
 from tests.harness.polkit import Answer
-from tests.harness.raw import BUS, DisconnectedError
+from tests.harness.raw import BUS
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World
+
+# Leases are above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
 
 ATTACH = "org.example.loop1.attach"
 
@@ -464,25 +467,3 @@ def test_a_stop_during_the_binding_leaves_nothing_bound(
     assert world.daemon.wait() == 0
     loops.wait_unbound(loop.number, loop.diskseq)
     fails(call)
-
-
-# The bus ends
-
-
-@pytest.mark.parametrize("end", [PrivateBus.stop, PrivateBus.kill], ids=["stop", "kill"])
-def test_the_end_of_the_bus_ends_the_daemon_and_its_devices(
-    new_world: Callable[..., World], end: Callable[[PrivateBus], Any]
-) -> None:
-    """Transport rule 12 (losing the bus)."""
-    world = new_world()
-    with memfd() as fd:
-        client = world.raw()
-        reply = client.call(MANAGER_PATH, MANAGER, "Attach", "ha{sv}", [0, {}], fds=[fd])
-        attached = Attached(*reply.body)
-        loops.used_numbers.add(attached.number)
-    # The polkit double notices by itself.
-    end(world.bus)
-    assert world.daemon.wait() > 0
-    loops.wait_unbound(attached.number, attached.diskseq)
-    with pytest.raises(DisconnectedError):
-        client.call_bus("GetId")

@@ -26,6 +26,9 @@ from tests.harness.raw import BUS
 from tests.harness.wire import CallError, Variant
 from tests.harness.world import OTHER, USER, World
 
+# Lifetimes are above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
+
 LOOP1 = f"{MANAGER}.Error"
 MANAGE_OTHERS = "org.example.loop1.manage-others"
 KEEP = "org.example.loop1.keep"

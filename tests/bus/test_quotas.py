@@ -21,6 +21,9 @@ from tests.harness.raw import BUS
 from tests.harness.wire import CallError
 from tests.harness.world import OTHER, USER, World
 
+# Calls and devices are counted above the reading and writing of messages.
+pytestmark = pytest.mark.one_library
+
 ATTACH = "org.example.loop1.attach"
 SIZE = 4096
 THIRD = "daemon"

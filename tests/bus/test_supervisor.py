@@ -18,6 +18,9 @@ from tests.harness.daemon import Daemon
 from tests.harness.deadline import Deadline
 from tests.harness.stall import stopped
 
+# systemd hears the same of each.
+pytestmark = pytest.mark.one_library
+
 INTERVAL = 0.2
 """Seconds."""
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Runs commands in an emulated machine, as they come over a virtio port.
 
-`agent_program.py PORT`.  A line in JSON asks for a command: `argv`, `stdin` (base64), `timeout` in
-seconds.  A line answers with its `status` and its `output` (base64).  The first line says that the
-agent is there.  Only the standard library is at hand here.
+`agent_program.py PORT`.  A line in JSON asks for a command: `argv`, `stdin` (by zlib, in base64),
+`timeout` in seconds.  A line answers with its `status` and its `output` (base64).  The first line
+says that the agent is there.  Only the standard library is at hand here.
 """
 
 import base64
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def answer(asked: dict[str, object]) -> dict[str, object]:
             asked["argv"],
             check=False,
             cwd="/",
-            input=base64.b64decode(asked["stdin"]),
+            input=zlib.decompress(base64.b64decode(asked["stdin"])),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=asked["timeout"],

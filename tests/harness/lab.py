@@ -145,7 +145,7 @@ class Lab:
         self._opened.append(fd)
         return fd
 
-    def foreign(self, path: Path, offset: int = 0) -> int:
+    def foreign(self, path: Path, offset: int = 0, *, wanted: int | None = None) -> int:
         """Be losetup: attach a file for ever, and keep nothing open; returns the number."""
         config = loop_config(block_size=512)
         config.info.lo_offset = offset
@@ -155,13 +155,14 @@ class Lab:
         ):
             config.fd = file.fileno()
             while True:
-                number = kernel.loop_ctl_get_free(control.fileno())
+                number = kernel.loop_ctl_get_free(control.fileno()) if wanted is None else wanted
                 with block_device.opened(kernel.open_loop(number, os.O_RDWR)) as fd:
                     try:
                         kernel.loop_configure(fd.fileno(), config)
                     except OSError as exc:
                         if exc.errno != errno.EBUSY:
                             raise
+                        wanted = None
                         continue
                 break
         loops.used_numbers.add(number)

@@ -100,11 +100,11 @@ RELEASES = {
     )
 }
 
-# With its own kernel, and with what assembles things from disks; by an initrd for the disk of
-# `emulated` alone, which is half as large as one for all.
+# With its own kernel, with what assembles things from disks, and with what runs tests; by an initrd
+# for the disk of `emulated` alone, which is half as large as one for all.
 _KERNEL_PACKAGES = (
     "btrfs-progs busybox cryptsetup-bin initramfs-tools linux-image-cloud-amd64 lvm2 mdadm "
-    "xfsprogs zstd"
+    "python3-pytest xfsprogs zstd"
 ).split()
 _AGENT = Path(__file__).with_name("agent_program.py").read_text()
 _AGENT_UNIT = """[Unit]

@@ -33,6 +33,8 @@ class Script:
     def __init__(self) -> None:
         self.calls: list[str] = []
         """The names of the functions called so far."""
+        self.returned: Any = None
+        """What the last of them has returned."""
         self._cues: list[_Cue] = []
         self._after_errors: dict[str, Callable[[], None]] = {}
 
@@ -91,6 +93,7 @@ class Script:
                 if action := self._after_errors.pop(name, None):
                     action()
                 raise
+            self.returned = result
             for cue in after:
                 cue.action()
             return result

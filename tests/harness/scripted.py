@@ -492,6 +492,9 @@ class ScriptedKernel:
         loop = self._loops.get(number)
         return loop.binding.which if loop and loop.binding else None
 
+    def loop_numbers(self) -> list[int]:
+        return sorted(self._loops)
+
     def loop_exists(self, number: int) -> bool:
         return number in self._loops
 

@@ -291,9 +291,13 @@ def attach_all(caller: Caller, image: Path, count: int) -> list[Attached]:
     return [caller.attach(image, "r", offset=index * 512) for index in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 12, 64])
 @pytest.mark.parametrize(
-    ("former", "following"), [(USER, OTHER), (None, USER), (USER, None)], ids=["users", "to", "of"]
+    ("former", "following", "count"),
+    [
+        *((USER, OTHER, count) for count in (1, 3, 6, 12, 64)),
+        *((None, USER, count) for count in (1, 12)),
+        *((USER, None, count) for count in (1, 12)),
+    ],
 )
 def test_no_number_goes_to_another_user_at_once(
     roomy: World, former: str | None, following: str | None, count: int

@@ -856,31 +856,31 @@ def test_the_last_partition_has_room_up_to_the_end_of_the_device(
     part.close()
 
 
-@pytest.mark.parametrize(
-    ("given", "key"),
-    [
-        ({"size-limit": 1}, "size-limit"),
-        ({"size-limit": 513}, "size-limit"),
-        ({"size-limit": 2049 * 512}, "size-limit"),
-        ({"size-limit": 3 * MIB}, "size-limit"),
-        ({"size-limit": 2**63}, "size-limit"),
-        ({"size-limit": 2**64 - 512}, "size-limit"),
-        ({"offset": 0}, "offset"),
-        ({"offset": MIB, "size-limit": 512}, "offset"),
-        ({"force": True}, "force"),
-        ({"force": True, "size-limit": 512}, "force"),
-        ({"partition": 1}, "'partition'"),
-        ({"size-limit": Variant("u", 512)}, "size-limit"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"size-limit": 1}, "size-limit"),
+    ({"size-limit": 513}, "size-limit"),
+    ({"size-limit": 2049 * 512}, "size-limit"),
+    ({"size-limit": 3 * MIB}, "size-limit"),
+    ({"size-limit": 2**63}, "size-limit"),
+    ({"size-limit": 2**64 - 512}, "size-limit"),
+    ({"offset": 0}, "offset"),
+    ({"offset": MIB, "size-limit": 512}, "offset"),
+    ({"force": True}, "force"),
+    ({"force": True, "size-limit": 512}, "force"),
+    ({"partition": 1}, "'partition'"),
+    ({"size-limit": Variant("u", 512)}, "size-limit"),
+]
+
+
 def test_a_wrong_option_for_a_partition_is_told_with_its_key_and_changes_nothing(
-    world: World, owner: Caller, given: dict[str, Any], key: str
+    world: World, owner: Caller
 ) -> None:
     attached = owner.attach(gpt(world, (2048, 1024), (4096, 512)), partition_scan=True)
-    with opened(f"{attached.node}p1") as part:
-        error = error_of(resize_by_fd, owner, part, given)
-    assert (error.name, error.message.partition(":")[0]) == (INVALID_ARGS, key)
-    check(owner, attached, in_bytes((2048, 1024), (4096, 512)))
+    for given, key in WRONG:
+        with opened(f"{attached.node}p1") as part:
+            error = error_of(resize_by_fd, owner, part, given)
+        assert (error.name, error.message.partition(":")[0]) == (INVALID_ARGS, key), given
+        check(owner, attached, in_bytes((2048, 1024), (4096, 512)))
 
 
 def test_a_partition_has_whole_sectors(world: World, owner: Caller) -> None:

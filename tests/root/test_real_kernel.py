@@ -2,16 +2,19 @@
 """loopd.loop on the real kernel; tests/unit/test_scripted_kernel.py has the other one."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from loopd.loop import mounts
+from tests.harness.area import area
 from tests.harness.behaviours import *  # noqa: F403  every test of it is one of ours
 from tests.harness.lab import Lab
 from tests.harness.lab import lab as make_lab
 
 
 @pytest.fixture
-def lab(area: Path) -> Iterator[Lab]:
-    with make_lab(area, real=True) as made:
+def lab() -> Iterator[Lab]:
+    # Nothing of conftest.py is there where tests/kernel/test_behaviours.py runs this.
+    mounts.prepare()
+    with area("lab") as directory, make_lab(directory, real=True) as made:
         yield made

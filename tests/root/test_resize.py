@@ -346,35 +346,35 @@ def test_an_ordinary_opener_is_no_obstacle(world: World, owner: Caller) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("mapping", "key"),
-    [
-        ({"size-limit": 1}, "size-limit"),
-        ({"size-limit": 4097}, "size-limit"),
-        ({"size-limit": MIB + 512}, "size-limit"),
-        ({"size-limit": 2**63}, "size-limit"),
-        ({"size-limit": 2**64 - 512}, "size-limit"),
-        ({"offset": MIB}, "offset"),
-        ({"offset": MIB + 512}, "offset"),
-        ({"offset": 2**63}, "offset"),
-        ({"offset": 2**64 - 512}, "offset"),
-        ({"offset": 4096, "size-limit": MIB}, "size-limit"),
-        ({"offset": 2**64 - 512, "size-limit": 1024}, "offset"),
-        ({"size-limit": Variant("u", 512)}, "size-limit"),
-        ({"offset": Variant("i", 512)}, "offset"),
-        ({"offset": Variant("s", "512")}, "offset"),
-        ({"force": Variant("u", 1)}, "force"),
-        ({"size": Variant("t", 512)}, "'size'"),
-        ({"lazy": Variant("b", True)}, "'lazy'"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"size-limit": 1}, "size-limit"),
+    ({"size-limit": 4097}, "size-limit"),
+    ({"size-limit": MIB + 512}, "size-limit"),
+    ({"size-limit": 2**63}, "size-limit"),
+    ({"size-limit": 2**64 - 512}, "size-limit"),
+    ({"offset": MIB}, "offset"),
+    ({"offset": MIB + 512}, "offset"),
+    ({"offset": 2**63}, "offset"),
+    ({"offset": 2**64 - 512}, "offset"),
+    ({"offset": 4096, "size-limit": MIB}, "size-limit"),
+    ({"offset": 2**64 - 512, "size-limit": 1024}, "offset"),
+    ({"size-limit": Variant("u", 512)}, "size-limit"),
+    ({"offset": Variant("i", 512)}, "offset"),
+    ({"offset": Variant("s", "512")}, "offset"),
+    ({"force": Variant("u", 1)}, "force"),
+    ({"size": Variant("t", 512)}, "'size'"),
+    ({"lazy": Variant("b", True)}, "'lazy'"),
+]
+
+
 def test_a_wrong_option_is_told_with_its_key_and_changes_nothing(
-    world: World, owner: Caller, mapping: dict[str, Any], key: str
+    world: World, owner: Caller
 ) -> None:
     attached = owner.attach(world.image())
-    for given in (mapping, {**mapping, "force": mapping.get("force", True)}):
-        error = error_of(owner, attached, given)
-        assert (error.name, error.message.partition(":")[0]) == (INVALID_ARGS, key)
+    for mapping, key in WRONG:
+        for given in (mapping, {**mapping, "force": mapping.get("force", True)}):
+            error = error_of(owner, attached, given)
+            assert (error.name, error.message.partition(":")[0]) == (INVALID_ARGS, key), given
 
 
 def test_a_limit_is_a_multiple_of_the_sector_size(world: World, owner: Caller) -> None:

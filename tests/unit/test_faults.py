@@ -231,9 +231,10 @@ SCENARIOS = {
 EACH = pytest.mark.parametrize("name", SCENARIOS)
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    return make_gpt(tmp_path / "image")
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk, to which nobody writes."""
+    return make_gpt(tmp_path_factory.mktemp("faults") / "image")
 
 
 Fault = Callable[[Stage, Script], Any]
@@ -287,8 +288,8 @@ def play(
         await inside.until_none(inside.remains)
         await inside.require_turns(UID, NEXT)
 
-    # Its runtime directory: what one run leaves there is not another's.
-    with TemporaryDirectory(dir=tmp_path) as directory:
+    # Its runtime directory, in memory as /run is: what one run leaves there is not another's.
+    with TemporaryDirectory(dir="/dev/shm") as directory:
         return run_inside(Path(directory), story, scenario.traits)
 
 

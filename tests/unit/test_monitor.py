@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 
 from loopd.daemon.host import uevents as module
-from loopd.daemon.host.uevents import Monitor, listen, loop_numbers
+from loopd.daemon.host.uevents import Monitor, listen
+from loopd.loop import kernel
 
 DISK, PARTITION = "/devices/virtual/block/loop3", "/devices/virtual/block/loop3/loop3p1"
 SDA = "/devices/pci0000:00/0000:00:01.1/ata1/block/sda"
@@ -124,5 +125,5 @@ def test_the_kernel_lets_anybody_listen() -> None:
 
 
 def test_all_loop_devices_are_listed() -> None:
-    numbers = loop_numbers()
+    numbers = kernel.loop_numbers()
     assert numbers == sorted(set(numbers))

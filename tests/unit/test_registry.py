@@ -454,12 +454,13 @@ def test_others_whose_sector_sizes_hang_keep_one_thread_and_nobody_waits_twice(
         await parts.registry._look(number)
         device = parts.registry.numbered(number)
         assert device
-        go_on, asked = threading.Event(), 0
+        begun, go_on, asked = threading.Event(), threading.Event(), 0
 
         def hang(number: int, attribute: str, _is: Any = kernel.loop_attribute) -> Any:
             nonlocal asked
             if attribute == "queue/logical_block_size":
                 asked += 1
+                begun.set()
                 go_on.wait(20)
             return _is(number, attribute)
 
@@ -469,6 +470,7 @@ def test_others_whose_sector_sizes_hang_keep_one_thread_and_nobody_waits_twice(
         ):
             for _ in range(8):
                 await parts.registry.look_for_asker([device])
+            assert await asyncio.to_thread(begun.wait, 20)
             assert asked == 1
             go_on.set()
             await parts.registry._tasks.finish(10)

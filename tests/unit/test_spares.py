@@ -32,6 +32,7 @@ UID = 1000
 def none_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has."""
     monkeypatch.setattr(kernel, "loop_bound", lambda _: False)
+    monkeypatch.setattr(kernel, "loop_numbers", list)
 
 
 class Removals(Threads):
@@ -220,6 +221,17 @@ def test_a_new_device_gets_no_number_of_another_user() -> None:
         assert first_new(spares, UID + 1, 2) == [1, 7]
 
     assert removed(story) == [5]
+
+
+def test_the_kernel_is_asked_for_no_number_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine can have a thousand devices, and each of these calls would fail."""
+
+    def story(spares: Spares) -> None:
+        keep(2)(spares)
+        monkeypatch.setattr(kernel, "loop_numbers", lambda: [*range(1000), 1002])
+        assert first_new(spares, UID + 1, 3) == [1000, 1001, 1003]
+
+    assert removed(story) == []
 
 
 def test_whose_they_were_is_remembered_beyond_their_removal() -> None:

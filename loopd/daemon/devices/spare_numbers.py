@@ -81,7 +81,9 @@ class Spares:
             return
         if all(self._suits(uid, number) for number in self._left):
             yield -1
-        for number in itertools.count():
+        # LOOP_CTL_ADD fails for each of these, and a machine can have a thousand.
+        existing = set(kernel.loop_numbers())
+        for number in itertools.filterfalse(existing.__contains__, itertools.count()):
             bound = number in self._owners and number not in self._left
             if self._suits(uid, number) and not bound:
                 yield number

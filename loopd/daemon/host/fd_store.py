@@ -34,23 +34,23 @@ class FdStore:
         self.room = 0
         """How many fds it takes."""
         self._names: set[str] = set()
-        self._missing = False
+        self._leaving: set[str] = set()
+        """Those of them that are being taken out."""
+        self._due: set[str] = set()
+        """What systemd should have had when it was last asked."""
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
 
-    @property
-    def count(self) -> int:
-        """How many fds it should have."""
-        with self._changed:
-            return len(self._names)
-
     def compare(self, kept: int) -> None:
         """Warn if systemd keeps less than it should, for it says nothing when it drops an fd."""
-        missing = self.count - kept
-        # An fd on its way is missing once only.
-        if missing > 0 and self._missing:
+        with self._changed:
+            due = self._names - self._leaving
+        # An fd that was not there at the last comparison may still be on its way. While many come
+        # and go there is one at each comparison.
+        missing = len(due & self._due) - kept
+        if missing > 0:
             log.warning("systemd has lost %d fds: devices may go when loopd does", missing)
-        self._missing = missing > 0
+        self._due = due
 
     def passed(self) -> dict[str, OwnedFd]:
         """What it has kept for us, by name: to be called once, and first."""
@@ -93,6 +93,8 @@ class FdStore:
         return fd.closed_after(partial(self._take_out, name))
 
     def _take_out(self, name: str) -> None:
+        with self._changed:
+            self._leaving.add(name)
         notify.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
         _barrier()
         self._forget(name)
@@ -100,6 +102,7 @@ class FdStore:
     def _forget(self, name: str) -> None:
         with self._changed:
             self._names.discard(name)
+            self._leaving.discard(name)
             self._changed.notify_all()
 
 

@@ -28,12 +28,6 @@ _SLICE = 64  # events at a time
 _SETTLE = 0.01
 
 
-def loop_numbers() -> list[int]:
-    """The numbers of all loop devices that exist, bound or not. Raises OSError."""
-    names = (name.removeprefix("loop") for name in os.listdir("/sys/block") if name[:4] == "loop")
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
 def listen() -> socket.socket:
     """A socket that gets every event of the kernel's from now on."""
     monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
