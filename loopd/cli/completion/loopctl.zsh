@@ -33,7 +33,7 @@ _loopctl() {
         '(-r --read-only)'{-r,--read-only}'[take no writes]'
         '(-b --sector-size)'{-b,--sector-size=}'[of the device]:size'
         '(-P --partscan)'{-P,--partscan}'[make devices for the partitions]'
-        '--direct-io=-[go past the page cache]::switch:(on off)'
+        '--direct-io=-[bypass the page cache]::switch:(on off)'
         '--loop-ref=[a name for the device]:name'
         '--lock=[keep udev off]:lock:(shared exclusive)'
         '--number=[/dev/loopN and no other]:number'
@@ -94,7 +94,7 @@ _loopctl() {
         show) _arguments -s -S $all '1:device:_loopctl_targets' ;;
         set)
             _arguments -s -S $all \
-                '--direct-io=-[go past the page cache]::switch:(on off)' \
+                '--direct-io=-[bypass the page cache]::switch:(on off)' \
                 '--loop-ref=[another name]:name' \
                 '(-b --sector-size)'{-b,--sector-size=}'[of the device]:size' \
                 '--lifetime=[how long it stays]:lifetime:(user system)' \
