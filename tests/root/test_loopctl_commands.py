@@ -235,7 +235,7 @@ def test_in_a_sandbox_without_nodes_open_is_named_and_works(
             running.signal(signal.SIGTERM)
             *_, err = running.end()
     assert err.startswith(
-        f"loopctl: {node.strip()} is not there in this /dev, as in a sandbox: 'loopctl open' has "
+        f"loopctl: {node.strip()} is not in this /dev, as in a sandbox: 'loopctl open' runs "
     )
 
 
