@@ -785,8 +785,8 @@ def test_what_a_command_leaves_running_keeps_the_device(
             os.killpg(run.pid, signal.SIGKILL)
             run.end()
         else:
-            said = f"what the command has left running keeps /dev/loop{number}, which goes with the"
-            assert run.end() == (0, "", f"loopctl: {said} last\n")
+            said = f"the command left programs running, and /dev/loop{number} goes with the"
+            assert run.end() == (0, "", f"loopctl: {said} last one\n")
         assert loop_is_bound(number, loop.diskseq)
         let_end(told)
         wait_unbound(number, loop.diskseq)
