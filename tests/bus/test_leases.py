@@ -421,7 +421,7 @@ def test_a_stop_while_polkit_thinks_attaches_nothing(new_world: Callable[..., Wo
     assert bound_files(world.files) == []
 
 
-IMPATIENT = "from loopd.daemon import main as daemon; daemon._STOP_TIMEOUT = 0.5"
+IMPATIENT = "from loopd.daemon import lifecycle; lifecycle.STOP_TIMEOUT = 0.5"
 
 
 def test_a_stop_leaves_a_device_in_use_to_its_last_close(new_world: Callable[..., World]) -> None:

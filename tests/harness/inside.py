@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The use cases of loopd in this process, over a scripted kernel: no bus, and no root.
 
-They are wired as the daemon wires them.  What the kernel changes is told as its uevents tell it,
+The daemon's assembly puts them together.  What the kernel changes is told as its uevents tell it,
 polkit is a function, and a client is a name that may leave at any moment.
 """
 
@@ -20,27 +20,13 @@ from unittest import mock
 from loopd.daemon import closes
 from loopd.daemon.access import Caller, Client
 from loopd.daemon.actions import detach
-from loopd.daemon.actions.attach import Attaching
-from loopd.daemon.actions.change import Operations
-from loopd.daemon.actions.detach import Ending
 from loopd.daemon.actions.examine import AttachOptions
-from loopd.daemon.actions.guard import Manager
+from loopd.daemon.assembly import Host, Upwards, put_use_cases_together
 from loopd.daemon.config import Config
 from loopd.daemon.devices import registry
 from loopd.daemon.devices.device import Device
-from loopd.daemon.devices.leases import Leases
-from loopd.daemon.devices.lifetimes import Lifetimes
-from loopd.daemon.devices.locks import Locks
-from loopd.daemon.devices.overlap import Claims
-from loopd.daemon.devices.records import Records
-from loopd.daemon.devices.registry import Listeners, Registry
-from loopd.daemon.devices.spare_numbers import Spares
-from loopd.daemon.host.fd_store import FdStore
 from loopd.daemon.host.logind import Logind
 from loopd.daemon.host.polkit import Authority
-from loopd.daemon.host.udev_marks import Markers
-from loopd.daemon.host.uevent_budget import Uevents
-from loopd.daemon.quota import Quota
 from loopd.daemon.threads import Threads, Work
 from loopd.errors import PeerError
 from loopd.fd import OwnedFd
@@ -69,6 +55,29 @@ async def says_yes(*_: Any, **__: Any) -> list[Any]:
     return [[True, False, {}]]
 
 
+class _Announced:
+    """Notes what the announcer would tell."""
+
+    def __init__(self, told: list[tuple[str, str]]) -> None:
+        self._told = told
+
+    def added(self, device: Device) -> None:
+        self._told.append(("added", device.path))
+
+    def changed(self, device: Device) -> None:
+        self._told.append(("changed", device.path))
+
+    def removed(self, device: Device) -> None:
+        self._told.append(("removed", device.path))
+
+
+class _Idle:
+    """A daemon that stays."""
+
+    def touch(self) -> None:
+        """Do nothing."""
+
+
 class Inside:
     """What the daemon is made of, on the running event loop."""
 
@@ -89,91 +98,26 @@ class Inside:
         self._names = itertools.count(1)
         config = config or Config()
         self.threads = Threads()
-        self.markers = Markers(directory)
-        self.markers.prepare()
-        self.records = Records(directory)
-        self.records.load()
-        self.store = FdStore()
-        self.quota = Quota(
-            "loop devices",
-            per_user=config.limits.devices_per_user,
-            in_all=config.limits.devices,
-            hint="",
-        )
-        listeners = Listeners(added=self._added, changed=self._changed, removed=self._removed)
-        self.registry = Registry(self.threads, self.markers, listeners, scripted.numbers)
         authority = Authority(polkit, timeout=1, interactive_timeout=1, max_questions=4)
-        self.leases = Leases()
-        self.lifetimes = Lifetimes(
-            self.leases,
-            self.registry,
-            self.records,
-            self.store,
+        host = Host(
+            directory,
             self.threads,
-            Logind(no_logind),
-            config.limits,
-            let_go=lambda devices: self.ending.let_go_all(devices),
+            authority=authority,
+            logind=Logind(no_logind),
+            numbers=scripted.numbers,
         )
-        self.locks = Locks(self.threads, self.registry.changed, lambda _: None, exclusive_for=60)
-        self.claims = Claims()
-        self.spares = Spares(self.threads)
-        self.uevents = Uevents()
-        self.ending = Ending(
-            self.threads, self.registry, self.records, self.lifetimes, self.locks, self.spares
-        )
-        self.manager = Manager(
-            config,
-            self.threads,
-            authority,
-            self.registry,
-            self.lifetimes,
-            self.locks,
-            self.ending,
-            self.uevents,
-        )
-        self.operations = Operations(
-            self.manager,
-            self.registry,
-            self.locks,
-            self.claims,
-            self.threads,
-            self.lifetimes,
-            self.store,
-            self.uevents,
-        )
-        self.attaching = Attaching(
-            config,
-            self.threads,
-            authority,
-            self.markers,
-            self.registry,
-            self.lifetimes,
-            self.locks,
-            self.claims,
-            self.quota,
-            self.store,
-            self.spares,
-            self.uevents,
-            let_go=self.ending.let_go,
-        )
+        self.markers, self.records, self.store = host.markers, host.records, host.store
+        self.markers.prepare()
+        self.records.load()
+        up = Upwards()
+        up.announcer, up.idle = _Announced(self.told), _Idle()  # type: ignore[assignment]
+        cases = put_use_cases_together(config, host, up)
+        self.registry, self.leases, self.lifetimes = cases.registry, cases.leases, cases.lifetimes
+        self.locks, self.claims, self.spares = cases.locks, cases.claims, cases.spares
+        self.quota, self.ending, self.manager = cases.quota, cases.ending, cases.manager
+        self.operations, self.attaching = cases.operations, cases.attaching
         scripted.uevent = self._uevent
         self._fds = {*leaks.open_fds()}
-
-    def _added(self, device: Device) -> None:
-        self.ending.device_came(device)
-        self.records.note(device)
-        self.told.append(("added", device.path))
-
-    def _changed(self, device: Device) -> None:
-        if self.registry.knows(device):
-            self.records.note(device)
-            self.ending.device_changed(device)
-        self.told.append(("changed", device.path))
-
-    def _removed(self, device: Device) -> None:
-        self.ending.device_gone(device)
-        self.records.remove(device.label)
-        self.told.append(("removed", device.path))
 
     def _uevent(self, number: int, seqnum: int) -> None:
         self._loop.call_soon_threadsafe(self.registry.heard, number, seqnum)

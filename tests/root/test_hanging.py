@@ -185,7 +185,7 @@ def test_a_number_whose_device_hangs_is_refused_without_a_touch(world: World) ->
         serves(world, victim)
 
 
-IMPATIENT = "from loopd.daemon import main as daemon; daemon._STOP_TIMEOUT = 0.5"
+IMPATIENT = "from loopd.daemon import lifecycle; lifecycle.STOP_TIMEOUT = 0.5"
 """A stop waits for 5 s otherwise, three times."""
 
 

@@ -48,7 +48,7 @@ AT_ONCE = 5.0
 SHORT = "[deadlines]\noperation = 2\n"
 TRUSTING = f'trusted_filesystems = ["fuse"]\n{SHORT}'
 # What waits for hanging calls at the end of a stop, which takes as many seconds for each.
-STOPS_SOON = "import loopd.daemon.main; loopd.daemon.main._STOP_TIMEOUT = 1.0"
+STOPS_SOON = "from loopd.daemon import lifecycle; lifecycle.STOP_TIMEOUT = 1.0"
 
 
 @contextmanager

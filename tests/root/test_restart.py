@@ -195,7 +195,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 # A restart of either kind is seen by nobody
 
 
-IMPATIENT = "from loopd.daemon import main as daemon; daemon._STOP_TIMEOUT = 0.5"
+IMPATIENT = "from loopd.daemon import lifecycle; lifecycle.STOP_TIMEOUT = 0.5"
 """A stop waits for 5 s otherwise for what is mounted."""
 
 
