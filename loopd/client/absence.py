@@ -19,8 +19,10 @@ _UNIT = "/org/freedesktop/systemd1/unit/loopd_2eservice"
 _TIMEOUT = 5.0
 # Seconds before each look at systemd. loopd usually answers before the first.
 _PAUSE = 0.2
-# Looks without a job of systemd for loopd: dbus-broker may take a while to ask for one.
+# Looks without a job of systemd for loopd. The bus may take a while to ask for one, and until then a
+# unit that has not failed looks as one that is not to be started: five seconds on a busy machine.
 _LOOKS = 3
+_LOOKS_WITHOUT_FAILURE = 25
 # Automatic restarts that fail before a call stops waiting for the next one.
 _STARTS = 2
 _NO_JOB = 0
@@ -77,7 +79,9 @@ async def _failure(connection: transport.Connection) -> str:
             least = unit["NRestarts"] if least is None else min(least, unit["NRestarts"])
             ended = unit["ActiveState"] in ("failed", "inactive")
             idle = idle + 1 if ended and unit["Job"][0] == _NO_JOB else 0
-            if idle == _LOOKS or unit["NRestarts"] >= least + _STARTS:
+            has_failed = unit["LoadState"] != "loaded" or unit["Result"] != "success"
+            looks = _LOOKS if has_failed else _LOOKS_WITHOUT_FAILURE
+            if idle >= looks or unit["NRestarts"] >= least + _STARTS:
                 return _sentence(unit)
             await asyncio.sleep(_PAUSE)
     return ""

@@ -58,14 +58,16 @@ async def says_yes(*_: Any, **__: Any) -> list[Any]:
 class _Announced:
     """Notes what the announcer would tell."""
 
-    def __init__(self, told: list[tuple[str, str]]) -> None:
+    def __init__(self, told: list[tuple[str, str]], on_change: Callable[[Device], None]) -> None:
         self._told = told
+        self._on_change = on_change
 
     def added(self, device: Device) -> None:
         self._told.append(("added", device.path))
 
     def changed(self, device: Device) -> None:
         self._told.append(("changed", device.path))
+        self._on_change(device)
 
     def removed(self, device: Device) -> None:
         self._told.append(("removed", device.path))
@@ -110,7 +112,7 @@ class Inside:
         self.markers.prepare()
         self.records.load()
         up = Upwards()
-        up.announcer, up.idle = _Announced(self.told), _Idle()  # type: ignore[assignment]
+        up.announcer, up.idle = _Announced(self.told, self._changed), _Idle()  # type: ignore[assignment]
         cases = put_use_cases_together(config, host, up)
         self.registry, self.leases, self.lifetimes = cases.registry, cases.leases, cases.lifetimes
         self.locks, self.claims, self.spares = cases.locks, cases.claims, cases.spares
@@ -118,6 +120,9 @@ class Inside:
         self.operations, self.attaching = cases.operations, cases.attaching
         scripted.uevent = self._uevent
         self._fds = {*leaks.open_fds()}
+
+    def _changed(self, device: Device) -> None:
+        """A device that the registry knows has changed."""
 
     def _uevent(self, number: int, seqnum: int) -> None:
         self._loop.call_soon_threadsafe(self.registry.heard, number, seqnum)

@@ -132,8 +132,9 @@ def test_roots_links_are_there_for_the_command_of_run(
 @pytest.mark.alone  # anybody may be given the number before it is bound
 @pytest.mark.parametrize("command", ["attach", "hold"])
 def test_nobody_is_told_of_a_device_before_udev_is_done(
-    world: World, loopctl: Loopctl, gate: Path, command: str
+    world: World, udev: Udev, loopctl: Loopctl, gate: Path, command: str
 ) -> None:
+    udev.settle()  # it may still look at what an earlier test has detached, with this number
     with closed(gate) as let_go:
         arguments = (command, "--number", str(NUMBER), world.image())
         with loopctl.start(*arguments, user="root") as running:

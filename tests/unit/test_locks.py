@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loopd.daemon.access import ROOT, Caller
+from loopd.daemon.config import Deadlines
 from loopd.daemon.devices import locks as module
 from loopd.daemon.devices.device import Device
 from loopd.errors import DeviceBusy
@@ -19,7 +20,7 @@ from tests.harness.inside import Inside, run_inside
 from tests.harness.script import Script
 
 UID = 1000
-TIME = 60.0
+TIME = float(Deadlines().exclusive_lock)
 """Seconds for which a device may be locked exclusively."""
 
 

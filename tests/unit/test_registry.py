@@ -53,8 +53,7 @@ class Parts(Inside):
 
     def _changed(self, device: Device) -> None:
         super()._changed(device)
-        if self.registry.knows(device):
-            self.changes.set()
+        self.changes.set()
 
     def recorded(self, device: Device) -> Record:
         """Return what is on disk about a device."""
