@@ -45,7 +45,7 @@ demo: .venv/run | demo-deps
 	$(SUDO) .venv/bin/python -m tests.demo
 
 check: .venv/check
-	$(SUDO) .venv/bin/python -m pytest -n 3 --no-loadscope-reorder
+	$(SUDO) .venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: .venv/check
 	.venv/bin/python -m pytest -m lint

@@ -19,8 +19,8 @@ _UNIT = "/org/freedesktop/systemd1/unit/loopd_2eservice"
 _TIMEOUT = 5.0
 # Seconds before each look at systemd. loopd usually answers before the first.
 _PAUSE = 0.2
-# Looks without a job of systemd for loopd. The bus may take a while to ask for one, and until then a
-# unit that has not failed looks as one that is not to be started: five seconds on a busy machine.
+# Looks without a job of systemd for loopd. On a busy machine the bus may take seconds to ask for a
+# job, and until then a unit that has not failed looks like one that is not to be started.
 _LOOKS = 3
 _LOOKS_WITHOUT_FAILURE = 25
 # Automatic restarts that fail before a call stops waiting for the next one.

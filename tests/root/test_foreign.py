@@ -300,7 +300,7 @@ def test_after_lost_events_all_devices_are_looked_at_again(
             "PropertiesChanged",
             lambda it: it.path == path_of(loop) and it.args[1].get("Size") == 2 * MIB,
         )
-        # Not before: a question about the devices has loopd look at them, too.
+        # Not before: loopd also looks at devices that somebody asks about.
         assert "events of the kernel were lost" in daemon.log
     finally:
         loops.detach_leaked(loop)
