@@ -130,7 +130,8 @@ def _sentence(unit: dict[str, Any]) -> str:
             "systemd has given up starting loopd, which failed too often: 'journalctl -u loopd' "
             "says why, and 'systemctl reset-failed loopd' lets it start again"
         )
-    if unit["Result"] == "success" and unit["ActiveState"] == "inactive":
+    # Between a failed start and the next one, a unit looks as if it had never failed.
+    if (unit["Result"], unit["ActiveState"], unit["NRestarts"]) == ("success", "inactive", 0):
         return "systemd does not start loopd: 'systemctl status loopd' says why"
     if unit["StatusText"]:
         return (

@@ -75,3 +75,24 @@ def test_busctl_attaches_where_it_can_pass_a_file(machine: Machine, alice: Login
     assert f"{output} {size} 1000 user" in says(alice, f"sh {SCRIPT} list")[1].splitlines()
     assert says(alice, f"sh {SCRIPT} detach {output}") == (0, "")
     loops.wait_unbound(number)
+
+
+def test_udisks2_mounts_at_once_what_loopctl_has_attached(machine: Machine, alice: Login) -> None:
+    image = machine.image("ready.img", make_ext4, owner="alice")
+    for _ in range(8):
+        node = alice.run("loopctl", "attach", str(image)).strip()
+        status, output = udisksctl(alice, "mount", node)
+        assert status == 0, output
+        assert udisksctl(alice, "unmount", node)[0] == 0
+        alice.run("loopctl", "detach", node)
+
+
+def test_roots_links_are_there_when_loopctl_returns(machine: Machine) -> None:
+    image = machine.image("links.img", make_ext4, owner="root")
+    for turn in range(8):
+        name = f"ready{turn}"
+        attach = f"node=$(loopctl attach --loop-ref={name} {image}) && echo $node"
+        find = f"readlink --canonicalize /dev/disk/by-loop-ref/{name}"
+        said = machine.run("sh", "-c", f"{attach} && {find} && loopctl detach $node")
+        node, found = said.split()
+        assert found == node

@@ -45,7 +45,9 @@ def udev(runtime: Path, gate: Path) -> Iterator[Udev]:
         path.name: path.read_text().replace("/run/loopd/", f"{runtime}/")
         for path in (CHECKOUT / "systemd").glob("*.rules")
     }
-    rules["99-gate.rules"] = f'KERNEL=="loop{NUMBER}", PROGRAM=="/usr/bin/flock -s {gate} true"\n'
+    # Not while the device is new: udev has it locked meanwhile, and nothing could be attached.
+    bound = f'KERNEL=="loop{NUMBER}", TEST=="loop/backing_file"'
+    rules["99-gate.rules"] = f'{bound}, PROGRAM=="/usr/bin/flock -s {gate} true"\n'
     with Udev(rules) as running:
         yield running
 

@@ -61,6 +61,7 @@ def list_devices(prepare: Callable[[Bus, asyncio.Future[Any]], None]) -> list[An
         (unit(ActiveState="inactive", LoadState="masked"), ["'systemctl unmask loopd'"]),
         (unit(ActiveState="inactive", LoadState="bad-setting"), ["loopd.service"]),
         (unit(ActiveState="inactive", Result="success"), ["'systemctl status loopd'"]),
+        (unit(ActiveState="inactive", Result="success", NRestarts=2), ["again and again"]),
     ],
 )
 def test_a_call_ends_when_systemd_has_given_up(told: dict[str, Any], words: list[str]) -> None:
