@@ -20,7 +20,8 @@ from tests.harness.udev import Udev
 from tests.harness.world import USER, World, make_world
 
 # Which nobody else on this machine is given.
-NUMBER = 520_000 + os.getpid() % 50_000
+TENTH = 52_000 + os.getpid() % 5_000
+NUMBERS = range(TENTH * 10, TENTH * 10 + 10)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def runtime() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def gate() -> Iterator[Path]:
-    """A file; while it is locked, udev does not come to an end with the device NUMBER."""
+    """A file; while it is locked, udev does not come to an end with devices of these NUMBERS."""
     with area("gate") as directory:
         path = directory / "gate"
         path.touch()
@@ -46,7 +47,7 @@ def udev(runtime: Path, gate: Path) -> Iterator[Udev]:
         for path in (CHECKOUT / "systemd").glob("*.rules")
     }
     # Not while the device is new: udev has it locked meanwhile, and nothing could be attached.
-    bound = f'KERNEL=="loop{NUMBER}", TEST=="loop/backing_file"'
+    bound = f'KERNEL=="loop{TENTH}[0-9]", TEST=="loop/backing_file"'
     rules["99-gate.rules"] = f'{bound}, PROGRAM=="/usr/bin/flock -s {gate} true"\n'
     with Udev(rules) as running:
         yield running
@@ -132,19 +133,18 @@ def test_roots_links_are_there_for_the_command_of_run(
 
 
 @pytest.mark.alone  # anybody may be given the number before it is bound
-@pytest.mark.parametrize("command", ["attach", "hold"])
+@pytest.mark.parametrize(("command", "number"), [("attach", NUMBERS[5]), ("hold", NUMBERS[6])])
 def test_nobody_is_told_of_a_device_before_udev_is_done(
-    world: World, udev: Udev, loopctl: Loopctl, gate: Path, command: str
+    world: World, loopctl: Loopctl, gate: Path, command: str, number: int
 ) -> None:
-    udev.settle()  # it may still look at what an earlier test has detached, with this number
     with closed(gate) as let_go:
-        arguments = (command, "--number", str(NUMBER), world.image())
+        arguments = (command, "--number", str(number), world.image())
         with loopctl.start(*arguments, user="root") as running:
             world.wait_devices(1)
             # One that does not wait has ended by the time that this one would have told.
             told = loopctl.json("attach", "--no-settle", world.image(), user="root")
             assert running.process.poll() is None
-            loop = look_at(NUMBER)
+            loop = look_at(number)
             assert loop is not None
             link = Path(f"/dev/disk/by-diskseq/{loop.diskseq}")
             assert not link.is_symlink()
@@ -161,16 +161,23 @@ def test_what_need_not_be_waited_for_is_not(
 ) -> None:
     """No option, a lock that udev heeds, and no udev: none of these ends if it waits."""
     hidden = 'mount -t tmpfs none /run/udev && exec "$@"'
-    number = ("--number", str(NUMBER))
     with closed(gate):
-        for options, before in (
-            (["--no-settle"], ()),
-            (["--lock=exclusive"], ()),
-            ([], ("unshare", "--mount", "--propagation", "private", "sh", "-c", hidden, "sh")),
+        for number, (options, before) in zip(
+            NUMBERS,
+            (
+                (["--no-settle"], ()),
+                (["--lock=exclusive"], ()),
+                ([], ("unshare", "--mount", "--propagation", "private", "sh", "-c", hidden, "sh")),
+            ),
+            strict=False,
         ):
-            command = ("run", *number, *options, world.image(), "--", "true")
-            assert loopctl.run(*command, user="root", before=before) == (0, "", "")
+            command = ("run", "--number", str(number), *options, world.image(), "--", "true")
+            status, out, err = loopctl.run(*command, user="root", before=before)
+            assert (status, out) == (0, "")
+            # udev may have the device open.
+            assert err == "" or err.endswith("goes when its last user closes it\n")
     udev.settle()
+    world.wait_devices(0)
 
 
 def test_programs_wait_with_the_library_or_with_udevadm(world: World, loopctl: Loopctl) -> None:
