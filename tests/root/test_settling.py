@@ -133,10 +133,11 @@ def test_roots_links_are_there_for_the_command_of_run(
 
 
 @pytest.mark.alone  # anybody may be given the number before it is bound
-@pytest.mark.parametrize(("command", "number"), [("attach", NUMBERS[5]), ("hold", NUMBERS[6])])
+@pytest.mark.parametrize(("command", "which"), [("attach", 5), ("hold", 6)])
 def test_nobody_is_told_of_a_device_before_udev_is_done(
-    world: World, loopctl: Loopctl, gate: Path, command: str, number: int
+    world: World, loopctl: Loopctl, gate: Path, command: str, which: int
 ) -> None:
+    number = NUMBERS[which]
     with closed(gate) as let_go:
         arguments = (command, "--number", str(number), world.image())
         with loopctl.start(*arguments, user="root") as running:
